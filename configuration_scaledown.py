@@ -1,0 +1,254 @@
+# Copyright 2026 The ScaleDown authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""ScaleDown model configuration."""
+
+import copy
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+COMPRESSOR_TYPES = ("n_layers", "modernbert", "llm")
+WEIGHTS_FORMATS = ("full", "delta")
+
+# OSCAR, section 4: the prompt every result of the paper was obtained with.
+DEFAULT_SYSTEM_PROMPT = (
+    "You are a helpful assistant. Your task is to extract relevant information from provided documents and to answer "
+    "questions as briefly as possible."
+)
+DEFAULT_USER_PROMPT = "Background:\n{documents}\n\nQuestion: {question}"
+DEFAULT_CLOSED_BOOK_PROMPT = "Question: {question}"
+
+
+class ScaleDownConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`ScaleDownModel`]: a query-dependent compressor in front of a causal language model.
+
+    Args:
+        generator_config (`PreTrainedConfig` or `dict`):
+            Configuration of the causal language model that answers. Required.
+        compressor_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the compressor's backbone. Left out for `compressor_type="n_layers"`, where it is the
+            generator's configuration cut to `num_compressor_layers` layers.
+        compressor_type (`str`, defaults to `"n_layers"`):
+            `"n_layers"` (own copy of the generator's first layers), `"modernbert"` (any bidirectional encoder) or
+            `"llm"` (any small causal language model).
+        num_compressor_layers (`int`, defaults to 8):
+            Depth of an `n_layers` compressor (OSCAR, table 1: 5 and 8 layers; gains plateau at 8 to 10). The other
+            compressors use the depth their own configuration states.
+        num_memory_tokens (`int`, defaults to 8):
+            Memory embeddings a chunk can have at most.
+        compression_rate (`int`, defaults to 16):
+            Document tokens one memory embedding stands for: a chunk of `n` tokens becomes
+            `min(ceil(n / compression_rate), num_memory_tokens)` slots.
+        chunk_length (`int`, defaults to 128):
+            Document tokens per chunk, in tokens of the compressor's tokenizer. Longer documents become several chunks.
+        max_query_length (`int`, defaults to 128):
+            Query tokens shown to the compressor beside a chunk. The generator always reads the whole question.
+        enable_reranking (`bool`, defaults to `True`):
+            Whether the compressor also scores every chunk's relevance.
+        reranking_loss_weight (`float`, defaults to 0.05):
+            λ in `generation loss + λ · reranking loss` (OSCAR, section 3).
+        projector_hidden_size (`int`, defaults to 8096):
+            Width of the Linear–ReLU–Linear projector of `modernbert` and `llm` (OSCAR, section 4). `n_layers` has none.
+        system_prompt, user_prompt, closed_book_prompt (`str`):
+            Parts of the prompt. `user_prompt` holds `{documents}` and `{question}`, `closed_book_prompt` (used for a
+            question without documents) holds `{question}`.
+        document_separator (`str`, defaults to `"\n"`):
+            Text between two documents' slots.
+        lora_config (`dict`, *optional*):
+            Keyword arguments of `peft.LoraConfig` for the LoRA layers in the generator; `None` when it has none.
+        weights_format (`str`, defaults to `"full"`):
+            `"full"`: the checkpoint holds every weight. `"delta"`: the generator's own weights are read from
+            `generator_name_or_path` at `generator_revision` and checked against `generator_fingerprint`.
+        generator_name_or_path, generator_revision, generator_fingerprint (`str`, *optional*):
+            Where the generator's weights came from; filled in by [`ScaleDownModel.from_backbones`].
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of freshly initialised projector, head and memory embeddings.
+
+    Raises:
+        ValueError: a value is outside its range, or values contradict each other. The message names the value, the
+            limit and the remedy.
+
+    Example:
+
+    ```python
+    >>> from transformers import LlamaConfig
+    >>> from scaledown import ScaleDownConfig
+
+    >>> config = ScaleDownConfig(generator_config=LlamaConfig(num_hidden_layers=16), num_compressor_layers=5)
+    >>> config.compressor_config.num_hidden_layers
+    5
+
+    ```
+    """
+
+    model_type = "scaledown"
+    sub_configs = {"generator_config": AutoConfig, "compressor_config": AutoConfig}
+
+    generator_config: dict | PreTrainedConfig | None = None
+    compressor_config: dict | PreTrainedConfig | None = None
+    compressor_type: str = "n_layers"
+    num_compressor_layers: int = 8
+    num_memory_tokens: int = 8
+    compression_rate: int = 16
+    chunk_length: int = 128
+    max_query_length: int = 128
+    enable_reranking: bool = True
+    reranking_loss_weight: float = 0.05
+    projector_hidden_size: int = 8096
+    system_prompt: str = DEFAULT_SYSTEM_PROMPT
+    user_prompt: str = DEFAULT_USER_PROMPT
+    closed_book_prompt: str = DEFAULT_CLOSED_BOOK_PROMPT
+    document_separator: str = "\n"
+    lora_config: dict | None = None
+    weights_format: str = "full"
+    generator_name_or_path: str | None = None
+    generator_revision: str | None = None
+    generator_fingerprint: str | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        # `PreTrainedConfig()` without arguments is called by transformers to find the values that differ from the
+        # defaults, so a missing generator is an error of the model's constructor, not of this one.
+        if self.generator_config is not None:
+            self.generator_config = _as_config(self.generator_config, "generator_config")
+            if self.compressor_config is not None:
+                self.compressor_config = _as_config(self.compressor_config, "compressor_config")
+            self._validate_sizes()
+            if self.compressor_type == "n_layers":
+                self.compressor_config = truncated_config(self.generator_config, self.num_compressor_layers)
+            self._validate_backbones()
+        super().__post_init__(**kwargs)
+
+    def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
+        """The generator's configuration: it decides vocabulary, cache and context length of `generate()`."""
+        return self if self.generator_config is None else self.generator_config
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the generator's vocabulary, which ScaleDown leaves as it is."""
+        return self.generator_config.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the generator, and so of a memory embedding."""
+        return self.generator_config.hidden_size
+
+    def _validate_sizes(self):
+        if self.compressor_type not in COMPRESSOR_TYPES:
+            raise ValueError(
+                f"compressor_type={self.compressor_type!r} is unknown; choose one of {', '.join(COMPRESSOR_TYPES)}."
+            )
+        if self.weights_format not in WEIGHTS_FORMATS:
+            raise ValueError(
+                f"weights_format={self.weights_format!r} is unknown; choose one of {', '.join(WEIGHTS_FORMATS)}."
+            )
+        for name in (
+            "num_compressor_layers",
+            "num_memory_tokens",
+            "compression_rate",
+            "chunk_length",
+            "max_query_length",
+            "projector_hidden_size",
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+        if self.num_memory_tokens > self.chunk_length:
+            raise ValueError(
+                f"num_memory_tokens={self.num_memory_tokens} exceeds chunk_length={self.chunk_length}: a chunk would "
+                "grow instead of shrink. Lower num_memory_tokens or raise chunk_length."
+            )
+        if self.compression_rate > self.chunk_length:
+            raise ValueError(
+                f"compression_rate={self.compression_rate} exceeds chunk_length={self.chunk_length}: one slot cannot "
+                "stand for more tokens than a chunk has. Lower compression_rate or raise chunk_length."
+            )
+        if not isinstance(self.reranking_loss_weight, (int, float)) or not self.reranking_loss_weight >= 0:
+            raise ValueError(
+                f"reranking_loss_weight={self.reranking_loss_weight!r} must be a number of at least 0 (0 switches the "
+                "reranking loss off)."
+            )
+        for name, fields in (("user_prompt", ("{documents}", "{question}")), ("closed_book_prompt", ("{question}",))):
+            for field in fields:
+                if getattr(self, name).count(field) != 1:
+                    raise ValueError(f"{name}={getattr(self, name)!r} must contain {field} exactly once.")
+        if self.user_prompt.index("{documents}") > self.user_prompt.index("{question}"):
+            raise ValueError(
+                f"user_prompt={self.user_prompt!r} must name {{documents}} before {{question}}, so that a prompt can "
+                "be continued from the documents' cache."
+            )
+
+    def _validate_backbones(self):
+        if self.compressor_config is None:
+            raise ValueError(
+                f"compressor_type={self.compressor_type!r} needs a compressor_config; pass one, or use "
+                "ScaleDownModel.from_backbones(generator, compressor), which fills it in."
+            )
+        limit = getattr(self.compressor_config, "max_position_embeddings", None)
+        # 3 tokens frame query and chunk, one more asks for the reranking score.
+        needed = self.max_query_length + self.chunk_length + self.num_memory_tokens + 4
+        if limit is not None and needed > limit:
+            raise ValueError(
+                f"max_query_length={self.max_query_length} + chunk_length={self.chunk_length} + num_memory_tokens="
+                f"{self.num_memory_tokens} + 4 special tokens = {needed} exceeds the compressor's "
+                f"{limit} positions. Lower max_query_length or chunk_length."
+            )
+
+
+def _as_config(config: dict | PreTrainedConfig, name: str) -> PreTrainedConfig:
+    """A sub-config from its JSON form, or a copy of the object given, so that no two models share one."""
+    if isinstance(config, PreTrainedConfig):
+        return copy.deepcopy(config)
+    if not isinstance(config, dict):
+        raise ValueError(f"{name} must be a transformers configuration or its dictionary, got {type(config).__name__}.")
+    config = dict(config)
+    model_type = config.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"{name} has model_type={model_type!r}, which this version of transformers does not know.")
+    return CONFIG_MAPPING[model_type](**config)
+
+
+def truncated_config(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
+    """
+    Copies a causal language model's configuration, cut to its first layers.
+
+    Args:
+        config (`PreTrainedConfig`): Configuration of the whole model.
+        num_layers (`int`): Layers to keep.
+
+    Returns:
+        `PreTrainedConfig`: The same architecture, `num_layers` deep.
+
+    Raises:
+        ValueError: the model has fewer layers than asked for.
+    """
+    depth = config.num_hidden_layers
+    if num_layers > depth:
+        raise ValueError(
+            f"num_compressor_layers={num_layers} exceeds the generator's {depth} layers; choose at most {depth}."
+        )
+    truncated = copy.deepcopy(config)
+    # Per-layer lists (`layer_types`, `mlp_layer_types`, `no_rope_layers`, …) must stay as long as the model is deep.
+    for name, value in vars(config).items():
+        if isinstance(value, (list, tuple)) and len(value) == depth and name != "architectures":
+            setattr(truncated, name, value[:num_layers])
+    truncated.num_hidden_layers = num_layers
+    return truncated
+
+
+AutoConfig.register("scaledown", ScaleDownConfig, exist_ok=True)
+ScaleDownConfig.register_for_auto_class()
+
+__all__ = ["ScaleDownConfig", "truncated_config"]

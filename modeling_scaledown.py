@@ -1,0 +1,1476 @@
+# Copyright 2026 The ScaleDown authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""ScaleDown model: a query-dependent compressor in front of a causal language model (OSCAR, arXiv 2504.07109)."""
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    ModelOutput,
+    cached_file,
+    is_bitsandbytes_available,
+    logging,
+)
+
+try:
+    from .configuration_scaledown import ScaleDownConfig
+    from .processing_scaledown import ScaleDownProcessor
+except ImportError:
+    if __package__:  # loaded as remote code: the failure is real
+        raise
+    from configuration_scaledown import ScaleDownConfig
+    from processing_scaledown import ScaleDownProcessor
+
+logger = logging.get_logger(__name__)
+
+CARD_TEMPLATE_NAME = "model_card.md"
+# A README.md without this line was written by somebody and is left alone.
+CARD_MARK = "<!-- rendered from model_card.md -->"
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+# Decoder stacks of transformers name their final norm one of these.
+FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "layer_norm")
+# OSCAR, table 7.
+LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": "all-linear"}
+FINGERPRINT_SAMPLES = 64
+
+
+@dataclass
+class CompressedDocuments(ModelOutput):
+    r"""
+    What the compressor makes of documents.
+
+    Args:
+        memory_embeddings (`torch.FloatTensor` of shape `(num_chunks, slots, hidden_size)`):
+            Embeddings in the generator's input space; rows past a chunk's own slots are zero.
+        memory_mask (`torch.BoolTensor` of shape `(num_chunks, slots)`):
+            True where a chunk has a slot.
+        reranking_scores (`torch.FloatTensor` of shape `(num_chunks,)`, *optional*):
+            Relevance of each chunk to its query, higher is more relevant; `None` without reranking.
+        chunk_to_document (`torch.LongTensor` of shape `(num_chunks,)`, *optional*):
+            Document each chunk is a part of, counted over the whole batch.
+        document_to_example (`torch.LongTensor` of shape `(num_documents,)`, *optional*):
+            Question each document belongs to.
+    """
+
+    memory_embeddings: torch.FloatTensor | None = None
+    memory_mask: torch.BoolTensor | None = None
+    reranking_scores: torch.FloatTensor | None = None
+    chunk_to_document: torch.LongTensor | None = None
+    document_to_example: torch.LongTensor | None = None
+
+
+@dataclass
+class ScaleDownOutput(ModelOutput):
+    r"""
+    Output of [`ScaleDownModel`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
+            `generation_loss + reranking_loss_weight · reranking_loss`.
+        generation_loss (`torch.FloatTensor` of shape `()`, *optional*):
+            Cross-entropy of the answer's tokens.
+        reranking_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `reranking_labels` is given):
+            Squared error of the reranking scores, summed over a question's documents, averaged over questions.
+        logits (`torch.FloatTensor` of shape `(batch, kept_len, vocab_size)`):
+            Next-token scores at the last `logits_to_keep` positions, or at all of them.
+        past_key_values (`Cache`, *optional*):
+            The generator's key-value cache.
+        memory_embeddings (`torch.FloatTensor` of shape `(num_chunks, slots, hidden_size)`, *optional*):
+            Embeddings the slots were filled with.
+        memory_mask (`torch.BoolTensor` of shape `(num_chunks, slots)`, *optional*):
+            True where a chunk has a slot.
+        reranking_scores (`torch.FloatTensor` of shape `(num_chunks,)`, *optional*):
+            Relevance of each chunk to its query, higher is more relevant.
+        hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*):
+            The generator's, when asked for.
+    """
+
+    loss: torch.FloatTensor | None = None
+    generation_loss: torch.FloatTensor | None = None
+    reranking_loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: object | None = None
+    memory_embeddings: torch.FloatTensor | None = None
+    memory_mask: torch.BoolTensor | None = None
+    reranking_scores: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compressors
+
+
+class ScaleDownCompressor(nn.Module):
+    r"""
+    Token ids of query and chunk in; hidden states at the memory positions and the reranking position out.
+
+    The input of the backbone is `[query] [chunk] MEM_1 … MEM_l RR` (OSCAR, section 3). MEM and RR are parameters of
+    this module, not rows of a vocabulary. A further kind of backbone is a subclass that overrides `prepare_backbone`
+    or `has_projector`, entered in `COMPRESSORS`.
+
+    Args:
+        config (`ScaleDownConfig`): The model's configuration.
+        backbone (`PreTrainedModel`, *optional*): Built from `config.compressor_config` when left out.
+    """
+
+    has_projector = True
+
+    def __init__(self, config: PreTrainedConfig, backbone: PreTrainedModel | None = None):
+        super().__init__()
+        if backbone is None:
+            backbone = AutoModel.from_config(config.compressor_config)
+        self.backbone = self.prepare_backbone(backbone)
+        width = config.compressor_config.hidden_size
+        self.memory_embeddings = nn.Parameter(torch.zeros(config.num_memory_tokens, width))
+        self.rerank_embedding = nn.Parameter(torch.zeros(width)) if config.enable_reranking else None
+        self.reranking_head = nn.Linear(width, 1) if config.enable_reranking else None
+        self.projector = None
+        if self.has_projector:
+            self.projector = nn.Sequential(
+                nn.Linear(width, config.projector_hidden_size),
+                nn.ReLU(),
+                nn.Linear(config.projector_hidden_size, config.generator_config.hidden_size),
+            )
+
+    def prepare_backbone(self, backbone: PreTrainedModel) -> PreTrainedModel:
+        """Takes off what compression never reads: a pooler would be weights without a gradient."""
+        if getattr(backbone, "pooler", None) is not None:
+            backbone.pooler = None
+        return backbone
+
+    def forward(
+        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor, chunk_slots: torch.LongTensor
+    ) -> CompressedDocuments:
+        """
+        Compresses chunks.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(num_chunks, chunk_len)`): Query and chunk, padded on any side.
+            attention_mask (`torch.LongTensor` of shape `(num_chunks, chunk_len)`): 0 on padding.
+            chunk_slots (`torch.LongTensor` of shape `(num_chunks,)`): Memory embeddings of each chunk.
+
+        Returns:
+            `CompressedDocuments`: Embeddings, mask and, with reranking, scores.
+        """
+        memory, memory_mask, rerank = self.hidden_states(input_ids, attention_mask, chunk_slots)
+        if self.projector is not None:
+            memory = self.projector(memory)  # (num_chunks, slots, generator_hidden)
+        memory = memory.masked_fill(~memory_mask.unsqueeze(-1), 0.0)
+        scores = None
+        if self.reranking_head is not None:
+            scores = self.reranking_head(rerank).squeeze(-1)  # (num_chunks,)
+        return CompressedDocuments(memory_embeddings=memory, memory_mask=memory_mask, reranking_scores=scores)
+
+    def hidden_states(
+        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor, chunk_slots: torch.LongTensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """
+        Runs the backbone and reads it where memory and reranking embeddings stand.
+
+        Args:
+            input_ids, attention_mask, chunk_slots: As in `forward`.
+
+        Returns:
+            `tuple`: memory states `(num_chunks, slots, hidden)`, their mask `(num_chunks, slots)`, and reranking
+            states `(num_chunks, hidden)` or `None`.
+        """
+        num_chunks = input_ids.shape[0]
+        num_slots = int(chunk_slots.max())
+        embeds = self.backbone.get_input_embeddings()(input_ids)  # (num_chunks, chunk_len, hidden)
+        memory = self.memory_embeddings[:num_slots].to(embeds.dtype)
+        parts = [embeds, memory.expand(num_chunks, -1, -1)]
+        slot_ids = torch.arange(num_slots, device=input_ids.device)
+        memory_mask = slot_ids < chunk_slots.unsqueeze(1)  # (num_chunks, slots)
+        masks = [attention_mask.bool(), memory_mask]
+        if self.rerank_embedding is not None:
+            parts.append(self.rerank_embedding.to(embeds.dtype).expand(num_chunks, 1, -1))
+            masks.append(torch.ones_like(memory_mask[:, :1]))
+        source, keep = torch.cat(parts, dim=1), torch.cat(masks, dim=1)  # (num_chunks, chunk_len + slots + 1, …)
+
+        # Every backbone counts positions, and some measure distances, by index: what is kept moves together at the
+        # left, so that neither padding nor unused slots shift anything.
+        total = keep.sum(dim=1)
+        order = (~keep).long().argsort(dim=1, stable=True)[:, : int(total.max())]  # (num_chunks, total_len)
+        embeds = source.gather(1, order.unsqueeze(-1).expand(-1, -1, source.shape[-1]))
+        outputs = self.backbone(inputs_embeds=embeds, attention_mask=keep.gather(1, order).long(), use_cache=False)
+        states = outputs.last_hidden_state  # (num_chunks, total_len, hidden)
+
+        first = attention_mask.long().sum(dim=1, keepdim=True)  # (num_chunks, 1)
+        at_memory = (first + slot_ids).clamp(max=states.shape[1] - 1)  # (num_chunks, slots)
+        memory = states.gather(1, at_memory.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+        rerank = None
+        if self.rerank_embedding is not None:
+            rerank = states[torch.arange(num_chunks, device=states.device), total - 1]  # (num_chunks, hidden)
+        return memory, memory_mask, rerank
+
+    @torch.no_grad()
+    def initialize_from_vocabulary(self):
+        """Draws memory and reranking embeddings from the distribution of the backbone's token embeddings."""
+        embedding = self.backbone.get_input_embeddings()
+        count = min(embedding.weight.shape[0], 4096)
+        ids = torch.linspace(0, embedding.weight.shape[0] - 1, count, device=embedding.weight.device).long()
+        rows = embedding(ids).float()  # (count, hidden)
+        for parameter in (self.memory_embeddings, self.rerank_embedding):
+            if parameter is not None:
+                noise = torch.randn(parameter.shape, device=rows.device)
+                parameter.copy_(rows.mean(dim=0) + rows.std(dim=0) * noise)
+
+
+class NLayersCompressor(ScaleDownCompressor):
+    """Own copy of the generator's first layers; its raw hidden states already live in the generator's space."""
+
+    has_projector = False
+
+    def prepare_backbone(self, backbone: PreTrainedModel) -> PreTrainedModel:
+        """Takes off the final norm: the method reads the raw hidden state of layer N (OSCAR, section 3)."""
+        for name in FINAL_NORM_NAMES:
+            if isinstance(getattr(backbone, name, None), nn.Module):
+                setattr(backbone, name, nn.Identity())
+                return backbone
+        raise ValueError(
+            f"{type(backbone).__name__} has no final norm under any of the names {', '.join(FINAL_NORM_NAMES)}; "
+            'use compressor_type="llm" with this architecture.'
+        )
+
+
+class EncoderCompressor(ScaleDownCompressor):
+    """Any bidirectional encoder; query and chunk arrive as the pair it was pretrained on."""
+
+
+class LLMCompressor(ScaleDownCompressor):
+    """Any small causal language model without its head."""
+
+
+COMPRESSORS = {"n_layers": NLayersCompressor, "modernbert": EncoderCompressor, "llm": LLMCompressor}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def document_scores(
+    reranking_scores: torch.Tensor, chunk_to_document: torch.LongTensor, num_documents: int
+) -> torch.Tensor:
+    """
+    Scores documents by their best chunk.
+
+    Args:
+        reranking_scores (`torch.FloatTensor` of shape `(num_chunks,)`): Scores of chunks.
+        chunk_to_document (`torch.LongTensor` of shape `(num_chunks,)`): Document of each chunk.
+        num_documents (`int`): Documents in all.
+
+    Returns:
+        `torch.FloatTensor` of shape `(num_documents,)`, in 32 bits.
+    """
+    lowest = reranking_scores.new_full((num_documents,), -torch.inf, dtype=torch.float32)
+    return lowest.scatter_reduce(0, chunk_to_document, reranking_scores.float(), reduce="amax")
+
+
+def reranking_loss(
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    document_to_example: torch.LongTensor,
+    num_scored_examples: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """
+    Distils a teacher's scores: `Σ_i (r_i − r'_i)²` per question (OSCAR, section 3), averaged over questions.
+
+    Args:
+        scores (`torch.FloatTensor` of shape `(num_documents,)`): The model's scores.
+        labels (`torch.FloatTensor` of shape `(num_documents,)`): The teacher's; NaN where there is none.
+        document_to_example (`torch.LongTensor` of shape `(num_documents,)`): Question of each document.
+        num_scored_examples (`int`, *optional*):
+            Questions to average over; those of this batch that have scores when left out. A trainer that accumulates
+            gradients passes the number in all micro-batches.
+
+    Returns:
+        `torch.FloatTensor` of shape `()`; 0 when no document has a teacher score.
+    """
+    known = ~labels.isnan()
+    difference = torch.where(known, scores.float() - labels.float().nan_to_num(), 0.0)
+    if num_scored_examples is None:
+        num_scored_examples = document_to_example[known].unique().numel()
+    return difference.square().sum() / max(num_scored_examples, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+class ScaleDownModel(PreTrainedModel, GenerationMixin):
+    r"""
+    A compressor that turns documents into memory embeddings, and a causal language model that reads those instead.
+
+    Args:
+        config (`ScaleDownConfig`):
+            Must hold `generator_config`.
+        generator (`PreTrainedModel`, *optional*):
+            A causal language model to use as it is; built from the configuration when left out.
+        backbone (`PreTrainedModel`, *optional*):
+            A compressor backbone to use as it is; built from the configuration when left out.
+        with_generator (`bool`, defaults to `True`):
+            `False` builds the compressor alone.
+
+    Example:
+
+    ```python
+    >>> from scaledown import ScaleDownModel
+
+    >>> model = ScaleDownModel.from_pretrained(folder)
+    >>> answer = model.answer("Who wrote Ivanhoe?", ["Ivanhoe is a novel by Walter Scott."], max_new_tokens=8)
+    >>> isinstance(answer, str)
+    True
+
+    ```
+    """
+
+    config_class = ScaleDownConfig
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        generator: PreTrainedModel | None = None,
+        backbone: PreTrainedModel | None = None,
+        with_generator: bool = True,
+    ):
+        if getattr(config, "generator_config", None) is None:
+            raise ValueError(
+                "The configuration has no generator_config. Pass one to ScaleDownConfig, or build the model with "
+                "ScaleDownModel.from_backbones(generator)."
+            )
+        super().__init__(config)
+        self.compressor = COMPRESSORS[config.compressor_type](config, backbone)
+        self.generator = None
+        if with_generator:
+            self.generator = (
+                AutoModelForCausalLM.from_config(config.generator_config) if generator is None else generator
+            )
+            if config.lora_config is not None:
+                self._inject_lora(config.lora_config)
+        self.loss_type = "ForCausalLM"
+        self.card_fields = {}
+        self._processor = None
+        self._processor_arguments = {}
+        self.post_init()
+        self._freeze_generator()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, ScaleDownCompressor):
+            for parameter in (module.memory_embeddings, module.rerank_embedding):
+                if parameter is not None:
+                    init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The generator's token embeddings."""
+        return self.generator.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        """Replaces the generator's token embeddings."""
+        self.generator.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The generator's head."""
+        return self.generator.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module):
+        """Replaces the generator's head."""
+        self.generator.set_output_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        """The generator without its head."""
+        return self.generator.get_decoder()
+
+    # -- forward and generate ------------------------------------------------------------------------------------------
+
+    def get_memory_embeddings(
+        self,
+        compressor_input_ids: torch.LongTensor,
+        compressor_attention_mask: torch.LongTensor | None = None,
+        chunk_slots: torch.LongTensor | None = None,
+    ) -> CompressedDocuments:
+        """
+        Compresses tokenised chunks.
+
+        Args:
+            compressor_input_ids (`torch.LongTensor` of shape `(num_chunks, chunk_len)`): Query and chunk.
+            compressor_attention_mask (`torch.LongTensor` of shape `(num_chunks, chunk_len)`, *optional*): 0 on padding.
+            chunk_slots (`torch.LongTensor` of shape `(num_chunks,)`, *optional*):
+                Memory embeddings of each chunk; `num_memory_tokens` for all when left out.
+
+        Returns:
+            `CompressedDocuments`.
+
+        Raises:
+            ValueError: a chunk asks for more slots than the model has, or for none.
+        """
+        if compressor_attention_mask is None:
+            compressor_attention_mask = torch.ones_like(compressor_input_ids)
+        limit = self.config.num_memory_tokens
+        if chunk_slots is None:
+            chunk_slots = compressor_input_ids.new_full((compressor_input_ids.shape[0],), limit)
+        if int(chunk_slots.max()) > limit or int(chunk_slots.min()) < 1:
+            raise ValueError(
+                f"chunk_slots ranges from {int(chunk_slots.min())} to {int(chunk_slots.max())}; this model has 1 to "
+                f"{limit} memory embeddings per chunk. Use a processor with num_memory_tokens={limit} or less."
+            )
+        return self.compressor(compressor_input_ids, compressor_attention_mask, chunk_slots)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        slot_mask: torch.BoolTensor | None = None,
+        compressor_input_ids: torch.LongTensor | None = None,
+        compressor_attention_mask: torch.LongTensor | None = None,
+        chunk_slots: torch.LongTensor | None = None,
+        chunk_to_document: torch.LongTensor | None = None,
+        document_to_example: torch.LongTensor | None = None,
+        memory_embeddings: torch.FloatTensor | None = None,
+        memory_mask: torch.BoolTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        reranking_labels: torch.FloatTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: object | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        num_scored_examples: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> ScaleDownOutput:
+        r"""
+        Compresses the documents, fills the slots of the prompt and runs the generator.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, prompt_len)`):
+                The prompt; any id stands at a slot.
+            attention_mask (`torch.LongTensor` of shape `(batch, prompt_len)`, *optional*):
+                0 on padding, which may be on either side.
+            slot_mask (`torch.BoolTensor` of shape `(batch, prompt_len)`, *optional*):
+                True where a memory embedding goes; read row by row, the slots belong to the chunks in their order.
+            compressor_input_ids, compressor_attention_mask (`(num_chunks, chunk_len)`), chunk_slots (`(num_chunks,)`):
+                The documents' chunks, as the processor builds them.
+            chunk_to_document (`(num_chunks,)`), document_to_example (`(num_documents,)`):
+                Whose part each chunk and document is; needed with `reranking_labels`.
+            memory_embeddings (`(num_chunks, slots, hidden)`), memory_mask (`(num_chunks, slots)`):
+                Already compressed chunks, in place of the compressor's inputs.
+            labels (`torch.LongTensor` of shape `(batch, prompt_len)`, *optional*):
+                Tokens to learn, -100 elsewhere; shifted inside, as everywhere in transformers.
+            reranking_labels (`torch.FloatTensor` of shape `(num_documents,)`, *optional*):
+                Teacher scores, NaN where there is none.
+            logits_to_keep (`int`, defaults to 0):
+                Compute logits at the last positions only; 0 computes all.
+            num_items_in_batch, num_scored_examples (`int`, *optional*):
+                Answer tokens and scored questions to average over, when a step is made of several micro-batches.
+
+        Returns:
+            `ScaleDownOutput`.
+
+        Raises:
+            ValueError: slots and memory embeddings do not match in number.
+        """
+        documents = CompressedDocuments(memory_embeddings=memory_embeddings, memory_mask=memory_mask)
+        if compressor_input_ids is not None:
+            documents = self.get_memory_embeddings(compressor_input_ids, compressor_attention_mask, chunk_slots)
+        if inputs_embeds is None:
+            inputs_embeds = self._embed_prompt(input_ids, slot_mask, documents)
+        if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+
+        outputs = self.generator(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        loss, generation, reranking = None, None, None
+        if labels is not None:
+            kept = labels[:, -outputs.logits.shape[1] :]  # (batch, kept_len)
+            generation = self.loss_function(
+                logits=outputs.logits,
+                labels=kept,
+                vocab_size=outputs.logits.shape[-1],
+                num_items_in_batch=num_items_in_batch,
+            )
+            loss = generation
+        if reranking_labels is not None and documents.reranking_scores is not None:
+            scores = document_scores(documents.reranking_scores, chunk_to_document, document_to_example.shape[0])
+            reranking = reranking_loss(scores, reranking_labels, document_to_example, num_scored_examples)
+            if self.config.reranking_loss_weight > 0:
+                weighted = self.config.reranking_loss_weight * reranking
+                loss = weighted if loss is None else loss + weighted
+            reranking = reranking.detach()
+        return ScaleDownOutput(
+            loss=loss,
+            generation_loss=generation.detach() if generation is not None else None,
+            reranking_loss=reranking,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            memory_embeddings=documents.memory_embeddings,
+            memory_mask=documents.memory_mask,
+            reranking_scores=documents.reranking_scores,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _embed_prompt(
+        self, input_ids: torch.LongTensor, slot_mask: torch.BoolTensor | None, documents: CompressedDocuments
+    ) -> torch.FloatTensor:
+        """Embeddings of the prompt `(batch, prompt_len, hidden)`, slots filled."""
+        if self.generator is None:
+            raise ValueError("This model was loaded without its generator; it can compress and rank, not answer.")
+        embeds = self.get_input_embeddings()(input_ids)  # (batch, prompt_len, hidden)
+        num_slots = 0 if slot_mask is None else int(slot_mask.sum())
+        memory = documents.memory_embeddings
+        if memory is None:
+            if num_slots > 0:
+                raise ValueError(
+                    f"slot_mask marks {num_slots} slots but there is nothing to fill them with: pass "
+                    "compressor_input_ids or memory_embeddings."
+                )
+            return embeds
+        if documents.memory_mask is not None:
+            memory = memory[documents.memory_mask.to(memory.device)]
+        memory = memory.reshape(-1, memory.shape[-1])  # (num_slots, hidden)
+        if memory.shape[0] != num_slots:
+            raise ValueError(
+                f"The prompt has {num_slots} slots but the documents {memory.shape[0]} memory embeddings. Build both "
+                "with one call of the processor, with the same compression_rate and num_memory_tokens."
+            )
+        return embeds.masked_scatter(slot_mask.unsqueeze(-1), memory.to(embeds.device, embeds.dtype))
+
+    def generate(self, inputs: torch.LongTensor | None = None, *args, **kwargs):
+        r"""
+        transformers' own `generate()` on compressed documents, which are compressed once, whatever is decoded.
+
+        Args:
+            inputs (`torch.LongTensor` of shape `(batch, prompt_len)`, *optional*): Same as `input_ids`.
+            args, kwargs: What the processor returned, and every argument `GenerationMixin.generate` knows.
+
+        Returns:
+            What `GenerationMixin.generate` returns; sequences start with the prompt.
+        """
+        names = (
+            "slot_mask",
+            "compressor_input_ids",
+            "compressor_attention_mask",
+            "chunk_slots",
+            "memory_embeddings",
+            "memory_mask",
+        )
+        given = {name: kwargs.pop(name, None) for name in names}
+        for name in ("chunk_to_document", "document_to_example"):
+            kwargs.pop(name, None)
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if given["slot_mask"] is not None and input_ids is not None:
+            with torch.no_grad():
+                documents = CompressedDocuments(
+                    memory_embeddings=given["memory_embeddings"], memory_mask=given["memory_mask"]
+                )
+                if given["compressor_input_ids"] is not None:
+                    documents = self.get_memory_embeddings(
+                        given["compressor_input_ids"], given["compressor_attention_mask"], given["chunk_slots"]
+                    )
+                kwargs["prompt_embeds"] = self._embed_prompt(input_ids, given["slot_mask"], documents)
+        return super().generate(inputs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        past_key_values: object | None = None,
+        prompt_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ) -> dict:
+        """
+        Hands the filled prompt to the forward pass wherever a step reads a part of the prompt.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): The sequences so far.
+            past_key_values (`Cache`, *optional*): What was already read.
+            prompt_embeds (`torch.FloatTensor` of shape `(batch, prompt_len, hidden)`, *optional*): The filled prompt.
+            inputs_embeds, is_first_iteration, kwargs: As in transformers.
+
+        Returns:
+            `dict`: Arguments of `forward`.
+        """
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        decoding = not is_first_iteration and past_key_values is not None and kwargs.get("use_cache", True)
+        if prompt_embeds is None or decoding:
+            return model_inputs
+        start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        ids = model_inputs["input_ids"]
+        embeds = prompt_embeds[:, start : start + ids.shape[1]].to(ids.device)
+        if embeds.shape[1] < ids.shape[1]:  # without a cache, every step reads prompt and new tokens
+            new = self.get_input_embeddings()(ids[:, embeds.shape[1] :])
+            embeds = torch.cat([embeds, new], dim=1)  # (batch, length, hidden)
+        model_inputs["input_ids"], model_inputs["inputs_embeds"] = None, embeds
+        return model_inputs
+
+    # -- plain text in, plain text out ---------------------------------------------------------------------------------
+
+    @property
+    def processor(self) -> ScaleDownProcessor:
+        """The processor saved beside the weights, loaded at its first use, or the one that was assigned."""
+        if self._processor is None:
+            if not self.name_or_path:
+                raise ValueError(
+                    "This model has no processor: it was built from a configuration. Assign one: model.processor = "
+                    "ScaleDownProcessor.from_config(model.config, tokenizer)."
+                )
+            self.processor = ScaleDownProcessor.from_pretrained(self.name_or_path, **self._processor_arguments)
+        return self._processor
+
+    @processor.setter
+    def processor(self, processor: ScaleDownProcessor):
+        if processor is not None and processor.num_memory_tokens > self.config.num_memory_tokens:
+            raise ValueError(
+                f"The processor allows {processor.num_memory_tokens} slots per chunk, the model has "
+                f"{self.config.num_memory_tokens} memory embeddings. Build it with ScaleDownProcessor.from_config."
+            )
+        self._processor = processor
+
+    @torch.no_grad()
+    def compress(
+        self,
+        questions: str | list[str],
+        documents: list[str] | list[list[str]],
+        compression_rate: int | None = None,
+        num_memory_tokens: int | None = None,
+        batch_size: int = 64,
+    ) -> CompressedDocuments:
+        """
+        Compresses documents, each with its question in view.
+
+        Args:
+            questions (`str` or `list[str]`): One question, or one per list of documents.
+            documents (`list[str]` or `list[list[str]]`): The documents.
+            compression_rate, num_memory_tokens (`int`, *optional*): Overrides for this call.
+            batch_size (`int`, defaults to 64): Chunks compressed at a time.
+
+        Returns:
+            `CompressedDocuments`: Chunks in the order of the documents.
+
+        Raises:
+            ValueError, TypeError: see `ScaleDownProcessor`; no documents at all.
+        """
+        questions, documents = self.processor.check_texts(questions, documents)
+        return self._compress_texts(questions, documents, compression_rate, num_memory_tokens, batch_size)
+
+    @torch.no_grad()
+    def answer(
+        self,
+        questions: str | list[str],
+        documents: list[str] | list[list[str]] | None = None,
+        compression_rate: int | None = None,
+        num_memory_tokens: int | None = None,
+        return_reranking_scores: bool = False,
+        batch_size: int = 16,
+        **generation_kwargs,
+    ) -> str | list[str] | tuple:
+        """
+        Answers questions from compressed documents.
+
+        Args:
+            questions (`str` or `list[str]`): One question, or several.
+            documents (`list[str]` or `list[list[str]]`, *optional*):
+                Its documents, or one list per question; none asks the generator alone.
+            compression_rate, num_memory_tokens (`int`, *optional*): Overrides for this call.
+            return_reranking_scores (`bool`, defaults to `False`):
+                Also return the documents' relevance, from the same pass.
+            batch_size (`int`, defaults to 16): Questions answered at a time.
+            generation_kwargs: Passed on to `generate`; `max_new_tokens` is 128 unless given.
+
+        Returns:
+            `str` for one question, `list[str]` for a list; with `return_reranking_scores` a pair of that and the
+            scores, one per document.
+
+        Raises:
+            ValueError, TypeError: see `ScaleDownProcessor`; a prompt that leaves no room for the answer.
+        """
+        single = isinstance(questions, str)
+        questions, documents = self.processor.check_texts(questions, documents)
+        if return_reranking_scores:
+            self._require_reranking()
+        if "generation_config" not in generation_kwargs:
+            generation_kwargs.setdefault("max_new_tokens", 128)
+        answers, scores = [], []
+        for start in range(0, len(questions), batch_size):
+            part = slice(start, start + batch_size)
+            batch = self.processor(
+                questions[part],
+                documents[part],
+                compression_rate=compression_rate,
+                num_memory_tokens=num_memory_tokens,
+            )
+            self._check_context(batch, generation_kwargs.get("max_new_tokens"), start)
+            batch = batch.to(self.device)
+            compressed = {}
+            if "chunk_slots" in batch:
+                chunks = self.get_memory_embeddings(
+                    batch.pop("compressor_input_ids"), batch.pop("compressor_attention_mask"), batch.pop("chunk_slots")
+                )
+                compressed = {"memory_embeddings": chunks.memory_embeddings, "memory_mask": chunks.memory_mask}
+                if return_reranking_scores:
+                    scores += self._scores_by_example(chunks.reranking_scores, batch, documents[part])
+            elif return_reranking_scores:
+                scores += [[] for _ in documents[part]]
+            sequences = self.generate(**batch, **compressed, **generation_kwargs)
+            answers += self.processor.decode_answers(_sequences(sequences), batch["input_ids"].shape[1])
+        if single and len(answers) == 1:
+            answers = answers[0]
+        if return_reranking_scores:
+            return answers, scores[0] if single else scores
+        return answers
+
+    @torch.no_grad()
+    def rank(
+        self,
+        question: str,
+        documents: list[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        batch_size: int = 64,
+    ) -> list[dict]:
+        """
+        Ranks documents by relevance, in the return form of `sentence_transformers.CrossEncoder.rank`.
+
+        Args:
+            question (`str`): The question.
+            documents (`list[str]`): Documents to rank; one of several chunks counts as its best chunk.
+            top_k (`int`, *optional*): Return only the best.
+            return_documents (`bool`, defaults to `False`): Add each document's text.
+            batch_size (`int`, defaults to 64): Chunks scored at a time.
+
+        Returns:
+            `list[dict]`: `{"corpus_id": int, "score": float}` (and `"text"`), best first.
+
+        Raises:
+            ValueError, TypeError: see `ScaleDownProcessor`; the model was built without reranking.
+        """
+        self._require_reranking()
+        if not isinstance(question, str):
+            raise TypeError(f"question must be one string, got {type(question).__name__}; call rank once per question.")
+        questions, listed = self.processor.check_texts(question, documents)
+        if not listed[0]:
+            return []
+        chunks = self._compress_texts(questions, listed, None, None, batch_size)
+        scores = document_scores(chunks.reranking_scores, chunks.chunk_to_document, len(listed[0])).tolist()
+        ranking = sorted(range(len(scores)), key=lambda i: -scores[i])[:top_k]
+        results = [{"corpus_id": i, "score": scores[i]} for i in ranking]
+        if return_documents:
+            results = [{**result, "text": documents[result["corpus_id"]]} for result in results]
+        return results
+
+    def generate_from_text(
+        self, questions: list[str], documents: list[list[str]], max_new_tokens: int = 128
+    ) -> list[str]:
+        """
+        Answers questions; the name and the arguments of published OSCAR and PISCO models.
+
+        Args:
+            questions (`list[str]`): Questions.
+            documents (`list[list[str]]`): One list of documents per question.
+            max_new_tokens (`int`, defaults to 128): Longest answer, in tokens.
+
+        Returns:
+            `list[str]`: One answer per question, decoded greedily.
+        """
+        answers = self.answer(questions, documents, max_new_tokens=max_new_tokens, do_sample=False)
+        return [answers] if isinstance(answers, str) else answers
+
+    @torch.no_grad()
+    def compress_documents(self, documents: list[str], questions: list[str] | None = None) -> torch.FloatTensor:
+        """
+        Compresses documents one by one; the name and the arguments of published OSCAR and PISCO models.
+
+        Args:
+            documents (`list[str]`): Documents.
+            questions (`list[str]`, *optional*):
+                The question of each document. Without, documents are compressed for no question in particular, which
+                is not what the model was trained for.
+
+        Returns:
+            `torch.FloatTensor` of shape `(n_docs, slots, hidden)`: The chunks of a long document follow each other;
+            documents with fewer slots than the longest end in rows of zeros.
+
+        Raises:
+            ValueError: as many questions as documents are needed.
+        """
+        if isinstance(documents, str) or isinstance(questions, str):
+            raise TypeError("documents and questions must be lists of strings, one question per document.")
+        if questions is not None and len(questions) != len(documents):
+            raise ValueError(f"{len(documents)} documents but {len(questions)} questions; pass one question each.")
+        if not documents:
+            raise ValueError("documents is empty; pass at least one document.")
+        asked = questions if questions is not None else ["-"] * len(documents)
+        self.processor.check_texts(asked, [[document] for document in documents])
+        queries = questions if questions is not None else [""] * len(documents)
+        chunks = self._compress_texts(queries, [[document] for document in documents], None, None, 64)
+        rows = [
+            chunks.memory_embeddings[chunks.chunk_to_document == i][chunks.memory_mask[chunks.chunk_to_document == i]]
+            for i in range(len(documents))
+        ]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (n_docs, slots, hidden)
+
+    @torch.no_grad()
+    def generate_from_compressed_documents_and_questions(
+        self, questions: list[str], compressed_documents: torch.FloatTensor, max_new_tokens: int = 128
+    ) -> list[str]:
+        """
+        Answers from what `compress_documents` returned; name and arguments are those of published OSCAR and PISCO models.
+
+        Args:
+            questions (`list[str]`): Questions.
+            compressed_documents (`torch.FloatTensor` of shape `(n_docs, slots, hidden)`):
+                The documents of all questions in a row, equally many for each.
+            max_new_tokens (`int`, defaults to 128): Longest answer, in tokens.
+
+        Returns:
+            `list[str]`: One answer per question, decoded greedily.
+
+        Raises:
+            ValueError: the documents cannot be shared out equally, or have another width than the generator.
+        """
+        if isinstance(questions, str):
+            raise TypeError("questions must be a list of strings.")
+        memory = compressed_documents
+        if memory.dim() != 3 or memory.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                f"compressed_documents has shape {tuple(memory.shape)}, expected (n_docs, slots, "
+                f"{self.config.hidden_size}) as compress_documents returns it."
+            )
+        if not questions or memory.shape[0] % len(questions) != 0:
+            raise ValueError(
+                f"{memory.shape[0]} compressed documents cannot be shared out equally over {len(questions)} questions."
+            )
+        mask = memory.abs().sum(dim=-1) > 0  # (n_docs, slots)
+        batch = self.processor.build_prompts(questions, mask.sum(dim=1).view(len(questions), -1).tolist())
+        self._check_context(batch, max_new_tokens, 0)
+        sequences = self.generate(
+            **batch.to(self.device),
+            memory_embeddings=memory.to(self.device),
+            memory_mask=mask.to(self.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+        )
+        return self.processor.decode_answers(sequences, batch["input_ids"].shape[1])
+
+    def _compress_texts(self, questions, documents, compression_rate, num_memory_tokens, batch_size):
+        batch = self.processor.encode_documents(questions, documents, compression_rate, num_memory_tokens)
+        if not batch:
+            raise ValueError("documents is empty; there is nothing to compress.")
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        names = ("compressor_input_ids", "compressor_attention_mask", "chunk_slots")
+        parts = [
+            self.get_memory_embeddings(*(batch[name][start : start + batch_size] for name in names))
+            for start in range(0, batch["chunk_slots"].shape[0], batch_size)
+        ]
+        width = max(part.memory_mask.shape[1] for part in parts)
+        pads = [width - part.memory_mask.shape[1] for part in parts]
+        scores = [part.reranking_scores for part in parts]
+        return CompressedDocuments(
+            memory_embeddings=torch.cat(
+                [nn.functional.pad(p.memory_embeddings, (0, 0, 0, n)) for p, n in zip(parts, pads, strict=True)]
+            ),
+            memory_mask=torch.cat([nn.functional.pad(p.memory_mask, (0, n)) for p, n in zip(parts, pads, strict=True)]),
+            reranking_scores=torch.cat(scores) if scores[0] is not None else None,
+            chunk_to_document=batch["chunk_to_document"],
+            document_to_example=batch["document_to_example"],
+        )
+
+    def _scores_by_example(self, chunk_scores, batch, documents) -> list[list[float]]:
+        count = batch["document_to_example"].shape[0]
+        scores = iter(document_scores(chunk_scores, batch["chunk_to_document"], count).tolist())
+        return [[next(scores) for _ in listed] for listed in documents]
+
+    def _require_reranking(self):
+        if not self.config.enable_reranking:
+            raise ValueError("This model was built with enable_reranking=False and has no reranking scores.")
+
+    def _check_context(self, batch, max_new_tokens: int | None, first_question: int):
+        limit = getattr(self.config.generator_config, "max_position_embeddings", None)
+        if limit is None or max_new_tokens is None:
+            return
+        lengths = batch["attention_mask"].sum(dim=1)
+        longest = int(lengths.argmax())
+        if int(lengths[longest]) + max_new_tokens > limit:
+            raise ValueError(
+                f"questions[{first_question + longest}] has a prompt of {int(lengths[longest])} tokens; with "
+                f"max_new_tokens={max_new_tokens} that exceeds the generator's {limit} positions. Pass fewer documents, "
+                "a higher compression_rate or a smaller max_new_tokens."
+            )
+
+    # -- LoRA ----------------------------------------------------------------------------------------------------------
+
+    def add_lora(self, **lora_kwargs):
+        """
+        Adds trainable LoRA layers to the generator.
+
+        Args:
+            lora_kwargs: Arguments of `peft.LoraConfig` over the defaults r=16, lora_alpha=32, lora_dropout=0.1, all
+                linear layers (OSCAR, table 7).
+
+        Raises:
+            ImportError: peft is not installed.
+            ValueError: the generator has LoRA layers already.
+        """
+        if self.config.lora_config is not None:
+            raise ValueError("The generator has LoRA layers already; call merge_lora() before adding new ones.")
+        settings = {**LORA_DEFAULTS, **lora_kwargs}
+        self._inject_lora(settings)
+        self.config.lora_config = settings
+        self._freeze_generator()
+
+    @torch.no_grad()
+    def merge_lora(self):
+        """Adds the LoRA weights into the generator's own, for inference at full speed; nothing is left of LoRA."""
+        if self.config.lora_config is None:
+            return
+        for name, module in list(self.generator.named_modules()):
+            if hasattr(module, "lora_A") and hasattr(module, "merge"):
+                module.merge(safe_merge=True)
+                parent, _, child = name.rpartition(".")
+                setattr(self.generator.get_submodule(parent), child, module.get_base_layer())
+        if hasattr(self.generator, "peft_config"):
+            del self.generator.peft_config
+        self.config.lora_config = None
+        # From here on the generator is no longer the one of its repository.
+        self.config.weights_format = "full"
+        self.config.generator_fingerprint = None
+
+    def _inject_lora(self, settings: dict):
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError as error:
+            raise ImportError(
+                "LoRA layers in the generator need peft: pip install peft. (A model saved after merge_lora() does not.)"
+            ) from error
+        inject_adapter_in_model(LoraConfig(**settings), self.generator)
+        for name, parameter in self.generator.named_parameters():
+            if "lora_" in name:
+                # PEFT initialised them; transformers' own initialisation would undo that the new layers start as 0.
+                parameter._is_hf_initialized = True
+
+    def _freeze_generator(self):
+        if self.generator is not None:
+            for name, parameter in self.generator.named_parameters():
+                if parameter.is_floating_point():
+                    parameter.requires_grad_("lora_" in name)
+
+    # -- building and loading ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_backbones(
+        cls,
+        generator: str,
+        compressor: str | None = None,
+        config: PreTrainedConfig | None = None,
+        revision: str | None = None,
+        compressor_revision: str | None = None,
+        load_in_4bit: bool = False,
+        load_in_8bit: bool = False,
+        dtype: torch.dtype | str = "auto",
+        device_map: str | dict | None = None,
+        attn_implementation: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+        local_files_only: bool = False,
+        **config_kwargs,
+    ) -> "ScaleDownModel":
+        r"""
+        Builds a model from pretrained backbones.
+
+        Args:
+            generator (`str`): Hub name or folder of a causal language model with safetensors weights.
+            compressor (`str`, *optional*):
+                Hub name or folder of the compressor's backbone; left out for `compressor_type="n_layers"`, which
+                reads the generator's first layers, and only the shards that hold them.
+            config (`ScaleDownConfig`, *optional*): Settings; its backbone configurations are filled in.
+            revision, compressor_revision (`str`, *optional*): Branch, tag or commit of either repository.
+            load_in_4bit, load_in_8bit (`bool`, defaults to `False`): Quantise the generator with bitsandbytes.
+            dtype (`torch.dtype` or `str`, defaults to `"auto"`): Of the weights; `"auto"` keeps the checkpoint's.
+            device_map, attn_implementation, token, cache_dir, local_files_only: As in `from_pretrained`.
+            config_kwargs: Fields of `ScaleDownConfig`, when no `config` is given.
+
+        Returns:
+            `ScaleDownModel` in evaluation mode, with its processor, the generator frozen.
+
+        Raises:
+            ValueError: settings that contradict each other, or a repository without safetensors.
+            ImportError: quantisation without bitsandbytes.
+
+        Example:
+
+        ```python
+        >>> model = ScaleDownModel.from_backbones(
+        ...     "mistralai/Mistral-7B-Instruct-v0.2",
+        ...     revision="63a8b081895390a26e140280378bc85ec8bce07a",
+        ...     num_compressor_layers=8,
+        ... )  # doctest: +SKIP
+
+        ```
+        """
+        if config is not None and config_kwargs:
+            raise ValueError(f"Pass either config or its fields, not both: got {', '.join(sorted(config_kwargs))}.")
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        generator_hub = {**hub, "revision": revision}
+        settings = config.to_dict() if config is not None else config_kwargs
+        settings = {k: v for k, v in settings.items() if k not in ("generator_config", "compressor_config", "auto_map")}
+        compressor_type = settings.get("compressor_type", "n_layers")
+        if (compressor is None) != (compressor_type == "n_layers"):
+            raise ValueError(
+                f"compressor={compressor!r} does not go with compressor_type={compressor_type!r}: n_layers copies the "
+                "generator's own layers and takes no compressor, the other types need one."
+            )
+        generator_config = AutoConfig.from_pretrained(generator, **generator_hub).get_text_config(decoder=True)
+        compressor_hub = {**hub, "revision": compressor_revision}
+        compressor_config = None
+        if compressor is not None:
+            compressor_config = AutoConfig.from_pretrained(compressor, **compressor_hub)
+        config = cls.config_class(
+            **{**settings, "generator_config": generator_config, "compressor_config": compressor_config}
+        )
+        config.generator_name_or_path = str(generator)
+        config.generator_revision = getattr(generator_config, "_commit_hash", None) or revision
+        config.generator_fingerprint = weights_fingerprint(generator, **generator_hub)
+
+        loading = {"dtype": dtype, "attn_implementation": attn_implementation}
+        loading = {name: value for name, value in loading.items() if value is not None}
+        if compressor is None:
+            backbone = _load_first_layers(generator, config, dtype=dtype, hub=generator_hub)
+        else:
+            backbone = AutoModel.from_pretrained(
+                compressor, config=config.compressor_config, use_safetensors=True, **loading, **compressor_hub
+            )
+        language_model = AutoModelForCausalLM.from_pretrained(
+            generator,
+            config=config.generator_config,
+            use_safetensors=True,
+            device_map=device_map,
+            quantization_config=_quantization_config(load_in_4bit, load_in_8bit),
+            **loading,
+            **generator_hub,
+        )
+        model = cls(config, generator=language_model, backbone=backbone)
+        model.compressor.to(device=language_model.device, dtype=backbone.dtype)
+        model.compressor.initialize_from_vocabulary()
+        model.generation_config = language_model.generation_config
+        model.processor = ScaleDownProcessor.from_config(
+            config,
+            AutoTokenizer.from_pretrained(generator, **generator_hub),
+            AutoTokenizer.from_pretrained(compressor, **compressor_hub) if compressor is not None else None,
+        )
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | None,
+        *model_args,
+        config: PreTrainedConfig | None = None,
+        load_in_4bit: bool = False,
+        load_in_8bit: bool = False,
+        **kwargs,
+    ):
+        r"""
+        Loads a model that was saved whole or as a delta; the call is the same.
+
+        Args:
+            pretrained_model_name_or_path (`str`): Hub name or folder.
+            config (`ScaleDownConfig`, *optional*): In place of the saved one.
+            load_in_4bit, load_in_8bit (`bool`, defaults to `False`):
+                Quantise the generator with bitsandbytes; the compressor keeps its precision.
+            model_args, kwargs: As in `PreTrainedModel.from_pretrained`.
+
+        Returns:
+            `ScaleDownModel` in evaluation mode, the generator frozen.
+
+        Raises:
+            ValueError: the generator's repository no longer holds the weights a delta was made for.
+            ImportError: quantisation without bitsandbytes, or unmerged LoRA without peft.
+        """
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        quantization = _quantization_config(load_in_4bit, load_in_8bit)
+        if quantization is not None:
+            kwargs["quantization_config"] = quantization
+        is_delta = False
+        if pretrained_model_name_or_path is not None:
+            saved = (
+                config.to_dict()
+                if config is not None
+                else cls.config_class.get_config_dict(pretrained_model_name_or_path, **hub)[0]
+            )
+            is_delta = saved.get("weights_format") == "delta"
+        if is_delta:
+            loaded = cls._from_delta(pretrained_model_name_or_path, model_args, config, hub, kwargs)
+        else:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._processor_arguments = hub
+        model._freeze_generator()
+        return loaded
+
+    @classmethod
+    def _from_delta(cls, name_or_path, model_args, config, hub: dict, kwargs: dict):
+        """Loads the compressor's side from here and the generator from its own repository."""
+        if config is None:
+            config, kwargs = cls.config_class.from_pretrained(name_or_path, return_unused_kwargs=True, **kwargs)
+            kwargs = {**hub, **kwargs}
+        shared = {key: hub[key] for key in ("cache_dir", "local_files_only", "token") if key in hub}
+        source = {**shared, "revision": config.generator_revision}
+        generator_name = config.generator_name_or_path
+        found = weights_fingerprint(generator_name, **source)
+        if found != config.generator_fingerprint:
+            raise ValueError(
+                f"{name_or_path} is a delta on top of {generator_name!r} (revision {config.generator_revision}), but "
+                f"the weights found there are others (fingerprint {found[:12]}…, expected "
+                f"{str(config.generator_fingerprint)[:12]}…). Restore that generator, or ask for the model saved with "
+                'weights_format="full".'
+            )
+        generator_kwargs = {
+            key: kwargs[key]
+            for key in ("dtype", "torch_dtype", "device_map", "max_memory", "attn_implementation")
+            if kwargs.get(key) is not None
+        }
+        generator_kwargs["quantization_config"] = kwargs.pop("quantization_config", None)
+        loaded = super().from_pretrained(name_or_path, *model_args, config=config, with_generator=False, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        generator_kwargs.setdefault("dtype", model.dtype)
+        model.generator = AutoModelForCausalLM.from_pretrained(
+            generator_name, config=model.config.generator_config, use_safetensors=True, **generator_kwargs, **source
+        )
+        if model.config.lora_config is not None:
+            model._inject_lora(model.config.lora_config)
+            weight_map = _checkpoint_index(name_or_path, **hub)
+            lora = _read_tensors(name_or_path, {k: v for k, v in weight_map.items() if "lora_" in k}, hub)
+            expected = {name for name, _ in model.generator.named_parameters() if "lora_" in name}
+            lora = {name.removeprefix("generator."): tensor for name, tensor in lora.items()}
+            if set(lora) != expected:
+                raise ValueError(
+                    f"{name_or_path} holds {len(lora)} LoRA tensors, its lora_config asks for {len(expected)}; the "
+                    "checkpoint is incomplete or its config.json was edited."
+                )
+            model.generator.load_state_dict(lora, strict=False)
+        model.generator.eval()
+        # What a generator passes on to the whole model when it is there from the start.
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        return loaded
+
+    # -- saving --------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        weights_format: str | None = None,
+        **kwargs,
+    ):
+        r"""
+        Saves weights, code, configuration, processor, tokenizers, generation settings and the rendered card.
+
+        Args:
+            save_directory (`str`): Folder to write; made when missing.
+            is_main_process (`bool`, defaults to `True`): Whether this process writes what is not weights.
+            state_dict (`dict`, *optional*): Weights gathered by a trainer.
+            push_to_hub (`bool`, defaults to `False`): Also push, to `repo_id`.
+            weights_format (`str`, *optional*):
+                `"full"` or `"delta"` (without the generator's own weights); `config.weights_format` when left out.
+            kwargs: As in `PreTrainedModel.save_pretrained` and `push_to_hub`.
+
+        Raises:
+            ValueError: a delta is asked for but the generator is not that of a known repository.
+        """
+        hub_kwargs = {
+            key: kwargs.pop(key)
+            for key in ("repo_id", "private", "commit_message", "revision", "create_pr", "commit_description")
+            if key in kwargs
+        }
+        previous = self.config.weights_format
+        self.config.weights_format = weights_format or previous
+        self._check_delta()
+        module = "modeling_scaledown.ScaleDownModel"
+        self.config.auto_map = {
+            "AutoConfig": "configuration_scaledown.ScaleDownConfig",
+            "AutoModel": module,
+            "AutoModelForCausalLM": module,
+            "AutoProcessor": "processing_scaledown.ScaleDownProcessor",
+        }
+        try:
+            if self.config.weights_format == "delta":
+                names = self.state_dict() if state_dict is None else state_dict
+                self._keys_to_ignore_on_save = {
+                    name for name in names if name.startswith("generator.") and "lora_" not in name
+                }
+            super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+        finally:
+            self.config.weights_format = previous
+            self._keys_to_ignore_on_save = set()
+        if is_main_process:
+            if self._processor is not None or self.name_or_path:
+                self.processor.save_pretrained(save_directory)
+            else:
+                logger.warning("The model has no processor, so none is saved beside it; assign model.processor first.")
+            self._write_card(Path(save_directory))
+        if push_to_hub:
+            hub_kwargs.setdefault("repo_id", Path(save_directory).name)
+            self.push_to_hub(**hub_kwargs, weights_format=weights_format, token=kwargs.get("token"))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_description: str | None = None,
+        token: str | bool | None = None,
+        **save_kwargs,
+    ) -> str:
+        r"""
+        Pushes the folder `save_pretrained` writes, card included.
+
+        Args:
+            repo_id (`str`): Repository to push to; made when missing.
+            private (`bool`, *optional*): Whether a new repository is private.
+            commit_message, revision, create_pr, commit_description, token: As in `huggingface_hub`.
+            save_kwargs: Arguments of `save_pretrained`, such as `weights_format`.
+
+        Returns:
+            `str`: Address of the commit.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **save_kwargs)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message or "Upload ScaleDown model",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
+        return commit
+
+    def _check_delta(self):
+        if self.config.weights_format != "delta":
+            return
+        if not self.config.generator_name_or_path or not self.config.generator_fingerprint:
+            raise ValueError(
+                'weights_format="delta" needs a generator that is still the one of its repository: build the model '
+                'with from_backbones and do not merge LoRA, or save with weights_format="full".'
+            )
+        trainable = [n for n, p in self.generator.named_parameters() if p.requires_grad and "lora_" not in n]
+        if trainable:
+            raise ValueError(
+                f'weights_format="delta" leaves out the generator\'s own weights, but {len(trainable)} of them are '
+                f'trainable ({trainable[0]}, …). Save with weights_format="full".'
+            )
+
+    def _write_card(self, folder: Path):
+        """Renders model_card.md to README.md, beside a copy of the template."""
+        template = Path(__file__).with_name(CARD_TEMPLATE_NAME)
+        if not template.is_file():
+            found = cached_file(
+                self.name_or_path or str(folder),
+                CARD_TEMPLATE_NAME,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_connection_errors=False,
+                **self._processor_arguments,
+            )
+            if found is None:
+                logger.warning(f"No {CARD_TEMPLATE_NAME} found beside the code or the weights; no card is written.")
+                return
+            template = Path(found)
+        readme = folder / "README.md"
+        if readme.is_file() and CARD_MARK not in readme.read_text(encoding="utf-8"):
+            logger.warning(f"{readme} was not rendered from {CARD_TEMPLATE_NAME}; it is left as it is.")
+            return
+        fields = {
+            "config": self.config,
+            "generator_name": self.config.generator_name_or_path or self.config.generator_config.model_type,
+            "num_parameters": self.num_parameters(),
+            **self.card_fields,
+        }
+        data = ModelCardData(
+            library_name="transformers",
+            license=fields.get("license", "apache-2.0"),
+            language=fields.get("language", "en"),
+            pipeline_tag="question-answering",
+            base_model=fields.get("base_model"),
+            datasets=fields.get("datasets"),
+            tags=["scaledown", "rag", "context-compression", "reranking"],
+        )
+        card = ModelCard.from_template(data, template_path=str(template), **fields)
+        card.save(readme)
+        if template.resolve() != (folder / CARD_TEMPLATE_NAME).resolve():
+            shutil.copyfile(template, folder / CARD_TEMPLATE_NAME)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights of backbones
+
+
+def weights_fingerprint(name_or_path: str, **hub) -> str:
+    """
+    Identifies a checkpoint by names, shapes, types and samples of all its tensors, whatever way they are sharded.
+
+    Args:
+        name_or_path (`str`): Hub name or folder.
+        hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Returns:
+        `str`: A SHA-256 in hexadecimal.
+
+    Raises:
+        ValueError: there are no safetensors weights.
+    """
+    weight_map = _checkpoint_index(name_or_path, **hub)
+    digest = hashlib.sha256()
+    shard, opened = None, None
+    entries = {}
+    for name, file in sorted(weight_map.items(), key=lambda item: (item[1], item[0])):
+        if file != shard:
+            shard, opened = file, safe_open(cached_file(name_or_path, file, **hub), framework="pt")
+        tensor = opened.get_tensor(name)
+        step = max(1, tensor.numel() // FINGERPRINT_SAMPLES)
+        sample = tensor.reshape(-1)[::step].contiguous().view(torch.uint8)
+        entries[name] = f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode() + sample.numpy().tobytes()
+    for name in sorted(entries):
+        digest.update(entries[name])
+    return digest.hexdigest()
+
+
+def _checkpoint_index(name_or_path: str, **hub) -> dict[str, str]:
+    """File of each tensor of a safetensors checkpoint, sharded or not."""
+    index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    if index is not None:
+        return json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    single = cached_file(name_or_path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    if single is None:
+        raise ValueError(
+            f"{name_or_path!r} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}. ScaleDown reads "
+            "safetensors only; convert the checkpoint, or choose a revision that has it."
+        )
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+
+
+def _read_tensors(name_or_path: str, weight_map: dict[str, str], hub: dict) -> dict[str, torch.Tensor]:
+    """The tensors named, from the shards that hold them and no others."""
+    tensors = {}
+    for shard in sorted(set(weight_map.values())):
+        with safe_open(cached_file(name_or_path, shard, **hub), framework="pt") as file:
+            tensors.update({name: file.get_tensor(name) for name, where in weight_map.items() if where == shard})
+    return tensors
+
+
+def _load_first_layers(name_or_path: str, config: PreTrainedConfig, dtype, hub: dict) -> PreTrainedModel:
+    """The generator's first layers as a model of their own, from the shards that hold them."""
+    if getattr(config.generator_config, "quantization_config", None) is not None:
+        raise ValueError(
+            f'{name_or_path!r} is quantised; compressor_type="n_layers" trains a copy of its first layers and needs '
+            "them unquantised. Name the original checkpoint, and quantise it with load_in_4bit or load_in_8bit."
+        )
+    layer = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
+    head = AutoModelForCausalLM._model_mapping[type(config.generator_config)]._tied_weights_keys or {}
+    wanted = {}
+    for name, shard in _checkpoint_index(name_or_path, **hub).items():
+        match = layer.search(name)
+        if name.startswith("lm_head.") or name in head:
+            continue
+        if match is None or int(match.group(1)) < config.num_compressor_layers:
+            wanted[name] = shard
+    tensors = _read_tensors(name_or_path, wanted, hub)
+    return AutoModel.from_pretrained(None, config=config.compressor_config, state_dict=tensors, dtype=dtype)
+
+
+def _quantization_config(load_in_4bit: bool, load_in_8bit: bool) -> BitsAndBytesConfig | None:
+    """Settings that quantise the generator's linear layers and nothing of the compressor."""
+    if not load_in_4bit and not load_in_8bit:
+        return None
+    if load_in_4bit and load_in_8bit:
+        raise ValueError("load_in_4bit and load_in_8bit exclude each other; choose one.")
+    if not is_bitsandbytes_available():
+        raise ImportError(
+            f"load_in_{4 if load_in_4bit else 8}bit needs bitsandbytes: pip install bitsandbytes, or load in 16 bits "
+            "with dtype=torch.bfloat16."
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["compressor", "lm_head"],
+    )
+
+
+def _sequences(output) -> torch.LongTensor:
+    """Token ids of what `generate()` returned, whichever form was asked for."""
+    return output if isinstance(output, torch.Tensor) else output.sequences
+
+
+AutoModel.register(ScaleDownConfig, ScaleDownModel, exist_ok=True)
+AutoModelForCausalLM.register(ScaleDownConfig, ScaleDownModel, exist_ok=True)
+ScaleDownModel.register_for_auto_class("AutoModel")
+
+__all__ = ["CompressedDocuments", "ScaleDownModel", "ScaleDownOutput"]

@@ -1,0 +1,607 @@
+# Copyright 2026 The ScaleDown authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""ScaleDown processor: questions and ragged lists of documents in, one padded batch out."""
+
+import copy
+import itertools
+import math
+
+import torch
+from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import logging
+
+try:
+    from .configuration_scaledown import (
+        DEFAULT_CLOSED_BOOK_PROMPT,
+        DEFAULT_SYSTEM_PROMPT,
+        DEFAULT_USER_PROMPT,
+        ScaleDownConfig,
+    )
+except ImportError:
+    if __package__:  # loaded as remote code: the failure is real
+        raise
+    from configuration_scaledown import (
+        DEFAULT_CLOSED_BOOK_PROMPT,
+        DEFAULT_SYSTEM_PROMPT,
+        DEFAULT_USER_PROMPT,
+        ScaleDownConfig,
+    )
+
+logger = logging.get_logger(__name__)
+
+# Stand for the documents and the question while the chat template is rendered, so that no user text ever passes
+# through the template.
+_DOCUMENTS_MARK = "SCALEDOWN-DOCUMENTS-GO-HERE"
+_QUESTION_MARK = "SCALEDOWN-QUESTION-GOES-HERE"
+
+IGNORE_INDEX = -100
+
+
+class ScaleDownProcessor(ProcessorMixin):
+    r"""
+    Turns questions and their documents into the inputs of a [`ScaleDownModel`], for training and inference alike.
+
+    Questions and documents are untrusted text: whatever they spell, they are encoded as ordinary text and can neither
+    become a special token nor move a slot.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            The generator's tokenizer.
+        compressor_tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            The compressor's tokenizer; the generator's when left out (`n_layers`).
+        num_memory_tokens (`int`, defaults to 8): Slots a chunk has at most.
+        compression_rate (`int`, defaults to 16): Document tokens per slot.
+        chunk_length (`int`, defaults to 128): Document tokens per chunk.
+        max_query_length (`int`, defaults to 128): Query tokens shown to the compressor.
+        max_prompt_length (`int`, *optional*): Positions of the generator; a longer prompt is an error.
+        system_prompt, user_prompt, closed_book_prompt, document_separator (`str`):
+            Parts of the prompt, as in [`ScaleDownConfig`].
+
+    Example:
+
+    ```python
+    >>> from scaledown import ScaleDownProcessor
+
+    >>> processor = ScaleDownProcessor.from_pretrained(folder)
+    >>> batch = processor("Who wrote Ivanhoe?", ["Ivanhoe is a novel by Walter Scott.", "Rob Roy is a river."])
+    >>> batch["slot_mask"].sum().item() == batch["chunk_slots"].sum().item()
+    True
+
+    ```
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        compressor_tokenizer: PreTrainedTokenizerBase | None = None,
+        num_memory_tokens: int = 8,
+        compression_rate: int = 16,
+        chunk_length: int = 128,
+        max_query_length: int = 128,
+        max_prompt_length: int | None = None,
+        system_prompt: str = DEFAULT_SYSTEM_PROMPT,
+        user_prompt: str = DEFAULT_USER_PROMPT,
+        closed_book_prompt: str = DEFAULT_CLOSED_BOOK_PROMPT,
+        document_separator: str = "\n",
+    ):
+        if compressor_tokenizer is None:
+            # transformers saves each tokenizer in its own folder and edits it on the way: not the same object twice
+            compressor_tokenizer = copy.deepcopy(tokenizer)
+        super().__init__(tokenizer, compressor_tokenizer)
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "The generator's tokenizer has no end token, so answers could never end. Set tokenizer.eos_token."
+            )
+        self.num_memory_tokens = num_memory_tokens
+        self.compression_rate = compression_rate
+        self.chunk_length = chunk_length
+        self.max_query_length = max_query_length
+        self.max_prompt_length = max_prompt_length
+        self.system_prompt = system_prompt
+        self.user_prompt = user_prompt
+        self.closed_book_prompt = closed_book_prompt
+        self.document_separator = document_separator
+
+    @classmethod
+    def from_config(
+        cls,
+        config: ScaleDownConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        compressor_tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> "ScaleDownProcessor":
+        """
+        Builds the processor that belongs to a model.
+
+        Args:
+            config (`ScaleDownConfig`): The model's configuration.
+            tokenizer (`PreTrainedTokenizerBase`): The generator's tokenizer.
+            compressor_tokenizer (`PreTrainedTokenizerBase`, *optional*): The compressor's, where it is another.
+
+        Returns:
+            `ScaleDownProcessor`: With the configuration's sizes and prompt.
+        """
+        return cls(
+            tokenizer,
+            compressor_tokenizer,
+            max_prompt_length=getattr(config.generator_config, "max_position_embeddings", None),
+            **{
+                name: getattr(config, name)
+                for name in (
+                    "num_memory_tokens",
+                    "compression_rate",
+                    "chunk_length",
+                    "max_query_length",
+                    "system_prompt",
+                    "user_prompt",
+                    "closed_book_prompt",
+                    "document_separator",
+                )
+            },
+        )
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of everything `__call__` can return to the model."""
+        return [
+            "input_ids",
+            "attention_mask",
+            "slot_mask",
+            "labels",
+            "compressor_input_ids",
+            "compressor_attention_mask",
+            "chunk_slots",
+            "chunk_to_document",
+            "document_to_example",
+            "reranking_labels",
+        ]
+
+    def __call__(
+        self,
+        questions: str | list[str],
+        documents: list[str] | list[list[str]] | None = None,
+        answers: str | list[str] | None = None,
+        reranking_scores: list[float] | list[list[float] | None] | None = None,
+        compression_rate: int | None = None,
+        num_memory_tokens: int | None = None,
+        max_answer_length: int = 128,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        r"""
+        Builds one batch from questions, their documents and, for training, answers and teacher scores.
+
+        Args:
+            questions (`str` or `list[str]`): One question, or one per example.
+            documents (`list[str]` or `list[list[str]]`, *optional*):
+                The documents of the one question, or one list per question; lists may differ in length. An empty list
+                (or `None`) gives the closed-book prompt.
+            answers (`str` or `list[str]`, *optional*): Answers to learn; adds `labels`.
+            reranking_scores (`list[float]` or `list[list[float] | None]`, *optional*):
+                Teacher scores, one per document; `None` for a question without. Adds `reranking_labels`.
+            compression_rate (`int`, *optional*): Document tokens per slot, for this call.
+            num_memory_tokens (`int`, *optional*): Slots per chunk at most, for this call.
+            max_answer_length (`int`, defaults to 128): Longer answers are cut (OSCAR, table 7).
+            return_tensors (`str`, defaults to `"pt"`): Only PyTorch tensors are built.
+
+        Returns:
+            `BatchFeature` with
+
+            - `input_ids`, `attention_mask` of shape `(batch, prompt_len)`: the prompt (and the answer), padded left;
+            - `slot_mask` `(batch, prompt_len)`: true where a memory embedding goes, in the order of the chunks;
+            - `labels` `(batch, prompt_len)`: the answer and its end token, -100 elsewhere;
+            - `compressor_input_ids`, `compressor_attention_mask` `(num_chunks, chunk_len)`: query and chunk, padded
+              right;
+            - `chunk_slots` `(num_chunks,)`: memory embeddings of each chunk;
+            - `chunk_to_document` `(num_chunks,)` and `document_to_example` `(num_documents,)`: whose part each one is,
+              both ascending;
+            - `reranking_labels` `(num_documents,)`: teacher scores, NaN where there is none.
+
+            The chunk keys are absent when no question has documents.
+
+        Raises:
+            ValueError: wrong counts, empty texts, values out of range, a prompt past the generator's context. The
+                message names the offending index.
+            TypeError: something is not text where text is expected.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors={return_tensors!r} is not supported: ScaleDown builds PyTorch tensors.")
+        questions, documents = self.check_texts(questions, documents)
+        batch = self.encode_documents(
+            questions, documents, compression_rate=compression_rate, num_memory_tokens=num_memory_tokens
+        )
+        slots = [[0] * len(listed) for listed in documents]
+        if batch:
+            per_document = torch.zeros_like(batch["document_to_example"])
+            per_document.index_add_(0, batch["chunk_to_document"], batch["chunk_slots"])
+            slots = [part.tolist() for part in per_document.split([len(listed) for listed in documents])]
+        if answers is not None:
+            answers = _check_answers(answers, len(questions))
+        batch = {**self.build_prompts(questions, slots, answers, max_answer_length), **batch}
+        if reranking_scores is not None and "chunk_slots" in batch:
+            batch["reranking_labels"] = _reranking_labels(reranking_scores, documents)
+        return BatchFeature(batch)
+
+    def check_texts(
+        self, questions: str | list[str], documents: list[str] | list[list[str]] | None
+    ) -> tuple[list[str], list[list[str]]]:
+        """
+        Brings questions and documents into list form and refuses what is not text.
+
+        Args:
+            questions (`str` or `list[str]`): One question, or several.
+            documents (`list[str]`, `list[list[str]]` or `None`): Their documents.
+
+        Returns:
+            `tuple[list[str], list[list[str]]]`: As many document lists as questions.
+
+        Raises:
+            ValueError: empty texts or wrong counts.
+            TypeError: something is not text.
+        """
+        if isinstance(questions, str):
+            if isinstance(documents, str):
+                raise TypeError(f"documents is one string ({documents[:40]!r}…); pass a list of documents.")
+            if documents and not isinstance(documents[0], str) and isinstance(documents[0], (list, tuple)):
+                raise TypeError(
+                    "questions is one string but documents[0] is a list: pass that question's documents as a flat "
+                    "list, or a list of questions."
+                )
+            questions, documents = [questions], [documents if documents is not None else []]
+        if not isinstance(questions, (list, tuple)):
+            raise TypeError(f"questions must be a string or a list of strings, got {type(questions).__name__}.")
+        if len(questions) == 0:
+            raise ValueError("questions is empty; pass at least one question.")
+        if documents is None:
+            documents = [[] for _ in questions]
+        if not isinstance(documents, (list, tuple)):
+            raise TypeError(f"documents must be a list, got {type(documents).__name__}.")
+        if len(documents) != len(questions):
+            raise ValueError(
+                f"{len(questions)} questions but {len(documents)} lists of documents; pass one list per question "
+                "(an empty list for a question without documents)."
+            )
+        for i, question in enumerate(questions):
+            if not isinstance(question, str):
+                raise TypeError(f"questions[{i}] is {type(question).__name__}, expected a string.")
+            if not question.strip():
+                raise ValueError(f"questions[{i}] is empty; pass the question's text.")
+        for i, listed in enumerate(documents):
+            if isinstance(listed, str):
+                raise TypeError(
+                    f"documents[{i}] is a string ({listed[:40]!r}…), expected a list of strings: with a list of "
+                    "questions, documents holds one list per question."
+                )
+            if not isinstance(listed, (list, tuple)):
+                raise TypeError(f"documents[{i}] is {type(listed).__name__}, expected a list of strings.")
+            for j, document in enumerate(listed):
+                if not isinstance(document, str):
+                    raise TypeError(f"documents[{i}][{j}] is {type(document).__name__}, expected a string.")
+                if not document.strip():
+                    raise ValueError(f"documents[{i}][{j}] is empty; leave it out or pass its text.")
+        return list(questions), [list(listed) for listed in documents]
+
+    def encode_documents(
+        self,
+        questions: list[str],
+        documents: list[list[str]],
+        compression_rate: int | None = None,
+        num_memory_tokens: int | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """
+        Builds the compressor's side of a batch: every document cut into chunks, the query in each.
+
+        Args:
+            questions (`list[str]`): One per list of documents; an empty string compresses without a question.
+            documents (`list[list[str]]`): Non-empty texts.
+            compression_rate (`int`, *optional*): Document tokens per slot, for this call.
+            num_memory_tokens (`int`, *optional*): Slots per chunk at most, for this call.
+
+        Returns:
+            `dict[str, torch.Tensor]`: The chunk keys of `__call__`; empty when there are no documents.
+
+        Raises:
+            ValueError: an override out of range, or a document without a single token.
+        """
+        rate, max_slots = self._compression_settings(compression_rate, num_memory_tokens)
+        texts = [document for listed in documents for document in listed]
+        if not texts:
+            return {}
+        tokenizer = self.compressor_tokenizer
+        prefix, middle, suffix = self._compressor_frame()
+        queries = [self._cut_query(ids) for ids in _encode_as_text(tokenizer, questions)]
+        encoded = _encode_as_text(tokenizer, texts)
+        rows, slots, chunk_to_document, document_to_example = [], [], [], []
+        for i, listed in enumerate(documents):
+            start = prefix + (queries[i] + middle if queries[i] else [])
+            for j in range(len(listed)):
+                ids = encoded[len(document_to_example)]
+                if not ids:
+                    raise ValueError(f"documents[{i}][{j}] has no token in the compressor's vocabulary; leave it out.")
+                for chunk in _split_evenly(ids, self.chunk_length):
+                    rows.append(start + chunk + suffix)
+                    slots.append(min(math.ceil(len(chunk) / rate), max_slots))
+                    chunk_to_document.append(len(document_to_example))
+                document_to_example.append(i)
+        # The value is masked and never read, so any id of the vocabulary will do.
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        input_ids, attention_mask = _pad(rows, pad_id, side="right")
+        return {
+            "compressor_input_ids": input_ids,
+            "compressor_attention_mask": attention_mask,
+            "chunk_slots": torch.tensor(slots),
+            "chunk_to_document": torch.tensor(chunk_to_document),
+            "document_to_example": torch.tensor(document_to_example),
+        }
+
+    def decode_answers(self, sequences: torch.Tensor, prompt_length: int = 0) -> list[str]:
+        """
+        Turns what `generate()` returned into answers.
+
+        Args:
+            sequences (`torch.LongTensor` of shape `(batch, prompt_length + new_tokens)`): Token ids.
+            prompt_length (`int`, defaults to 0): Leading tokens that are the prompt: `inputs["input_ids"].shape[1]`.
+
+        Returns:
+            `list[str]`: One answer per sequence, without special tokens and surrounding white space.
+        """
+        texts = self.tokenizer.batch_decode(sequences[:, prompt_length:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _compression_settings(self, compression_rate: int | None, num_memory_tokens: int | None) -> tuple[int, int]:
+        rate = self.compression_rate if compression_rate is None else compression_rate
+        if isinstance(rate, bool) or not isinstance(rate, int) or not 1 <= rate <= self.chunk_length:
+            raise ValueError(
+                f"compression_rate={rate!r} must be a whole number from 1 to chunk_length={self.chunk_length}."
+            )
+        limit = self.num_memory_tokens
+        max_slots = limit if num_memory_tokens is None else num_memory_tokens
+        if isinstance(max_slots, bool) or not isinstance(max_slots, int) or not 1 <= max_slots <= limit:
+            raise ValueError(
+                f"num_memory_tokens={max_slots!r} must be a whole number from 1 to {limit}, the memory embeddings this "
+                "model was built with."
+            )
+        wanted = math.ceil(self.chunk_length / rate)
+        if compression_rate is not None and num_memory_tokens is None and wanted > limit:
+            logger.warning_once(
+                f"compression_rate={rate} asks for {wanted} slots per full chunk; this model has {limit}, so long "
+                f"chunks are compressed {self.chunk_length / limit:g}×. Pass num_memory_tokens={limit} to say so."
+            )
+        return rate, max_slots
+
+    def _compressor_frame(self) -> tuple[list[int], list[int], list[int]]:
+        """Ids before the query, between query and chunk, and after the chunk, as the backbone was pretrained."""
+        tokenizer = self.compressor_tokenizer
+        if tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None:
+            pair = tokenizer("a", "b", return_special_tokens_mask=True)
+            ids, is_special = pair["input_ids"], pair["special_tokens_mask"]
+            first, last = is_special.index(0), len(ids) - 1 - is_special[::-1].index(0)
+            gap = [i for i in range(first, last) if is_special[i]]
+            return ids[:first], [ids[i] for i in gap], ids[last + 1 :]
+        single = tokenizer("a", return_special_tokens_mask=True)
+        first = single["special_tokens_mask"].index(0)
+        return single["input_ids"][:first], tokenizer("\n", add_special_tokens=False)["input_ids"], []
+
+    def _cut_query(self, ids: list[int]) -> list[int]:
+        if len(ids) > self.max_query_length:
+            logger.warning_once(
+                f"A question of {len(ids)} tokens exceeds max_query_length={self.max_query_length}: the compressor "
+                "sees its first part, the generator all of it."
+            )
+        return ids[: self.max_query_length]
+
+    def build_prompts(
+        self,
+        questions: list[str],
+        document_slots: list[list[int]],
+        answers: list[str] | None = None,
+        max_answer_length: int = 128,
+    ) -> BatchFeature:
+        """
+        Builds the generator's side of a batch.
+
+        Args:
+            questions (`list[str]`): Questions.
+            document_slots (`list[list[int]]`): For each question, the slots of each of its documents.
+            answers (`list[str]`, *optional*): Answers to learn.
+            max_answer_length (`int`, defaults to 128): Longer answers are cut.
+
+        Returns:
+            `BatchFeature`: `input_ids`, `attention_mask`, `slot_mask` and, with answers, `labels`, as in `__call__`.
+
+        Raises:
+            ValueError: a prompt exceeds the generator's context.
+        """
+        separator = _encode_as_text(self.tokenizer, [self.document_separator])[0] if self.document_separator else []
+        filler = self._slot_filler_id()
+        frames = {closed_book: self._prompt_frame(closed_book) for closed_book in {not row for row in document_slots}}
+        leads = [frames[not row][3] for row in document_slots]
+        encoded = _encode_as_text(self.tokenizer, [lead + text for lead, text in zip(leads, questions, strict=True)])
+        prompts = []
+        for i, row in enumerate(document_slots):
+            before, between, after, _ = frames[not row]
+            ids, is_slot = list(before), [False] * len(before)
+            for j, num_slots in enumerate(row):
+                if j > 0:
+                    ids += separator
+                    is_slot += [False] * len(separator)
+                ids += [filler] * num_slots
+                is_slot += [True] * num_slots
+            rest = between + encoded[i] + after
+            ids += rest
+            is_slot += [False] * len(rest)
+            if self.max_prompt_length is not None and len(ids) > self.max_prompt_length:
+                raise ValueError(
+                    f"questions[{i}] with its {len(row)} documents needs a prompt of {len(ids)} tokens "
+                    f"({sum(is_slot)} of them slots); the generator reads {self.max_prompt_length}. Pass fewer "
+                    "documents or a higher compression_rate."
+                )
+            prompts.append((ids, is_slot))
+        return BatchFeature(self._pad_prompts(prompts, answers, max_answer_length))
+
+    def _prompt_frame(self, closed_book: bool) -> tuple[list[int], list[int], list[int], str]:
+        """Ids before the documents, between documents and question, after the question; white space leading it in."""
+        text = self._render_prompt(closed_book)
+        before, rest = ("", text) if closed_book else text.split(_DOCUMENTS_MARK)
+        between, after = rest.split(_QUESTION_MARK)
+        # " Who" is one token for most vocabularies, " " and "Who" are two: the space goes with the question.
+        stripped = between.rstrip(" ")
+        lead = between[len(stripped) :]
+        segments = [self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, stripped, after)]
+        if self.tokenizer.chat_template is None:
+            first = self.tokenizer("a", return_special_tokens_mask=True)
+            bos = first["input_ids"][: first["special_tokens_mask"].index(0)]
+            segments[1 if closed_book else 0][:0] = bos
+        return (*segments, lead)
+
+    def _render_prompt(self, closed_book: bool) -> str:
+        user = self.closed_book_prompt if closed_book else self.user_prompt
+        user = user.replace("{documents}", _DOCUMENTS_MARK).replace("{question}", _QUESTION_MARK)
+        if self.tokenizer.chat_template is None:
+            return f"{self.system_prompt}\n\n{user}\n\nAnswer:\n"
+        messages = [{"role": "system", "content": self.system_prompt}, {"role": "user", "content": user}]
+        settings = {"tokenize": False, "add_generation_prompt": True}
+        try:
+            text = self.tokenizer.apply_chat_template(messages, **settings)
+        except Exception as error:  # templates without a system role raise errors of their own choosing
+            logger.warning_once(f"The chat template takes no system message ({error}); it goes into the user's.")
+            messages = [{"role": "user", "content": f"{self.system_prompt}\n\n{user}"}]
+            text = self.tokenizer.apply_chat_template(messages, **settings)
+        marks = [_QUESTION_MARK] if closed_book else [_DOCUMENTS_MARK, _QUESTION_MARK]
+        if any(text.count(mark) != 1 for mark in marks):
+            raise ValueError(
+                "The tokenizer's chat template does not repeat the user's message exactly once, so documents and "
+                "question cannot be placed. Set tokenizer.chat_template to one that does."
+            )
+        return text
+
+    def _slot_filler_id(self) -> int:
+        """Id that stands at the slots of `input_ids`; its embedding is replaced and it never means anything."""
+        tokenizer = self.tokenizer
+        # Not the end token where another is at hand: a repetition penalty looks at the ids of the prompt.
+        for token_id in (tokenizer.bos_token_id, tokenizer.pad_token_id):
+            if token_id is not None and token_id != tokenizer.eos_token_id:
+                return token_id
+        return tokenizer.eos_token_id
+
+    def _pad_prompts(
+        self, prompts: list[tuple[list[int], list[bool]]], answers: list[str] | None, max_answer_length: int
+    ) -> dict[str, torch.Tensor]:
+        rows, slots, labels = [], [], []
+        learned = [[] for _ in prompts]
+        if answers is not None:
+            end = [self.tokenizer.eos_token_id]
+            learned = [(ids + end)[:max_answer_length] for ids in _encode_as_text(self.tokenizer, answers)]
+        for (ids, is_slot), answer in zip(prompts, learned, strict=True):
+            rows.append(ids + answer)
+            slots.append(is_slot + [False] * len(answer))
+            labels.append([IGNORE_INDEX] * len(ids) + answer)
+        pad_id = self.tokenizer.pad_token_id
+        pad_id = self.tokenizer.eos_token_id if pad_id is None else pad_id
+        input_ids, attention_mask = _pad(rows, pad_id, side="left")
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        batch["slot_mask"] = _pad(slots, False, side="left")[0]
+        if answers is not None:
+            batch["labels"] = _pad(labels, IGNORE_INDEX, side="left")[0]
+        return batch
+
+
+def _control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids that steer the model: special tokens, and added tokens the chat template uses."""
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    ids = {
+        token_id
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.special or (token.content in template and not token.content.isspace())
+    }
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
+    named = {getattr(tokenizer, name) for name in names} - {None}
+    # An unknown character of ordinary text is no attack, unless the vocabulary uses one id for both.
+    return (ids | named) - ({tokenizer.unk_token_id} - named)
+
+
+def _encode_as_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of untrusted texts, without any special token whatever the texts spell."""
+    encoded = tokenizer(
+        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    control = _control_ids(tokenizer)
+    return [
+        ids if control.isdisjoint(ids) else _encode_without_added_tokens(tokenizer, text, control)
+        for ids, text in zip(encoded, texts, strict=True)
+    ]
+
+
+def _encode_without_added_tokens(tokenizer: PreTrainedTokenizerBase, text: str, control: set[int]) -> list[int]:
+    """`split_special_tokens` leaves added tokens that are not marked special; here the vocabulary alone decides."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    else:
+        if backend.normalizer is not None:
+            text = backend.normalizer.normalize_str(text)
+        pieces = [text]
+        if backend.pre_tokenizer is not None:
+            pieces = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+        ids = [token.id for piece in pieces for token in backend.model.tokenize(piece)]
+    return [token_id for token_id in ids if token_id not in control]
+
+
+def _split_evenly(ids: list[int], chunk_length: int) -> list[list[int]]:
+    """The fewest chunks of at most `chunk_length` ids, of equal length, so that none is a leftover of a few tokens."""
+    count = math.ceil(len(ids) / chunk_length)
+    bounds = [round(k * len(ids) / count) for k in range(count + 1)]
+    return [ids[start:end] for start, end in itertools.pairwise(bounds)]
+
+
+def _pad(rows: list[list], value: int | bool, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as one tensor `(len(rows), longest)` and the mask of what is not padding."""
+    length = max(len(row) for row in rows)
+    gaps = [[value] * (length - len(row)) for row in rows]
+    masks = [[0] * len(gap) for gap in gaps]
+    ones = [[1] * len(row) for row in rows]
+    if side == "left":
+        padded, mask = zip(gaps, rows, strict=True), zip(masks, ones, strict=True)
+    else:
+        padded, mask = zip(rows, gaps, strict=True), zip(ones, masks, strict=True)
+    return torch.tensor([a + b for a, b in padded]), torch.tensor([a + b for a, b in mask])
+
+
+def _check_answers(answers: str | list[str], num_questions: int) -> list[str]:
+    answers = [answers] if isinstance(answers, str) else list(answers)
+    if len(answers) != num_questions:
+        raise ValueError(f"{num_questions} questions but {len(answers)} answers; pass one answer per question.")
+    for i, answer in enumerate(answers):
+        if not isinstance(answer, str) or not answer.strip():
+            raise ValueError(f"answers[{i}] is {answer!r}, expected a non-empty string.")
+    return answers
+
+
+def _reranking_labels(scores: list, documents: list[list[str]]) -> torch.Tensor:
+    """Teacher scores of all documents in a row, NaN for a question without any."""
+    if len(documents) == 1 and scores and isinstance(scores[0], (int, float)):
+        scores = [scores]
+    if len(scores) != len(documents):
+        raise ValueError(f"{len(documents)} questions but {len(scores)} lists of reranking_scores; pass one each.")
+    labels = []
+    for i, (listed, row) in enumerate(zip(documents, scores, strict=True)):
+        row = [math.nan] * len(listed) if row is None else [float(score) for score in row]
+        if len(row) != len(listed):
+            raise ValueError(f"reranking_scores[{i}] has {len(row)} scores for {len(listed)} documents.")
+        labels += row
+    return torch.tensor(labels)
+
+
+AutoProcessor.register(ScaleDownConfig, ScaleDownProcessor, exist_ok=True)
+ScaleDownProcessor.register_for_auto_class()
+
+__all__ = ["ScaleDownProcessor"]

@@ -1,0 +1,406 @@
+"""The project's data format: one JSON object per line, validated where it enters.
+
+    {"query": str, "documents": [str, ...], "answer": str | [str, ...],
+     "reranking_scores": [float, ...]?, "positives": [int, ...]?, "id": str?}
+
+`documents` may be empty (closed book). `reranking_scores` are a teacher's, one per document. `positives` are the
+indices of the documents known to hold the answer; absent means unknown. Other keys are ignored.
+"""
+
+import contextlib
+import gzip
+import json
+import lzma
+import math
+import os
+import secrets
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import datasets
+from datasets.exceptions import DatasetGenerationError
+
+GZIP_MAGIC = b"\x1f\x8b"
+XZ_MAGIC = b"\xfd7zXZ\x00"
+
+
+class RecordError(ValueError):
+    """A record that breaks the format; the message names the file, the line, the finding and the remedy."""
+
+
+def read_records(path: str | os.PathLike, require_answer: bool = True) -> Iterator[dict[str, Any]]:
+    """Read and validate a JSON Lines file, one record at a time.
+
+    Args:
+        path: A JSON Lines file in UTF-8, plain or compressed with gzip or xz. Blank lines are skipped.
+        require_answer: Whether a record without an answer is an error; otherwise its `answer` is an empty list.
+
+    Returns:
+        An iterator over dicts with the keys `id` (str, by default the zero-based index of the line), `query` (str),
+        `documents` (list of str), `answer` (list of str), `reranking_scores` (list of float, or None) and
+        `positives` (list of int, or None).
+
+    Raises:
+        FileNotFoundError: There is no such file (raised by the call, not by the first item).
+        RecordError: A line breaks the format, or the file holds no record (raised while iterating).
+    """
+    check_is_file(path)
+    return _generate_records(str(path), require_answer)
+
+
+def load_records(
+    path: str | os.PathLike, require_answer: bool = True, cache_dir: str | os.PathLike | None = None
+) -> datasets.Dataset:
+    """Load a JSON Lines file as a disk-backed dataset; memory does not grow with the file.
+
+    Args:
+        path: As in `read_records`.
+        require_answer: As in `read_records`.
+        cache_dir: Where the Arrow file is kept; the cache folder of `datasets` by default. A changed file is read
+            anew.
+
+    Returns:
+        A `datasets.Dataset` with the columns that `read_records` names as keys.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        RecordError: A line breaks the format, or the file holds no record.
+    """
+    check_is_file(path)
+    path = Path(path).resolve()
+    stat = path.stat()
+    text = datasets.Value("string")
+    features = datasets.Features(
+        {
+            "id": text,
+            "query": text,
+            "documents": datasets.List(text),
+            "answer": datasets.List(text),
+            "reranking_scores": datasets.List(datasets.Value("float64")),
+            "positives": datasets.List(datasets.Value("int32")),
+        }
+    )
+    # Size and modification time are arguments of the generator only to be part of the cache's key.
+    arguments = {
+        "path": str(path),
+        "require_answer": require_answer,
+        "size": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+    }
+    try:
+        return datasets.Dataset.from_generator(
+            _generate_records,
+            features=features,
+            gen_kwargs=arguments,
+            cache_dir=None if cache_dir is None else str(cache_dir),
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, RecordError):
+            raise error.__cause__ from None
+        raise
+
+
+def write_records(path: str | os.PathLike, records: Iterable[dict[str, Any]], overwrite: bool = False) -> int:
+    """Write records as JSON Lines: all of them, or on any error none.
+
+    Args:
+        path: The file to write; a name ending in `.gz` or `.xz` is compressed. Missing folders are created.
+        records: Records in the project's format, validated as they are written; an answer may be absent.
+        overwrite: Whether an existing file is replaced.
+
+    Returns:
+        The number of records written.
+
+    Raises:
+        FileExistsError: The file exists and `overwrite` is off.
+        RecordError: A record breaks the format, or there is none.
+    """
+    count = 0
+    with atomic_writer(path, overwrite) as stream:
+        for record in records:
+            normalized = normalize_record(record, f"{path}, record {count + 1}", str(count), require_answer=False)
+            present = {key: value for key, value in normalized.items() if value is not None}
+            if not present["answer"]:
+                del present["answer"]
+            stream.write(json.dumps(present, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
+            count += 1
+        if count == 0:
+            raise RecordError(f"{path}: found no records to write, expected at least one; check what selects them.")
+    return count
+
+
+@contextlib.contextmanager
+def atomic_writer(path: str | os.PathLike, overwrite: bool = False) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears under its name only when the block ends without an exception.
+
+    Args:
+        path: The file to write; a name ending in `.gz` or `.xz` is compressed. Missing folders are created.
+        overwrite: Whether an existing file is replaced.
+
+    Returns:
+        A context manager that gives a binary stream.
+
+    Raises:
+        FileExistsError: The file exists and `overwrite` is off.
+        IsADirectoryError: The path is a folder.
+    """
+    path = Path(path)
+    check_is_writable(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, since os.replace is atomic only within one file system.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as raw:
+            with _compressor(raw, path.suffix) as stream:
+                yield stream
+            raw.flush()
+            os.fsync(raw.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def check_is_writable(path: str | os.PathLike, overwrite: bool = False) -> None:
+    """Raise FileExistsError, or IsADirectoryError, unless `path` may be written."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, expected the name of a file to write; add a file name.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} already exists; choose another name, or pass overwrite to replace it.")
+
+
+def check_is_file(path: str | os.PathLike) -> None:
+    """Raise FileNotFoundError, or IsADirectoryError, unless `path` is a file."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, expected a file; name a file inside it.")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist (looked from {Path.cwd()}); check the path.")
+
+
+def open_binary(path: str | os.PathLike) -> BinaryIO:
+    """Open a plain, gzip or xz file for reading bytes; the content decides, not the name."""
+    with open(path, "rb") as stream:
+        start = stream.read(len(XZ_MAGIC))
+    if start.startswith(GZIP_MAGIC):
+        return gzip.open(path, "rb")
+    if start.startswith(XZ_MAGIC):
+        return lzma.open(path, "rb")
+    return open(path, "rb")
+
+
+def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
+    """Read a JSON Lines file without regard to what its lines hold.
+
+    Args:
+        path: A JSON Lines file in UTF-8, plain or compressed with gzip or xz.
+
+    Returns:
+        An iterator over (line number from 1, the line's value); blank lines are skipped.
+
+    Raises:
+        RecordError: A line is not UTF-8 or not JSON, or the compressed file is damaged.
+    """
+    number = 0
+    with open_binary(path) as stream:
+        try:
+            # Bytes are split at b"\n" alone: str.splitlines would also cut at U+2028 and its like inside a text.
+            for number, line in enumerate(stream, start=1):
+                text = decode_text(line, f"{path}, line {number}").rstrip()
+                if text:
+                    yield number, _parse_json(text, f"{path}, line {number}")
+        except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+            raise RecordError(
+                f"{path}, after line {number}: found damaged compressed data ({error}), expected a whole gzip or xz "
+                f"file; copy or download the file again."
+            ) from error
+
+
+def decode_text(data: bytes, location: str) -> str:
+    """Decode UTF-8, with or without a byte order mark, or raise a RecordError that names `location`."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _record_error(
+            location,
+            f"the byte 0x{data[error.start]:02x} at offset {error.start}, which is not UTF-8",
+            "text in UTF-8",
+            "Convert the file, for example with `iconv -t utf-8`.",
+        ) from error
+
+
+def normalize_record(record: Any, location: str, default_id: str, require_answer: bool = True) -> dict[str, Any]:
+    """Validate one record and bring it into the form `read_records` returns.
+
+    Args:
+        record: A record as parsed from JSON.
+        location: Where it comes from, for the messages: file and line.
+        default_id: The id of a record that has none.
+        require_answer: Whether a record without an answer is an error.
+
+    Returns:
+        A new dict with the keys that `read_records` names.
+
+    Raises:
+        RecordError: The record breaks the format.
+    """
+    if not isinstance(record, dict):
+        raise _record_error(
+            location,
+            _describe(record),
+            'an object like {"query": ..., "documents": [...], "answer": ...}',
+            "Write one object per line.",
+        )
+    for name in ("query", "documents"):
+        if name not in record:
+            raise _record_error(location, f"the keys {_keys(record)}", f'a key "{name}"', "Add the field.")
+    documents = _texts(record["documents"], "documents", location)
+    identifier = record.get("id")
+    return {
+        "id": default_id if identifier is None else _text(identifier, "id", location),
+        "query": _text(record["query"], "query", location),
+        "documents": documents,
+        "answer": _answers(record, location, require_answer),
+        "reranking_scores": _scores(record.get("reranking_scores"), len(documents), location),
+        "positives": _positives(record.get("positives"), len(documents), location),
+    }
+
+
+def _generate_records(
+    path: str, require_answer: bool, size: int | None = None, mtime_ns: int | None = None
+) -> Iterator[dict[str, Any]]:
+    empty = True
+    for number, value in read_json_lines(path):
+        empty = False
+        yield normalize_record(value, f"{path}, line {number}", str(number - 1), require_answer)
+    if empty:
+        raise RecordError(f"{path}: found no records, expected one JSON object per line; check what wrote the file.")
+
+
+def _compressor(raw: BinaryIO, suffix: str) -> contextlib.AbstractContextManager[BinaryIO]:
+    if suffix == ".gz":
+        # Neither the time nor the temporary name in the header: equal records give equal bytes.
+        return gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0)
+    if suffix == ".xz":
+        return lzma.open(raw, "wb")
+    return contextlib.nullcontext(raw)
+
+
+def _parse_json(text: str, location: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        problem = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise _record_error(
+            location,
+            f"{_shorten(text)} ({problem})",
+            "one complete JSON object per line",
+            "Write each record on a line of its own, with json.dumps for example.",
+        ) from error
+
+
+def _answers(record: dict[str, Any], location: str, required: bool) -> list[str]:
+    answer = record.get("answer")
+    if answer is None or answer == []:
+        if required:
+            found = f"the keys {_keys(record)}" if "answer" not in record else f'"answer": {json.dumps(answer)}'
+            raise _record_error(
+                location,
+                found,
+                'a key "answer" with a string or a non-empty list of strings',
+                "Add the gold or teacher answer, or read with require_answer=False.",
+            )
+        return []
+    if isinstance(answer, str):
+        answer = [answer]
+    return _texts(answer, "answer", location)
+
+
+def _texts(value: Any, name: str, location: str) -> list[str]:
+    if not isinstance(value, list):
+        kind = "a string or a list of strings" if name == "answer" else "a list of strings"
+        raise _record_error(location, f'"{name}": {_describe(value)}', kind, 'Write it as ["...", "..."].')
+    return [_text(item, f"{name}[{index}]", location) for index, item in enumerate(value)]
+
+
+def _text(value: Any, name: str, location: str) -> str:
+    if not isinstance(value, str):
+        raise _record_error(
+            location,
+            f'"{name}": {_describe(value)}',
+            "a non-empty string",
+            "Put the text in quotes, or drop the entry.",
+        )
+    if not value.strip():
+        raise _record_error(
+            location, f'"{name}": an empty string', "a non-empty string", "Fill in the text, or drop the entry."
+        )
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        # JSON can spell half of a surrogate pair; such a string can be neither written nor tokenised.
+        raise _record_error(
+            location,
+            f'"{name}": half of a surrogate pair, \\u{ord(value[error.start]):04x}',
+            "text that can be written as UTF-8",
+            "Remove the character, or write the whole pair.",
+        ) from error
+    return value
+
+
+def _scores(value: Any, num_documents: int, location: str) -> list[float] | None:
+    if value is None:
+        return None
+    name = "reranking_scores"
+    remedy = "Give every document one score, or leave the field out."
+    if not isinstance(value, list):
+        raise _record_error(location, f'"{name}": {_describe(value)}', "a list of numbers", remedy)
+    if len(value) != num_documents:
+        raise _record_error(location, f'{len(value)} "{name}"', f"{num_documents}, one per document", remedy)
+    for index, score in enumerate(value):
+        if isinstance(score, bool) or not isinstance(score, int | float) or not _is_finite(score):
+            raise _record_error(location, f'"{name}[{index}]": {_describe(score)}', "a finite number", remedy)
+    return [float(score) for score in value]
+
+
+def _positives(value: Any, num_documents: int, location: str) -> list[int] | None:
+    if value is None:
+        return None
+    expected = f"a list of distinct indices into the {num_documents} documents, counted from 0"
+    remedy = "Correct the indices, or leave the field out."
+    if not isinstance(value, list):
+        raise _record_error(location, f'"positives": {_describe(value)}', expected, remedy)
+    for index, position in enumerate(value):
+        if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < num_documents:
+            raise _record_error(location, f'"positives[{index}]": {_describe(position)}', expected, remedy)
+    if len(set(value)) != len(value):
+        raise _record_error(location, f'"positives": {value}, with repetitions', expected, remedy)
+    return list(value)
+
+
+def _is_finite(number: int | float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer beyond the largest float
+        return False
+
+
+def _record_error(location: str, found: str, expected: str, remedy: str) -> RecordError:
+    return RecordError(f"{location}: found {found}; expected {expected}. {remedy}")
+
+
+def _describe(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    kind = names.get(type(value), "a number")
+    return kind if value is None else f"{kind}, {_shorten(str(value))}"
+
+
+def _keys(record: dict[str, Any]) -> str:
+    return _shorten(", ".join(record) or "(none)")
+
+
+def _shorten(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."

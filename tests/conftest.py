@@ -1,0 +1,33 @@
+"""Tiny random backbones and a tokenizer trained on the spot: nothing here needs a network or a download."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from tiny import build_model, build_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session", params=["n_layers", "modernbert", "llm"])
+def any_model(request):
+    """One model per kind of compressor; read-only."""
+    return build_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def model():
+    """The default kind, `n_layers`; read-only."""
+    return build_model("n_layers")

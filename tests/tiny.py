@@ -1,0 +1,157 @@
+"""Builders of tiny models, shared by the tests."""
+
+import functools
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    DebertaV2Config,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    ModernBertConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from scaledown import ScaleDownConfig, ScaleDownModel, ScaleDownProcessor
+
+QUESTIONS = ["Who wrote the novel Ivanhoe?", "Where does the Loire rise, and how long is it?", "What is a heron?"]
+DOCUMENTS = [
+    [
+        "Ivanhoe is a historical novel by Walter Scott, published in three volumes in 1819.",
+        "The Talisman is another of his novels, set in Palestine during the Third Crusade.",
+    ],
+    ["The Loire rises in the Cévennes and is 1,006 kilometres long. " * 6],
+    ["Herons are long-legged birds.", "A crane is a machine. It lifts things.", "Storks build nests on chimneys."],
+]
+ANSWERS = ["Walter Scott", "In the Cévennes; 1,006 kilometres", "A long-legged bird"]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+SPECIAL_TOKENS = ["<s>", "</s>", "<pad>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+
+
+@functools.cache
+def build_tokenizer(chat: bool = True, pair: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 400 tokens; `pair` gives it the frame of an encoder."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["[CLS]", "[SEP]", "[PAD]", "[UNK]"] if pair else SPECIAL_TOKENS
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
+    )
+    backend.train_from_iterator([text for listed in DOCUMENTS for text in listed] + QUESTIONS, trainer)
+    if pair:
+        backend.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
+        )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            cls_token="[CLS]",
+            sep_token="[SEP]",
+            pad_token="[PAD]",
+            unk_token="[UNK]",
+            eos_token="[SEP]",
+        )
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens=SPECIAL_TOKENS[3:],
+    )
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+SHAPE = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    # Random weights of the usual size are so small that attention hardly matters; tests must see it.
+    "initializer_range": 0.2,
+}
+GENERATORS = {
+    "llama": lambda: LlamaConfig(**SHAPE),
+    "mistral": lambda: MistralConfig(**SHAPE, head_dim=8),
+    "qwen2": lambda: Qwen2Config(**SHAPE),
+    "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=8),
+    "gemma": lambda: GemmaConfig(**SHAPE, head_dim=8),
+    "gemma2": lambda: AutoConfig.for_model("gemma2", **SHAPE, head_dim=8, sliding_window=64),
+    "gemma3": lambda: AutoConfig.for_model("gemma3_text", **SHAPE, head_dim=8, sliding_window=64),
+    "phi3": lambda: Phi3Config(**SHAPE),
+}
+ENCODER_SHAPE = {name: SHAPE[name] for name in ("vocab_size", "num_attention_heads", "max_position_embeddings")} | {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "initializer_range": 0.2,
+    "pad_token_id": 2,
+}
+ENCODERS = {
+    "modernbert": lambda: ModernBertConfig(
+        **ENCODER_SHAPE, cls_token_id=0, sep_token_id=1, bos_token_id=0, eos_token_id=1, local_attention=32
+    ),
+    "bert": lambda: BertConfig(**ENCODER_SHAPE),
+    "deberta": lambda: DebertaV2Config(
+        **ENCODER_SHAPE,
+        relative_attention=True,
+        position_biased_input=False,
+        pos_att_type=["p2c", "c2p"],
+        type_vocab_size=0,
+    ),
+}
+
+
+def build_config(compressor_type: str, generator: str = "llama", compressor: str | None = None, **kwargs):
+    """Configuration of a tiny model; chunks of 32 tokens become 4 slots."""
+    compressor_config = None
+    if compressor_type == "modernbert":
+        compressor_config = ENCODERS[compressor or "modernbert"]()
+    elif compressor_type == "llm":
+        compressor_config = LlamaConfig(**{**SHAPE, "hidden_size": 24, "num_hidden_layers": 2})
+    settings = {
+        "num_compressor_layers": 2,
+        "num_memory_tokens": 4,
+        "compression_rate": 8,
+        "chunk_length": 32,
+        "max_query_length": 24,
+        "projector_hidden_size": 40,
+        "initializer_range": 0.2,
+        "system_prompt": "Answer.",
+    }
+    return ScaleDownConfig(
+        generator_config=GENERATORS[generator](),
+        compressor_config=compressor_config,
+        compressor_type=compressor_type,
+        **{**settings, **kwargs},
+    )
+
+
+def build_model(compressor_type: str = "n_layers", seed: int = 0, lora: bool = False, **kwargs) -> ScaleDownModel:
+    """A tiny random model with its processor, in evaluation mode."""
+    config = build_config(compressor_type, **kwargs)
+    torch.manual_seed(seed)
+    model = ScaleDownModel(config)
+    pair = build_tokenizer(pair=True) if compressor_type == "modernbert" else None
+    model.processor = ScaleDownProcessor.from_config(config, build_tokenizer(), pair)
+    model.generation_config.pad_token_id = SHAPE["pad_token_id"]
+    if lora:
+        model.add_lora(r=4, lora_alpha=8, lora_dropout=0.0)
+    return model.eval()
