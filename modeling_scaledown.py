@@ -871,7 +871,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         self, questions: list[str], compressed_documents: torch.FloatTensor, max_new_tokens: int = 128
     ) -> list[str]:
         """
-        Answers from what `compress_documents` returned; name and arguments are those of published OSCAR and PISCO models.
+        Answers from what `compress_documents` returned; name and arguments as in published OSCAR and PISCO models.
 
         Args:
             questions (`list[str]`): Questions.
@@ -950,8 +950,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if int(lengths[longest]) + max_new_tokens > limit:
             raise ValueError(
                 f"questions[{first_question + longest}] has a prompt of {int(lengths[longest])} tokens; with "
-                f"max_new_tokens={max_new_tokens} that exceeds the generator's {limit} positions. Pass fewer documents, "
-                "a higher compression_rate or a smaller max_new_tokens."
+                f"max_new_tokens={max_new_tokens} that exceeds the generator's {limit} positions. Pass fewer "
+                "documents, a higher compression_rate or a smaller max_new_tokens."
             )
 
     # -- LoRA ----------------------------------------------------------------------------------------------------------
