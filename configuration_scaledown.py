@@ -14,6 +14,7 @@
 """ScaleDown model configuration."""
 
 import copy
+import math
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -175,11 +176,20 @@ class ScaleDownConfig(PreTrainedConfig):
                 f"compression_rate={self.compression_rate} exceeds chunk_length={self.chunk_length}: one slot cannot "
                 "stand for more tokens than a chunk has. Lower compression_rate or raise chunk_length."
             )
-        if not isinstance(self.reranking_loss_weight, (int, float)) or not self.reranking_loss_weight >= 0:
+        for name in ("reranking_loss_weight", "initializer_range"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                remedy = "; 0 switches the reranking loss off" if name == "reranking_loss_weight" else ""
+                raise ValueError(f"{name}={value!r} must be a number of at least 0{remedy}.")
+        if not isinstance(self.enable_reranking, bool):
+            raise ValueError(f"enable_reranking={self.enable_reranking!r} must be True or False.")
+        if self.lora_config is not None and not isinstance(self.lora_config, dict):
             raise ValueError(
-                f"reranking_loss_weight={self.reranking_loss_weight!r} must be a number of at least 0 (0 switches the "
-                "reranking loss off)."
+                f"lora_config={self.lora_config!r} must be a dictionary of peft.LoraConfig arguments, or None."
             )
+        for name in ("system_prompt", "user_prompt", "closed_book_prompt", "document_separator"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a string.")
         for name, fields in (("user_prompt", ("{documents}", "{question}")), ("closed_book_prompt", ("{question}",))):
             for field in fields:
                 if getattr(self, name).count(field) != 1:

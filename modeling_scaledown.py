@@ -41,6 +41,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
     ModelOutput,
     cached_file,
+    can_return_tuple,
     is_bitsandbytes_available,
     logging,
 )
@@ -444,13 +445,18 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             `CompressedDocuments`.
 
         Raises:
-            ValueError: a chunk asks for more slots than the model has, or for none.
+            ValueError: no chunk at all, or one that asks for more slots than the model has, or for none.
         """
         if compressor_attention_mask is None:
             compressor_attention_mask = torch.ones_like(compressor_input_ids)
         limit = self.config.num_memory_tokens
         if chunk_slots is None:
             chunk_slots = compressor_input_ids.new_full((compressor_input_ids.shape[0],), limit)
+        if chunk_slots.shape != compressor_input_ids.shape[:1] or chunk_slots.numel() == 0:
+            raise ValueError(
+                f"chunk_slots has shape {tuple(chunk_slots.shape)} for {compressor_input_ids.shape[0]} chunks; pass one "
+                "number per chunk, and at least one chunk."
+            )
         if int(chunk_slots.max()) > limit or int(chunk_slots.min()) < 1:
             raise ValueError(
                 f"chunk_slots ranges from {int(chunk_slots.min())} to {int(chunk_slots.max())}; this model has 1 to "
@@ -458,6 +464,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             )
         return self.compressor(compressor_input_ids, compressor_attention_mask, chunk_slots)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -608,7 +615,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         for name in ("chunk_to_document", "document_to_example"):
             kwargs.pop(name, None)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if given["slot_mask"] is not None and input_ids is not None:
+        if input_ids is not None and any(value is not None for value in given.values()):
             with torch.no_grad():
                 documents = CompressedDocuments(
                     memory_embeddings=given["memory_embeddings"], memory_mask=given["memory_mask"]
@@ -648,10 +655,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        decoding = not is_first_iteration and past_key_values is not None and kwargs.get("use_cache", True)
-        if prompt_embeds is None or decoding:
-            return model_inputs
         start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if prompt_embeds is None or start >= prompt_embeds.shape[1]:
+            return model_inputs
         ids = model_inputs["input_ids"]
         embeds = prompt_embeds[:, start : start + ids.shape[1]].to(ids.device)
         if embeds.shape[1] < ids.shape[1]:  # without a cache, every step reads prompt and new tokens
@@ -732,7 +738,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             return_reranking_scores (`bool`, defaults to `False`):
                 Also return the documents' relevance, from the same pass.
             batch_size (`int`, defaults to 16): Questions answered at a time.
-            generation_kwargs: Passed on to `generate`; `max_new_tokens` is 128 unless given.
+            generation_kwargs: Passed on to `generate`; `max_new_tokens` is 128 unless a length is given.
 
         Returns:
             `str` for one question, `list[str]` for a list; with `return_reranking_scores` a pair of that and the
@@ -745,8 +751,11 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         questions, documents = self.processor.check_texts(questions, documents)
         if return_reranking_scores:
             self._require_reranking()
-        if "generation_config" not in generation_kwargs:
+        if not {"generation_config", "max_length"} & generation_kwargs.keys():
             generation_kwargs.setdefault("max_new_tokens", 128)
+        settings = generation_kwargs.get("generation_config")
+        max_new_tokens = generation_kwargs.get("max_new_tokens", getattr(settings, "max_new_tokens", None))
+        _check_batch_size(batch_size)
         answers, scores = [], []
         for start in range(0, len(questions), batch_size):
             part = slice(start, start + batch_size)
@@ -756,7 +765,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 compression_rate=compression_rate,
                 num_memory_tokens=num_memory_tokens,
             )
-            self._check_context(batch, generation_kwargs.get("max_new_tokens"), start)
+            self._check_context(batch, max_new_tokens, start)
             batch = batch.to(self.device)
             compressed = {}
             if "chunk_slots" in batch:
@@ -910,6 +919,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         return self.processor.decode_answers(sequences, batch["input_ids"].shape[1])
 
     def _compress_texts(self, questions, documents, compression_rate, num_memory_tokens, batch_size):
+        _check_batch_size(batch_size)
         batch = self.processor.encode_documents(questions, documents, compression_rate, num_memory_tokens)
         if not batch:
             raise ValueError("documents is empty; there is nothing to compress.")
@@ -1432,16 +1442,17 @@ def _load_first_layers(name_or_path: str, config: PreTrainedConfig, dtype, hub: 
             "them unquantised. Name the original checkpoint, and quantise it with load_in_4bit or load_in_8bit."
         )
     layer = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
-    head = AutoModelForCausalLM._model_mapping[type(config.generator_config)]._tied_weights_keys or {}
     wanted = {}
     for name, shard in _checkpoint_index(name_or_path, **hub).items():
         match = layer.search(name)
-        if name.startswith("lm_head.") or name in head:
+        if name.startswith("lm_head."):
             continue
         if match is None or int(match.group(1)) < config.num_compressor_layers:
             wanted[name] = shard
     tensors = _read_tensors(name_or_path, wanted, hub)
-    return AutoModel.from_pretrained(None, config=config.compressor_config, state_dict=tensors, dtype=dtype)
+    # AutoModel itself wants a name; the class it stands for takes tensors.
+    backbone_class = AutoModel._model_mapping[type(config.compressor_config)]
+    return backbone_class.from_pretrained(None, config=config.compressor_config, state_dict=tensors, dtype=dtype)
 
 
 def _quantization_config(load_in_4bit: bool, load_in_8bit: bool) -> BitsAndBytesConfig | None:
@@ -1462,6 +1473,11 @@ def _quantization_config(load_in_4bit: bool, load_in_8bit: bool) -> BitsAndBytes
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=["compressor", "lm_head"],
     )
+
+
+def _check_batch_size(batch_size: int):
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1.")
 
 
 def _sequences(output) -> torch.LongTensor:

@@ -227,8 +227,10 @@ class ScaleDownProcessor(ProcessorMixin):
         if answers is not None:
             answers = _check_answers(answers, len(questions))
         batch = {**self.build_prompts(questions, slots, answers, max_answer_length), **batch}
-        if reranking_scores is not None and "chunk_slots" in batch:
-            batch["reranking_labels"] = _reranking_labels(reranking_scores, documents)
+        if reranking_scores is not None:
+            labels = _reranking_labels(reranking_scores, documents)
+            if "chunk_slots" in batch:
+                batch["reranking_labels"] = labels
         return BatchFeature(batch)
 
     def check_texts(
@@ -248,10 +250,12 @@ class ScaleDownProcessor(ProcessorMixin):
             ValueError: empty texts or wrong counts.
             TypeError: something is not text.
         """
+        if isinstance(documents, str):
+            raise TypeError(f"documents is one string ({documents[:40]!r}…); pass a list of documents.")
+        if documents is not None and not isinstance(documents, (list, tuple)):
+            raise TypeError(f"documents must be a list, got {type(documents).__name__}.")
         if isinstance(questions, str):
-            if isinstance(documents, str):
-                raise TypeError(f"documents is one string ({documents[:40]!r}…); pass a list of documents.")
-            if documents and not isinstance(documents[0], str) and isinstance(documents[0], (list, tuple)):
+            if documents and isinstance(documents[0], (list, tuple)):
                 raise TypeError(
                     "questions is one string but documents[0] is a list: pass that question's documents as a flat "
                     "list, or a list of questions."
@@ -263,8 +267,6 @@ class ScaleDownProcessor(ProcessorMixin):
             raise ValueError("questions is empty; pass at least one question.")
         if documents is None:
             documents = [[] for _ in questions]
-        if not isinstance(documents, (list, tuple)):
-            raise TypeError(f"documents must be a list, got {type(documents).__name__}.")
         if len(documents) != len(questions):
             raise ValueError(
                 f"{len(questions)} questions but {len(documents)} lists of documents; pass one list per question "
@@ -499,6 +501,8 @@ class ScaleDownProcessor(ProcessorMixin):
         rows, slots, labels = [], [], []
         learned = [[] for _ in prompts]
         if answers is not None:
+            if max_answer_length < 2:
+                raise ValueError(f"max_answer_length={max_answer_length} must be at least 2: a token and the end token.")
             end = [self.tokenizer.eos_token_id]
             learned = [(ids + end)[:max_answer_length] for ids in _encode_as_text(self.tokenizer, answers)]
         for (ids, is_slot), answer in zip(prompts, learned, strict=True):
@@ -577,13 +581,15 @@ def _pad(rows: list[list], value: int | bool, side: str) -> tuple[torch.Tensor, 
 
 
 def _check_answers(answers: str | list[str], num_questions: int) -> list[str]:
-    answers = [answers] if isinstance(answers, str) else list(answers)
+    answers = [answers] if isinstance(answers, str) else answers
+    if not isinstance(answers, (list, tuple)):
+        raise TypeError(f"answers must be a string or a list of strings, got {type(answers).__name__}.")
     if len(answers) != num_questions:
         raise ValueError(f"{num_questions} questions but {len(answers)} answers; pass one answer per question.")
     for i, answer in enumerate(answers):
         if not isinstance(answer, str) or not answer.strip():
             raise ValueError(f"answers[{i}] is {answer!r}, expected a non-empty string.")
-    return answers
+    return list(answers)
 
 
 def _reranking_labels(scores: list, documents: list[list[str]]) -> torch.Tensor:
@@ -594,7 +600,12 @@ def _reranking_labels(scores: list, documents: list[list[str]]) -> torch.Tensor:
         raise ValueError(f"{len(documents)} questions but {len(scores)} lists of reranking_scores; pass one each.")
     labels = []
     for i, (listed, row) in enumerate(zip(documents, scores, strict=True)):
-        row = [math.nan] * len(listed) if row is None else [float(score) for score in row]
+        try:
+            row = [math.nan] * len(listed) if row is None else [float(score) for score in row]
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"reranking_scores[{i}] is {row!r}, expected a list of numbers, one per document, or None."
+            ) from None
         if len(row) != len(listed):
             raise ValueError(f"reranking_scores[{i}] has {len(row)} scores for {len(listed)} documents.")
         labels += row

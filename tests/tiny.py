@@ -45,7 +45,10 @@ def build_tokenizer(chat: bool = True, pair: bool = False) -> PreTrainedTokenize
     backend.decoder = decoders.ByteLevel()
     special = ["[CLS]", "[SEP]", "[PAD]", "[UNK]"] if pair else SPECIAL_TOKENS
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     backend.train_from_iterator([text for listed in DOCUMENTS for text in listed] + QUESTIONS, trainer)
     if pair:
@@ -93,8 +96,14 @@ GENERATORS = {
     "qwen2": lambda: Qwen2Config(**SHAPE),
     "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=8),
     "gemma": lambda: GemmaConfig(**SHAPE, head_dim=8),
-    "gemma2": lambda: AutoConfig.for_model("gemma2", **SHAPE, head_dim=8, sliding_window=64),
-    "gemma3": lambda: AutoConfig.for_model("gemma3_text", **SHAPE, head_dim=8, sliding_window=64),
+    "gemma2": lambda: AutoConfig.for_model("gemma2", **SHAPE, head_dim=8, sliding_window=16),
+    "gemma3": lambda: AutoConfig.for_model(
+        "gemma3_text",
+        **SHAPE,
+        head_dim=8,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+    ),
     "phi3": lambda: Phi3Config(**SHAPE),
 }
 ENCODER_SHAPE = {name: SHAPE[name] for name in ("vocab_size", "num_attention_heads", "max_position_embeddings")} | {
@@ -155,3 +164,17 @@ def build_model(compressor_type: str = "n_layers", seed: int = 0, lora: bool = F
     if lora:
         model.add_lora(r=4, lora_alpha=8, lora_dropout=0.0)
     return model.eval()
+
+
+def randomize_lora(model: ScaleDownModel) -> ScaleDownModel:
+    """LoRA layers as after some training: fresh ones have B = 0, hence no effect, and no gradient on A."""
+    with torch.no_grad():
+        for name, parameter in model.generator.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+def only(batch: dict, *names: str) -> dict:
+    """A part of a batch; every name must be there."""
+    return {name: batch[name] for name in names}

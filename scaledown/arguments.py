@@ -1,0 +1,176 @@
+"""Arguments of `train.py`: dataclasses over a YAML recipe and the command line."""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from configuration_scaledown import DEFAULT_SYSTEM_PROMPT
+
+
+@dataclass
+class ModelArguments:
+    """Which backbones to train, or which trained model to go on with."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A ScaleDown model to continue from, in place of backbones."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of model_name_or_path."})
+    generator_name_or_path: str | None = field(
+        default=None, metadata={"help": "Causal language model that answers: a Hub name or a folder."}
+    )
+    generator_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the generator."})
+    compressor_name_or_path: str | None = field(
+        default=None, metadata={"help": "Backbone of a modernbert or llm compressor; n_layers takes none."}
+    )
+    compressor_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the compressor."})
+    compressor_type: Literal["n_layers", "modernbert", "llm"] = field(
+        default="n_layers", metadata={"help": "n_layers, modernbert (any encoder) or llm (any small causal model)."}
+    )
+    num_compressor_layers: int = field(default=8, metadata={"help": "Layers of the generator n_layers copies."})
+    num_memory_tokens: int = field(default=8, metadata={"help": "Memory embeddings per chunk at most."})
+    compression_rate: int = field(default=16, metadata={"help": "Document tokens per memory embedding."})
+    chunk_length: int = field(default=128, metadata={"help": "Document tokens per chunk."})
+    max_query_length: int = field(default=128, metadata={"help": "Question tokens the compressor sees."})
+    enable_reranking: bool = field(default=True, metadata={"help": "Whether the compressor also scores relevance."})
+    reranking_loss_weight: float = field(default=0.05, metadata={"help": "Weight of the reranking loss."})
+    projector_hidden_size: int = field(default=8096, metadata={"help": "Width of the projector (modernbert, llm)."})
+    system_prompt: str = field(default=DEFAULT_SYSTEM_PROMPT, metadata={"help": "System prompt of the generator."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the generator's LoRA; 0 leaves the generator alone."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA."})
+    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout of LoRA."})
+    lora_target_modules: str = field(default="all-linear", metadata={"help": "Modules LoRA adapts."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Hold the frozen generator in 4 bits (bitsandbytes)."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Hold the frozen generator in 8 bits (bitsandbytes)."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, …"})
+    weights_format: Literal["full", "delta"] = field(
+        default="full", metadata={"help": "Checkpoints with every weight, or without the generator's own."}
+    )
+    merge_lora: bool = field(
+        default=True, metadata={"help": "Merge LoRA into the saved model (weights_format=full): fastest inference."}
+    )
+
+    def __post_init__(self):
+        if (self.model_name_or_path is None) == (self.generator_name_or_path is None):
+            raise ValueError(
+                "Name either model_name_or_path, a ScaleDown model to continue from, or generator_name_or_path, a "
+                "language model to start from."
+            )
+
+
+@dataclass
+class DataArguments:
+    """What to learn from."""
+
+    train_file: str | None = field(default=None, metadata={"help": "Records to learn from, as prepare_data.py writes."})
+    eval_file: str | None = field(default=None, metadata={"help": "Records to evaluate the loss on."})
+    max_train_examples: int | None = field(default=None, metadata={"help": "Learn from the first records only."})
+    max_eval_examples: int | None = field(default=None, metadata={"help": "Evaluate on the first records only."})
+    max_answer_length: int = field(default=128, metadata={"help": "Answer tokens learned at most."})
+
+    def __post_init__(self):
+        if self.train_file is None:
+            raise ValueError("train_file is missing; name the records to learn from (prepare_data.py writes them).")
+
+
+@dataclass
+class ScaleDownTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the defaults of OSCAR's table 7 and a learning rate for each side.
+
+    On a GPU, mixed precision is bf16 where the hardware computes in it and fp16 elsewhere; on a CPU it is off.
+    """
+
+    output_dir: str | None = field(default="runs/joint", metadata={"help": "Where checkpoints and the model go."})
+    stage: Literal["joint"] = field(default="joint", metadata={"help": "joint trains compressor and generator at once."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the generator's LoRA."})
+    compressor_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the compressor; 5e-5 for n_layers and 1e-4 otherwise, as in the paper."},
+    )
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Questions per device and micro-batch."})
+    gradient_accumulation_steps: int = field(default=16, metadata={"help": "Micro-batches per step."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up, in steps or as a share of all steps."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+
+    def __post_init__(self):
+        if torch.cuda.is_available() and not self.bf16 and not self.fp16:
+            self.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            self.fp16 = not self.bf16
+        # The collator reads the records' own columns; only the answer's labels decide whether there is a loss.
+        self.remove_unused_columns = False
+        self.label_names = ["labels"]
+        self.prediction_loss_only = True
+        self.dataloader_pin_memory = torch.cuda.is_available()
+        super().__post_init__()
+
+    @property
+    def n_gpu(self) -> int:
+        """One device per process: chunks outnumber questions, so a batch cannot be split by rows. Use accelerate."""
+        return min(super().n_gpu, 1)
+
+    @property
+    def generator_dtype(self) -> torch.dtype:
+        """Type of the frozen generator's weights; what is trained is held in 32 bits."""
+        if self.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.fp16 else torch.float32
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Count the warm-up steps, rounding down: a run of a few steps must not spend them at learning rate 0.
+
+        Args:
+            num_training_steps: Steps of the whole run.
+
+        Returns:
+            Steps, fewer than the run has.
+        """
+        steps = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * num_training_steps
+        return min(int(steps), max(num_training_steps - 1, 0))
+
+
+def parse_arguments(
+    argv: Sequence[str] | None = None,
+) -> tuple[ModelArguments, DataArguments, ScaleDownTrainingArguments]:
+    """Parse a recipe and the options that override it.
+
+    Args:
+        argv: `[recipe.yaml] [--option value …]`; the command line by default.
+
+    Returns:
+        Model, data and training arguments.
+
+    Raises:
+        FileNotFoundError: There is no such recipe.
+        ValueError: The recipe is not a mapping, or names an option there is not.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    classes = (ModelArguments, DataArguments, ScaleDownTrainingArguments)
+    parser = HfArgumentParser(classes, prog="train.py", usage="%(prog)s [recipe.yaml] [--option value ...]")
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        parser.set_defaults(**_read_recipe(argv.pop(0), {f.name for c in classes for f in fields(c) if f.init}))
+    return parser.parse_args_into_dataclasses(args=argv)
+
+
+def _read_recipe(path: str, options: set[str]) -> dict:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist (looked from {Path.cwd()}); recipes/ holds those that ship.")
+    recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} is not a recipe: expected lines of the form `option: value`.")
+    for name, value in recipe.items():
+        if name not in options:
+            near = difflib.get_close_matches(str(name), options, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; python train.py --help lists the options."
+            raise ValueError(f"{path} sets {name}, which is not an option{hint}")
+        # YAML reads 1e-4 as a string, since it has no decimal point; argparse converts strings by the option's type.
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            recipe[name] = str(value)
+    return recipe

@@ -1,0 +1,154 @@
+"""Settings: what is refused and how, what survives JSON, and that the defaults are the paper's."""
+
+import inspect
+import json
+
+import pytest
+from transformers import AutoConfig, LlamaConfig
+
+from configuration_scaledown import truncated_config
+from modeling_scaledown import LORA_DEFAULTS
+from scaledown import ScaleDownConfig, ScaleDownProcessor
+from tiny import ENCODERS, GENERATORS, build_config
+
+KINDS = ["n_layers", "modernbert", "llm"]
+
+REFUSED = [
+    ("compressor_type", "pca", "'pca' is unknown; choose one of n_layers, modernbert, llm"),
+    ("weights_format", "pickle", "'pickle' is unknown; choose one of full, delta"),
+    ("num_compressor_layers", 0, "must be a whole number of at least 1"),
+    ("num_compressor_layers", 5, "exceeds the generator's 4 layers; choose at most 4"),
+    ("num_memory_tokens", 0, "must be a whole number of at least 1"),
+    ("num_memory_tokens", 33, "exceeds chunk_length=32.*Lower num_memory_tokens or raise chunk_length"),
+    ("compression_rate", 0, "must be a whole number of at least 1"),
+    ("compression_rate", -16, "must be a whole number of at least 1"),
+    ("compression_rate", 16.0, "must be a whole number of at least 1"),
+    ("compression_rate", True, "must be a whole number of at least 1"),
+    ("compression_rate", "16", "must be a whole number of at least 1"),
+    ("compression_rate", 33, "exceeds chunk_length=32.*Lower compression_rate or raise chunk_length"),
+    ("chunk_length", 0, "must be a whole number of at least 1"),
+    ("chunk_length", 500, r"= 532 exceeds the compressor's 512 positions\. Lower max_query_length or chunk_length"),
+    ("max_query_length", None, "must be a whole number of at least 1"),
+    ("projector_hidden_size", 0, "must be a whole number of at least 1"),
+    ("reranking_loss_weight", -0.05, "must be a number of at least 0; 0 switches the reranking loss off"),
+    ("reranking_loss_weight", float("nan"), "must be a number of at least 0"),
+    ("reranking_loss_weight", float("inf"), "must be a number of at least 0"),
+    ("reranking_loss_weight", "0.05", "must be a number of at least 0"),
+    ("initializer_range", -0.02, "must be a number of at least 0"),
+    ("enable_reranking", "no", "must be True or False"),
+    ("lora_config", 16, "must be a dictionary of peft.LoraConfig arguments"),
+    ("system_prompt", None, "must be a string"),
+    ("document_separator", None, "must be a string"),
+    ("user_prompt", None, "must be a string"),
+    ("user_prompt", "Question: {question}", r"must contain \{documents\} exactly once"),
+    ("user_prompt", "{documents} {question} {question}", r"must contain \{question\} exactly once"),
+    ("user_prompt", "{question} {documents}", r"must name \{documents\} before \{question\}"),
+    ("closed_book_prompt", "Answer.", r"must contain \{question\} exactly once"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), REFUSED)
+def test_a_wrong_value_is_refused_with_its_name_and_the_remedy(name, value, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        build_config("n_layers", **{name: value})
+    assert f"{name}={value}" in str(caught.value) or f"{name}={value!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["modernbert", "llm"])
+def test_a_compressor_of_its_own_needs_a_configuration(kind):
+    with pytest.raises(ValueError, match=f"'{kind}' needs a compressor_config.*from_backbones"):
+        ScaleDownConfig(generator_config=LlamaConfig(), compressor_type=kind)
+
+
+@pytest.mark.parametrize("name", ["generator_config", "compressor_config"])
+def test_a_sub_configuration_of_an_unknown_kind_is_refused(name):
+    settings = {"generator_config": LlamaConfig(), "compressor_type": "llm", "compressor_config": LlamaConfig()}
+    with pytest.raises(ValueError, match=f"{name} must be .* got str"):
+        ScaleDownConfig(**{**settings, name: "meta-llama/Llama-3.2-1B"})
+    with pytest.raises(ValueError, match=f"{name} has model_type='gpt-9'"):
+        ScaleDownConfig(**{**settings, name: {"model_type": "gpt-9"}})
+
+
+def test_defaults_are_the_papers():
+    config = ScaleDownConfig(generator_config=LlamaConfig())
+    assert config.compressor_type == "n_layers"
+    assert config.num_compressor_layers == config.compressor_config.num_hidden_layers == 8
+    # 16×: eight embeddings for a document of 128 tokens.
+    assert (config.chunk_length, config.compression_rate, config.num_memory_tokens) == (128, 16, 8)
+    assert config.enable_reranking
+    assert config.reranking_loss_weight == 0.05
+    assert config.projector_hidden_size == 8096
+    assert config.system_prompt == (
+        "You are a helpful assistant. Your task is to extract relevant information from provided documents and to "
+        "answer questions as briefly as possible."
+    )
+    assert config.user_prompt == "Background:\n{documents}\n\nQuestion: {question}"
+    assert LORA_DEFAULTS == {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": "all-linear"}
+    assert inspect.signature(ScaleDownProcessor.__call__).parameters["max_answer_length"].default == 128
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_json_brings_back_every_value(kind, tmp_path):
+    config = build_config(kind, compression_rate=4, lora_config={"r": 4}, system_prompt="Ünï {x}", enable_reranking=False)
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    assert written["model_type"] == "scaledown"
+    assert written["generator_config"]["model_type"] == "llama"
+    loaded = ScaleDownConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert type(loaded.compressor_config) is type(config.compressor_config)
+    assert ScaleDownConfig(**config.to_dict()).to_dict() == config.to_dict()
+    assert type(AutoConfig.from_pretrained(tmp_path)) is ScaleDownConfig
+
+
+def test_a_saved_file_is_checked_as_well(tmp_path):
+    build_config("n_layers").save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**written, "compression_rate": 0}))
+    with pytest.raises(ValueError, match="compression_rate=0 must be"):
+        ScaleDownConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_a_truncated_configuration_is_consistent(generator):
+    whole = GENERATORS[generator]()
+    config = build_config("n_layers", generator=generator, num_compressor_layers=3)
+    cut = config.compressor_config
+    assert cut.num_hidden_layers == 3
+    layer_types = getattr(whole, "layer_types", None)
+    if layer_types is not None:
+        assert cut.layer_types == layer_types[:3]
+        assert len(whole.layer_types) == 4
+    differing = {name for name, value in whole.to_dict().items() if cut.to_dict().get(name) != value}
+    assert differing <= {"num_hidden_layers", "layer_types"}
+
+
+def test_only_per_layer_lists_are_cut():
+    config = GENERATORS["gemma2"]()
+    config.eos_token_id = [1, 5]
+    config.architectures = ["A", "B", "C", "D"]
+    cut = truncated_config(config, 2)
+    assert cut.layer_types == ["sliding_attention", "full_attention"]
+    assert cut.eos_token_id == [1, 5]
+    assert cut.architectures == ["A", "B", "C", "D"]
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_any_encoder_keeps_its_own_depth(encoder):
+    config = build_config("modernbert", compressor=encoder, num_compressor_layers=1)
+    assert config.compressor_config.num_hidden_layers == 2
+
+
+def test_two_configurations_share_nothing():
+    generator = GENERATORS["llama"]()
+    config = ScaleDownConfig(generator_config=generator, num_compressor_layers=2)
+    generator.vocab_size = 7
+    ScaleDownConfig(generator_config=config.generator_config, num_compressor_layers=2).generator_config.vocab_size = 9
+    assert (config.generator_config.vocab_size, config.compressor_config.vocab_size) == (400, 400)
+
+
+def test_generation_reads_the_generators_side():
+    config = build_config("llm")
+    assert config.get_text_config(decoder=True) is config.generator_config
+    assert (config.vocab_size, config.hidden_size) == (400, 32)
+    assert config.compressor_config.hidden_size == 24
