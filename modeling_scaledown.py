@@ -394,6 +394,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         self._processor = None
         self._processor_arguments = {}
         self.post_init()
+        if not with_generator:
+            self._keys_to_ignore_on_load_unexpected.add(r"^generator\.")
         self._freeze_generator()
 
     @torch.no_grad()
@@ -982,14 +984,25 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             raise ValueError("The generator has LoRA layers already; call merge_lora() before adding new ones.")
         settings = {**LORA_DEFAULTS, **lora_kwargs}
         self._inject_lora(settings)
+        self.generator.train(self.generator.training)  # the new layers start in training mode
         self.config.lora_config = settings
         self._freeze_generator()
 
     @torch.no_grad()
     def merge_lora(self):
-        """Adds the LoRA weights into the generator's own, for inference at full speed; nothing is left of LoRA."""
+        """
+        Adds the LoRA weights into the generator's own, for inference at full speed; nothing is left of LoRA.
+
+        Raises:
+            ValueError: the generator is quantised, so that most of what LoRA learned would be rounded away.
+        """
         if self.config.lora_config is None:
             return
+        if getattr(self.generator, "hf_quantizer", None) is not None:
+            raise ValueError(
+                "LoRA cannot be merged into a quantised generator without rounding away what it learned. Save the "
+                "model as it is, load that without load_in_4bit or load_in_8bit, and merge there."
+            )
         for name, module in list(self.generator.named_modules()):
             if hasattr(module, "lora_A") and hasattr(module, "merge"):
                 module.merge(safe_merge=True)
@@ -1079,7 +1092,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         generator_hub = {**hub, "revision": revision}
         settings = config.to_dict() if config is not None else config_kwargs
-        settings = {k: v for k, v in settings.items() if k not in ("generator_config", "compressor_config", "auto_map")}
+        own = ("generator_config", "compressor_config", "auto_map", "_name_or_path", "quantization_config")
+        settings = {name: value for name, value in settings.items() if name not in own}
         compressor_type = settings.get("compressor_type", "n_layers")
         if (compressor is None) != (compressor_type == "n_layers"):
             raise ValueError(
@@ -1098,24 +1112,29 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         config.generator_revision = getattr(generator_config, "_commit_hash", None) or revision
         config.generator_fingerprint = weights_fingerprint(generator, **generator_hub)
 
-        loading = {"dtype": dtype, "attn_implementation": attn_implementation}
-        loading = {name: value for name, value in loading.items() if value is not None}
-        if compressor is None:
-            backbone = _load_first_layers(generator, config, dtype=dtype, hub=generator_hub)
-        else:
-            backbone = AutoModel.from_pretrained(
-                compressor, config=config.compressor_config, use_safetensors=True, **loading, **compressor_hub
-            )
-        language_model = AutoModelForCausalLM.from_pretrained(
+        loading = {"attn_implementation": attn_implementation} if attn_implementation is not None else {}
+        language_model, info = AutoModelForCausalLM.from_pretrained(
             generator,
             config=config.generator_config,
             use_safetensors=True,
             device_map=device_map,
             quantization_config=_quantization_config(load_in_4bit, load_in_8bit),
+            output_loading_info=True,
+            dtype=dtype,
             **loading,
             **generator_hub,
         )
+        _check_complete(generator, info)
+        # A checkpoint has one type, and "auto" gives every part of the model the one it will be loaded in.
+        loading["dtype"] = language_model.dtype if dtype == "auto" else dtype
+        if compressor is None:
+            backbone = _load_first_layers(generator, config, loading, hub=generator_hub)
+        else:
+            backbone = AutoModel.from_pretrained(
+                compressor, config=config.compressor_config, use_safetensors=True, **loading, **compressor_hub
+            )
         model = cls(config, generator=language_model, backbone=backbone)
+        model._share_quantizer()
         model.compressor.to(device=language_model.device, dtype=backbone.dtype)
         model.compressor.initialize_from_vocabulary()
         model.generation_config = language_model.generation_config
@@ -1434,7 +1453,17 @@ def _read_tensors(name_or_path: str, weight_map: dict[str, str], hub: dict) -> d
     return tensors
 
 
-def _load_first_layers(name_or_path: str, config: PreTrainedConfig, dtype, hub: dict) -> PreTrainedModel:
+def _check_complete(name_or_path: str, info: dict):
+    """Weights a checkpoint lacks would be random; transformers only warns."""
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"{name_or_path!r} lacks {len(missing)} weights of the language model its config.json describes "
+            f"({missing[0]}, …). Name a checkpoint of a causal language model alone."
+        )
+
+
+def _load_first_layers(name_or_path: str, config: PreTrainedConfig, loading: dict, hub: dict) -> PreTrainedModel:
     """The generator's first layers as a model of their own, from the shards that hold them."""
     if getattr(config.generator_config, "quantization_config", None) is not None:
         raise ValueError(
@@ -1452,7 +1481,11 @@ def _load_first_layers(name_or_path: str, config: PreTrainedConfig, dtype, hub: 
     tensors = _read_tensors(name_or_path, wanted, hub)
     # AutoModel itself wants a name; the class it stands for takes tensors.
     backbone_class = AutoModel._model_mapping[type(config.compressor_config)]
-    return backbone_class.from_pretrained(None, config=config.compressor_config, state_dict=tensors, dtype=dtype)
+    backbone, info = backbone_class.from_pretrained(
+        None, config=config.compressor_config, state_dict=tensors, output_loading_info=True, **loading
+    )
+    _check_complete(name_or_path, info)
+    return backbone
 
 
 def _quantization_config(load_in_4bit: bool, load_in_8bit: bool) -> BitsAndBytesConfig | None:

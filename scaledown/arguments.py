@@ -87,7 +87,7 @@ class ScaleDownTrainingArguments(TrainingArguments):
     """
 
     output_dir: str | None = field(default="runs/joint", metadata={"help": "Where checkpoints and the model go."})
-    stage: Literal["joint"] = field(default="joint", metadata={"help": "joint trains compressor and generator at once."})
+    stage: Literal["joint"] = field(default="joint", metadata={"help": "joint: compressor and generator at once."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the generator's LoRA."})
     compressor_learning_rate: float | None = field(
         default=None,

@@ -9,29 +9,26 @@ then compared with what it writes when the slots are swapped between passages, o
 question. This says nothing about knowledge: a model of this size learned from a few hundred texts has none.
 """
 
-import argparse
-import contextlib
-import io
 import json
 import logging
-import os
 import random
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoProcessor,
     DataCollatorForLanguageModeling,
+    HfArgumentParser,
     LlamaConfig,
     ModernBertConfig,
     ModernBertModel,
@@ -62,6 +59,31 @@ CHAT_TEMPLATE = (
 
 
 @dataclass
+class DemoArguments:
+    """What to learn and how large; the defaults take a few minutes on two cores."""
+
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Records from prepare_data.py to take passages from; Python's language reference by default."
+        },
+    )
+    output_dir: str = field(default="runs/demo", metadata={"help": "Where the models and report.json go; replaced."})
+    compressor_type: Literal["n_layers", "modernbert", "llm"] = field(
+        default="n_layers", metadata={"help": "n_layers, modernbert (an encoder) or llm (a second language model)."}
+    )
+    num_passages: int = field(default=64, metadata={"help": "Passages to learn."})
+    hidden_size: int = field(default=128, metadata={"help": "Width of the backbones, a multiple of 32."})
+    num_layers: int = field(default=4, metadata={"help": "Layers of the generator."})
+    generator_steps: int = field(default=250, metadata={"help": "Steps that train the generator."})
+    steps: int = field(default=200, metadata={"help": "Steps that train ScaleDown."})
+    batch_size: int = field(default=32, metadata={"help": "Texts per step."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Of both trainings."})
+    lora_r: int = field(default=32, metadata={"help": "Rank of the generator's LoRA."})
+    seed: int = field(default=0, metadata={"help": "Decides passages and weights."})
+
+
+@dataclass
 class Example:
     """A passage, what the compressor is asked about it, and the text the generator is to write."""
 
@@ -87,7 +109,7 @@ class DemoCollator:
         return {**batch, "logits_to_keep": num_answer_positions(batch["labels"])}
 
     def encode(self, examples: Sequence[Example], targets: Sequence[str] | None = None) -> tuple[dict, dict]:
-        """Build the compressor's and the generator's side of a batch, the latter with labels where there are targets."""
+        """Build the compressor's and the generator's side of a batch, with labels where there are targets."""
         documents = [[example.passage] for example in examples]
         chunks = self.processor.encode_documents([example.query for example in examples], documents)
         slots = torch.zeros(len(examples), dtype=torch.long)
@@ -116,7 +138,7 @@ def read_passages(data: str | None, count: int, seed: int) -> list[dict]:
     found = _from_records(data) if data else _from_language_reference()
     if len(found) < count:
         raise ValueError(
-            f"{data or 'the language reference'} holds {len(found)} passages with two questions on different sentences, "
+            f"{data or 'the language reference'} holds {len(found)} passages with questions on two of their sentences, "
             f"{count} were asked for; lower --num_passages or pass more data."
         )
     return random.Random(seed).sample(found, count)
@@ -191,14 +213,14 @@ def train_tokenizer(texts: list[str], vocab_size: int = 2048) -> PreTrainedToken
     return tokenizer
 
 
-def train_generator(texts: list[str], tokenizer: PreTrainedTokenizerFast, folder: Path, args) -> None:
+def train_generator(texts: list[str], tokenizer: PreTrainedTokenizerFast, folder: Path, args: DemoArguments) -> None:
     """Train a small Llama-shaped language model from scratch on the passages, and save it like any other.
 
     Args:
         texts: What to learn from.
         tokenizer: Its tokenizer.
         folder: Where to save both.
-        args: The command line's arguments.
+        args: Sizes and steps.
     """
     model = AutoModelForCausalLM.from_config(
         LlamaConfig(
@@ -214,7 +236,7 @@ def train_generator(texts: list[str], tokenizer: PreTrainedTokenizerFast, folder
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    rows = [{"input_ids": ids[:128]} for ids in tokenizer(texts)["input_ids"]]
+    rows = [{"input_ids": ids[:96]} for ids in tokenizer(texts)["input_ids"]]
     Trainer(
         model=model,
         args=_training_arguments(TrainingArguments, folder / "trainer", args, max_steps=args.generator_steps),
@@ -225,13 +247,13 @@ def train_generator(texts: list[str], tokenizer: PreTrainedTokenizerFast, folder
     tokenizer.save_pretrained(folder)
 
 
-def save_encoder(tokenizer: PreTrainedTokenizerFast, folder: Path, args) -> None:
+def save_encoder(tokenizer: PreTrainedTokenizerFast, folder: Path, args: DemoArguments) -> None:
     """Save a small ModernBERT with random weights.
 
     Args:
         tokenizer: Its tokenizer.
         folder: Where to save both.
-        args: The command line's arguments.
+        args: Sizes and steps.
     """
     ModernBertModel(
         ModernBertConfig(
@@ -251,19 +273,21 @@ def save_encoder(tokenizer: PreTrainedTokenizerFast, folder: Path, args) -> None
     tokenizer.save_pretrained(folder)
 
 
-def train_scaledown(examples: list[Example], generator: Path, encoder: Path | None, output: Path, args) -> None:
+def train_scaledown(
+    examples: list[Example], generator: Path, compressor: Path | None, output: Path, args: DemoArguments
+) -> None:
     """Train compressor, heads and LoRA on the examples, and save the model.
 
     Args:
         examples: What to learn.
         generator: Folder of the language model.
-        encoder: Folder of the compressor's backbone; `None` for `n_layers`.
+        compressor: Folder of the compressor's backbone; `None` for `n_layers`.
         output: Where to save.
-        args: The command line's arguments.
+        args: Sizes and steps.
     """
     model = ScaleDownModel.from_backbones(
         str(generator),
-        str(encoder) if encoder else None,
+        str(compressor) if compressor else None,
         config=ScaleDownConfig(
             compressor_type=args.compressor_type,
             num_compressor_layers=max(args.num_layers // 2, 1),
@@ -281,7 +305,6 @@ def train_scaledown(examples: list[Example], generator: Path, encoder: Path | No
         output / "trainer",
         args,
         max_steps=args.steps,
-        learning_rate=args.learning_rate,
         compressor_learning_rate=args.learning_rate,
     )
     ScaleDownTrainer(
@@ -297,7 +320,7 @@ def train_scaledown(examples: list[Example], generator: Path, encoder: Path | No
 
 def _training_arguments(arguments_class, output_dir: Path, args, **settings):
     defaults = {
-        "learning_rate": 2e-3,
+        "learning_rate": args.learning_rate,
         "per_device_train_batch_size": args.batch_size,
         "gradient_accumulation_steps": 1,
         "warmup_steps": 0.05,
@@ -352,59 +375,85 @@ def measure(model, processor: ScaleDownProcessor, examples: list[Example], other
     return result
 
 
-def run(args) -> dict:
-    """Run the demonstration.
+def run(args: DemoArguments) -> dict[str, Any]:
+    """Train tokenizer, generator and ScaleDown, load the model as a user would, and measure.
 
     Args:
-        args: The command line's arguments.
+        args: What to learn and how large.
 
     Returns:
-        The report.
+        The report, which also lies in `report.json`.
+
+    Raises:
+        ValueError: The data holds too few passages.
     """
-    started = time.perf_counter()
-    output = Path(args.output)
-    set_seed(args.seed)
+    started, output = time.perf_counter(), Path(args.output_dir)
     passages = read_passages(args.data, args.num_passages, args.seed)
+    set_seed(args.seed)
     whole = [Example(item["passage"], WHOLE, item["passage"]) for item in passages]
     asked = [Example(item["passage"], query, text) for item in passages for query, text in item["questions"]]
-    texts = [example.target for example in whole + asked] + [example.query for example in asked] + [INSTRUCTION, WHOLE]
-    print(f"{len(passages)} passages; training a tokenizer and a generator of {args.num_layers} layers from scratch")
-    tokenizer = train_tokenizer(texts)
-    train_generator([example.target for example in whole + asked], tokenizer, output / "generator", args)
-    encoder = None
-    if args.compressor_type != "n_layers":
-        encoder = output / "compressor"
-        save_encoder(tokenizer, encoder, args)
-    print(f"training ScaleDown ({args.compressor_type})")
-    train_scaledown(whole + asked, output / "generator", encoder, output, args)
-    model = AutoModelForCausalLM.from_pretrained(str(output), trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(str(output), trust_remote_code=True)
-    partner = [i + 1 if i % 2 == 0 else i - 1 for i in range(len(asked))]
+    targets = [example.target for example in whole + asked]
+    tokenizer = train_tokenizer([*targets, *(example.query for example in asked), WHOLE, INSTRUCTION])
+    logger.info("Training a generator of %d layers on %d passages", args.num_layers, len(passages))
+    train_generator(targets, tokenizer, output / "generator", args)
+    compressor = {"n_layers": None, "llm": output / "generator", "modernbert": output / "encoder"}[args.compressor_type]
+    if args.compressor_type == "modernbert":
+        save_encoder(tokenizer, compressor, args)
+    logger.info("Training ScaleDown to write them from their slots")
+    train_scaledown(whole + asked, output / "generator", compressor, output / "scaledown", args)
+
+    model = AutoModel.from_pretrained(output / "scaledown", trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(output / "scaledown", trust_remote_code=True)
+    # The two questions of a passage follow each other: in the swap, each gets the slots made for the other.
+    other_question = [i + 1 if i % 2 == 0 else i - 1 for i in range(len(asked))]
     report = {
-        "passages": measure(model, processor, whole),
-        "sentences, chosen by the question": measure(model, processor, asked, partner),
-        "seconds": time.perf_counter() - started,
+        "begin a passage": measure(model, processor, whole),
+        "answer with a sentence": measure(model, processor, asked, other_question),
+        "settings": asdict(args),
+        "parameters": {"generator": model.generator.num_parameters(), "all": model.num_parameters()},
+        "seconds": round(time.perf_counter() - started, 1),
     }
+    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
 
+def format_report(report: dict[str, Any]) -> str:
+    """Render the report as a table.
+
+    Args:
+        report: As `run` returns it.
+
+    Returns:
+        Lines of text.
+    """
+    tasks = ("begin a passage", "answer with a sentence")
+    lines = [f"{'tokens written right':<26}" + "".join(f"{task:>26}" for task in tasks)]
+    for condition in report[tasks[0]]:
+        lines.append(f"{condition:<26}" + "".join(f"{report[task][condition]:>26.3f}" for task in tasks))
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scaledown.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--data")
-    parser.add_argument("--num_passages", type=int, default=64)
-    parser.add_argument("--compressor_type", default="n_layers")
-    parser.add_argument("--hidden_size", type=int, default=128)
-    parser.add_argument("--num_layers", type=int, default=4)
-    parser.add_argument("--generator_steps", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--lora_r", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="runs/demo")
-    args = parser.parse_args(argv)
-    report = run(args)
-    print(json.dumps(report, indent=1))
+    """Run the demonstration from the command line.
+
+    Args:
+        argv: Its arguments; the command line by default.
+
+    Returns:
+        The exit status: 0, or 2 after an error the user can mend.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    parser = HfArgumentParser(DemoArguments, prog="python -m scaledown.demo")
+    try:
+        (args,) = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+        report = run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    settings = report["settings"]
+    print(f"\n{settings['num_passages']} passages, one and the same prompt for all; {settings['compressor_type']}")
+    print(format_report(report))
+    print(f"\n{report['seconds']:.0f} s; model and report in {settings['output_dir']}")
     return 0
 
 

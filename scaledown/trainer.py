@@ -35,7 +35,7 @@ class ScaleDownTrainer(Trainer):
             return self.optimizer
         model = self.model if model is None else model
         decayed = set(self.get_decay_parameter_names(model))
-        # Memory and rerank embeddings are inputs, like token embeddings of a frozen vocabulary: nothing pulls them to 0.
+        # Memory and rerank embeddings are inputs, as fixed in scale as the token embeddings they stand among.
         decayed -= {name for name in decayed if name.endswith(("memory_embeddings", "rerank_embedding"))}
         groups = []
         for part, learning_rate in (
@@ -65,9 +65,7 @@ class ScaleDownTrainer(Trainer):
         """Compute the loss of a micro-batch as its share of the whole step's, and keep its two parts for the log."""
         if num_items_in_batch is not None and "reranking_labels" in inputs:
             inputs = {**inputs, "num_scored_examples": self._num_scored_examples}
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         sums = self._sums["train" if model.training else "eval"]
         for name in PARTS_OF_LOSS:
             if outputs.get(name) is not None:

@@ -10,6 +10,9 @@ import torch
 
 from tiny import build_model, build_tokenizer
 
+# The models are too small for several threads to pay, and several workers may share the machine.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

@@ -50,7 +50,7 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "value", "message"), REFUSED)
 def test_a_wrong_value_is_refused_with_its_name_and_the_remedy(name, value, message):
     with pytest.raises(ValueError, match=message) as caught:
-        build_config("n_layers", **{name: value})
+        build_config(**{"compressor_type": "n_layers", name: value})
     assert f"{name}={value}" in str(caught.value) or f"{name}={value!r}" in str(caught.value)
 
 
@@ -89,7 +89,9 @@ def test_defaults_are_the_papers():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_json_brings_back_every_value(kind, tmp_path):
-    config = build_config(kind, compression_rate=4, lora_config={"r": 4}, system_prompt="Ünï {x}", enable_reranking=False)
+    config = build_config(
+        kind, compression_rate=4, lora_config={"r": 4}, system_prompt="Ünï {x}", enable_reranking=False
+    )
     config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text("utf-8"))
     assert written["model_type"] == "scaledown"

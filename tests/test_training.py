@@ -1,0 +1,347 @@
+"""Joint training: what is learned, how it is logged, how a run goes on after it was stopped."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, TrainerCallback
+
+from scaledown.arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments, parse_arguments
+from scaledown.collators import JointCollator
+from scaledown.trainer import ScaleDownTrainer
+from scaledown.training import main, train
+from tiny import (
+    ANSWERS,
+    DOCUMENTS,
+    ENCODERS,
+    GENERATORS,
+    QUESTIONS,
+    build_model,
+    build_tokenizer,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+SCORES = [[2.0, -1.0], None, [0.5, 1.0, -3.0]]
+
+
+def rows(repeat: int = 1) -> list[dict]:
+    listed = zip(QUESTIONS, DOCUMENTS, ANSWERS, SCORES, strict=True)
+    return [{"query": q, "documents": d, "answer": [a], "reranking_scores": s} for q, d, a, s in list(listed) * repeat]
+
+
+@pytest.fixture
+def train_file(tmp_path):
+    path = tmp_path / "train.jsonl"
+    lines = [json.dumps({k: v for k, v in row.items() if v is not None}) for row in rows(repeat=4)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("backbones")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(GENERATORS["llama"]()).save_pretrained(folder / "generator")
+    build_tokenizer().save_pretrained(folder / "generator")
+    AutoModel.from_config(ENCODERS["modernbert"]()).save_pretrained(folder / "encoder")
+    build_tokenizer(pair=True).save_pretrained(folder / "encoder")
+    return folder
+
+
+def training_arguments(output_dir, **settings) -> ScaleDownTrainingArguments:
+    defaults = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "compressor_learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return ScaleDownTrainingArguments(output_dir=str(output_dir), **{**defaults, **settings})
+
+
+def build_trainer(model, output_dir, data=None, **settings) -> ScaleDownTrainer:
+    return ScaleDownTrainer(
+        model=model,
+        args=training_arguments(output_dir, **settings),
+        train_dataset=rows() if data is None else data,
+        data_collator=JointCollator(model.processor),
+        processing_class=model.processor,
+    )
+
+
+def model_arguments(backbones, compressor_type="n_layers", **settings) -> ModelArguments:
+    defaults = {
+        "generator_name_or_path": str(backbones / "generator"),
+        "compressor_name_or_path": None if compressor_type == "n_layers" else str(backbones / "encoder"),
+        "compressor_type": compressor_type,
+        "num_compressor_layers": 2,
+        "num_memory_tokens": 4,
+        "compression_rate": 8,
+        "chunk_length": 32,
+        "max_query_length": 24,
+        "projector_hidden_size": 16,
+        "lora_r": 4,
+        "lora_dropout": 0.0,
+    }
+    return ModelArguments(**{**defaults, **settings})
+
+
+def parameters(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_collator_builds_the_prompt_of_inference(model):
+    batch = JointCollator(model.processor)(rows())
+    inference = model.processor(QUESTIONS, DOCUMENTS)
+    for i in range(len(QUESTIONS)):
+        prompt = inference["input_ids"][i][inference["attention_mask"][i] == 1].tolist()
+        learned = batch["labels"][i] != -100
+        sequence = batch["input_ids"][i][(batch["attention_mask"][i] == 1) & ~learned].tolist()
+        assert sequence == prompt
+        answer = model.processor.tokenizer(ANSWERS[i], add_special_tokens=False)["input_ids"]
+        assert batch["labels"][i][learned].tolist() == [*answer, model.processor.tokenizer.eos_token_id]
+
+
+def test_logits_are_computed_for_the_answers_only_and_the_loss_is_the_same(model):
+    batch = JointCollator(model.processor)(rows())
+    longest = int((batch["labels"] != -100).sum(dim=1).max())
+    assert batch["logits_to_keep"] == longest + 1
+    short = model(**batch)
+    assert short.logits.shape[1] == longest + 1
+    whole = model(**{**batch, "logits_to_keep": 0})
+    torch.testing.assert_close(short.loss, whole.loss)
+
+
+def test_both_sides_learn_and_the_generator_stays(any_model_kind, tmp_path):
+    model = build_model(any_model_kind, lora=True)
+    before = parameters(model)
+    build_trainer(model, tmp_path).train()
+    for name, after in model.named_parameters():
+        frozen = name.startswith("generator.") and "lora_" not in name
+        assert torch.equal(before[name], after) == frozen, name
+
+
+@pytest.fixture(params=["n_layers", "modernbert", "llm"])
+def any_model_kind(request):
+    return request.param
+
+
+def test_each_side_has_its_learning_rate_and_embeddings_do_not_decay(tmp_path):
+    model = build_model(lora=True)
+    trainer = build_trainer(model, tmp_path, learning_rate=3e-4, compressor_learning_rate=7e-5, weight_decay=0.1)
+    trainer.create_optimizer()
+    names = {id(p): name for name, p in model.named_parameters()}
+    settings = {
+        names[id(p)]: (group["lr"], group["weight_decay"])
+        for group in trainer.optimizer.param_groups
+        for p in group["params"]
+    }
+    assert settings.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, (learning_rate, decay) in settings.items():
+        assert learning_rate == (3e-4 if "lora_" in name else 7e-5), name
+        undecayed = any(part in name for part in ("norm", "bias", "memory_embeddings", "rerank_embedding"))
+        assert decay == (0.0 if undecayed else 0.1), name
+
+
+def test_accumulated_micro_batches_make_the_step_of_one_batch(tmp_path):
+    results = []
+    for micro, accumulation in ((3, 1), (1, 3)):
+        model = build_model(lora=True)
+        settings = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation, "max_steps": 1}
+        # SGD shows the gradient itself; Adam's first step would hide its scale.
+        trainer = build_trainer(model, tmp_path, optim="sgd", max_grad_norm=0.0, **settings)
+        trainer.train()
+        results.append((parameters(model), trainer.state.log_history[0]))
+    (whole, whole_log), (parts, parts_log) = results
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], msg=name, rtol=1e-4, atol=1e-6)
+    for name in ("loss", "generation_loss", "reranking_loss"):
+        assert whole_log[name] == pytest.approx(parts_log[name], rel=1e-4), name
+
+
+def test_log_shows_both_losses_and_their_weighted_sum(tmp_path):
+    model = build_model(lora=True, reranking_loss_weight=0.5)
+    trainer = build_trainer(model, tmp_path, logging_steps=2)
+    trainer.train()
+    logs = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(logs) == 2
+    for line in logs:
+        assert line["reranking_loss"] > 0
+        assert line["loss"] == pytest.approx(line["generation_loss"] + 0.5 * line["reranking_loss"], rel=1e-3)
+
+
+def test_evaluation_reports_both_losses(tmp_path):
+    model = build_model(lora=True)
+    trainer = build_trainer(model, tmp_path, per_device_eval_batch_size=1)
+    metrics = trainer.evaluate(rows())
+    batches = [model(**JointCollator(model.processor)([row])) for row in rows()]
+    expected = sum(b.generation_loss for b in batches).item() / 3
+    assert metrics["eval_generation_loss"] == pytest.approx(expected, rel=1e-4)
+    assert metrics["eval_reranking_loss"] > 0
+
+
+def test_fewer_examples_than_a_batch_still_learn(tmp_path):
+    model = build_model(lora=True)
+    before = parameters(model)
+    trainer = build_trainer(
+        model, tmp_path, data=rows()[:1], per_device_train_batch_size=8, max_steps=-1, num_train_epochs=1
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert trainer.state.log_history[0]["learning_rate"] > 0
+    assert not torch.equal(before["compressor.memory_embeddings"], model.compressor.memory_embeddings)
+
+
+@pytest.mark.parametrize("steps, warmup", [(1, 0), (2, 0), (19, 0), (20, 1), (100, 5)])
+def test_warm_up_never_takes_all_steps(tmp_path, steps, warmup):
+    assert training_arguments(tmp_path, warmup_steps=0.05).get_warmup_steps(steps) == warmup
+    assert training_arguments(tmp_path, warmup_steps=50).get_warmup_steps(steps) == min(50, steps - 1)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    losses = []
+    for checkpointing in (False, True):
+        trainer = build_trainer(build_model(lora=True), tmp_path, gradient_checkpointing=checkpointing)
+        trainer.train()
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+class StopAt(TrainerCallback):
+    """Ends a run without notice, as a power cut would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("weights_format", ["full", "delta"])
+def test_resumed_run_equals_an_uninterrupted_one(backbones, train_file, tmp_path, monkeypatch, weights_format, caplog):
+    model_args = model_arguments(backbones, weights_format=weights_format, merge_lora=False, lora_dropout=0.1)
+    data_args = DataArguments(train_file=str(train_file))
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "seed": 3}
+    whole, _ = train(model_args, data_args, training_arguments(tmp_path / "whole", **settings))
+
+    stopped = training_arguments(tmp_path / "stopped", **settings)
+    with monkeypatch.context() as patch:
+        original = ScaleDownTrainer.__init__
+        patch.setattr(ScaleDownTrainer, "__init__", lambda self, **kw: original(self, **kw, callbacks=[StopAt(5)]))
+        with pytest.raises(KeyboardInterrupt):
+            train(model_args, data_args, stopped)
+    assert not (tmp_path / "stopped" / "config.json").exists()
+    torch.manual_seed(99)
+    resumed, _ = train(model_args, data_args, training_arguments(tmp_path / "stopped", **settings))
+    for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert "missing keys" not in caplog.text
+
+
+def test_checkpoint_is_a_whole_model_without_pickled_weights(backbones, train_file, tmp_path):
+    args = training_arguments(tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=1)
+    trained, _ = train(model_arguments(backbones), DataArguments(train_file=str(train_file)), args)
+    names = {path.name for path in (tmp_path / "out" / "checkpoint-1").iterdir()}
+    assert {"model.safetensors", "config.json", "modeling_scaledown.py", "processor_config.json"} <= names
+    assert not names & {"training_args.bin", "pytorch_model.bin"}
+    again = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert again.config.lora_config is None
+    expected = trained.answer(QUESTIONS, DOCUMENTS, max_new_tokens=4)
+    assert again.answer(QUESTIONS, DOCUMENTS, max_new_tokens=4) == expected
+    checkpoint = AutoModel.from_pretrained(tmp_path / "out" / "checkpoint-2", trust_remote_code=True)
+    torch.testing.assert_close(
+        checkpoint(**checkpoint.processor(QUESTIONS, DOCUMENTS)).logits,
+        again(**again.processor(QUESTIONS, DOCUMENTS)).logits,
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_training_goes_on_from_a_trained_model(backbones, train_file, tmp_path):
+    data_args = DataArguments(train_file=str(train_file))
+    train(model_arguments(backbones, "modernbert"), data_args, training_arguments(tmp_path / "first"))
+    further = ModelArguments(model_name_or_path=str(tmp_path / "first"), lora_r=2)
+    trained, metrics = train(further, data_args, training_arguments(tmp_path / "second"))
+    assert metrics["train_loss"] > 0
+    assert trained.config.compressor_type == "modernbert"
+    assert (tmp_path / "second" / "model.safetensors").is_file()
+
+
+def test_command_line_trains_from_recipe_and_overrides(backbones, train_file, tmp_path, capsys):
+    argv = [str(ROOT / "recipes" / "cpu-smoke.yaml"), "--generator_name_or_path", str(backbones / "generator")]
+    argv += ["--train_file", str(train_file), "--output_dir", str(tmp_path / "out"), "--max_steps", "2"]
+    assert main([*argv, "--save_steps", "100", "--eval_file", str(train_file), "--disable_tqdm", "true"]) == 0
+    printed = capsys.readouterr().out
+    assert "train_loss" in printed and "eval_generation_loss" in printed
+    assert main(argv) == 2
+    assert "holds a finished model" in capsys.readouterr().err
+
+
+def test_recipe_values_have_the_options_types(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "generator_name_or_path: g\ntrain_file: t.jsonl\nlearning_rate: 1e-3\nlora_r: 4\nenable_reranking: false\n"
+        "use_cpu: true\n"
+    )
+    model_args, data_args, args = parse_arguments([str(recipe), "--lora_r", "8"])
+    assert (model_args.lora_r, model_args.enable_reranking) == (8, False)
+    assert (args.learning_rate, args.compressor_learning_rate) == (1e-3, None)
+    assert data_args.train_file == "t.jsonl"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("learning_rat: 1\n", "did you mean learning_rate"),
+        ("- a\n", "not a recipe"),
+        ("train_file: t.jsonl\n", "Name either model_name_or_path"),
+        ("generator_name_or_path: g\n", "train_file is missing"),
+    ],
+)
+def test_wrong_recipes_are_named(tmp_path, capsys, text, message):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    assert main([str(recipe)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--train_file", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
+        (["--eval_strategy", "steps"], "set eval_file"),
+        (["--resume_from_checkpoint", "nowhere"], "is not a folder"),
+        (["--compressor_type", "llm"], "does not go with compressor_type"),
+        (["--num_compressor_layers", "9"], "exceeds the generator's 4 layers"),
+    ],
+)
+def test_wrong_options_are_named(backbones, train_file, tmp_path, capsys, options, message):
+    argv = ["--generator_name_or_path", str(backbones / "generator"), "--train_file", str(train_file)]
+    argv += ["--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
+    assert main([*argv, *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_malformed_data_names_file_and_line(backbones, tmp_path, capsys):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"query": "q", "documents": ["d"], "answer": "a"}\n{"query": "q"}\n')
+    argv = ["--generator_name_or_path", str(backbones / "generator"), "--train_file", str(path)]
+    assert main([*argv, "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]) == 2
+    assert f"{path}, line 2" in capsys.readouterr().err
+
+
+def test_help_from_another_folder(tmp_path):
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0
+    assert "--compressor_learning_rate" in result.stdout
