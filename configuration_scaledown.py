@@ -128,7 +128,10 @@ class ScaleDownConfig(PreTrainedConfig):
                 self.compressor_config = _as_config(self.compressor_config, "compressor_config")
             self._validate_sizes()
             if self.compressor_type == "n_layers":
+                saved = self.compressor_config
                 self.compressor_config = truncated_config(self.generator_config, self.num_compressor_layers)
+                if saved is not None:  # resize_token_embeddings changes the generator's vocabulary alone
+                    self.compressor_config.vocab_size = saved.vocab_size
             self._validate_backbones()
         super().__post_init__(**kwargs)
 
@@ -258,7 +261,8 @@ def truncated_config(config: PreTrainedConfig, num_layers: int) -> PreTrainedCon
     return truncated
 
 
-AutoConfig.register("scaledown", ScaleDownConfig, exist_ok=True)
+if not (__package__ or "").startswith("transformers_modules"):  # two models may come with different code
+    AutoConfig.register("scaledown", ScaleDownConfig, exist_ok=True)
 ScaleDownConfig.register_for_auto_class()
 
 __all__ = ["ScaleDownConfig", "truncated_config"]

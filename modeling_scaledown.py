@@ -13,6 +13,7 @@
 # limitations under the License.
 """ScaleDown model: a query-dependent compressor in front of a causal language model (OSCAR, arXiv 2504.07109)."""
 
+import copy
 import hashlib
 import json
 import re
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from torch import nn
 from transformers import (
@@ -37,6 +39,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.utils import (
+    PROCESSOR_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     ModelOutput,
@@ -60,11 +63,13 @@ logger = logging.get_logger(__name__)
 CARD_TEMPLATE_NAME = "model_card.md"
 # A README.md without this line was written by somebody and is left alone.
 CARD_MARK = "<!-- rendered from model_card.md -->"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Decoder stacks of transformers name their final norm one of these.
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "layer_norm")
 # OSCAR, table 7.
 LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": "all-linear"}
+NEVER_QUANTIZED = ("compressor", "lm_head", r".*\.lora_[AB]")
 FINGERPRINT_SAMPLES = 64
 
 
@@ -626,7 +631,11 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                     documents = self.get_memory_embeddings(
                         given["compressor_input_ids"], given["compressor_attention_mask"], given["chunk_slots"]
                     )
-                kwargs["prompt_embeds"] = self._embed_prompt(input_ids, given["slot_mask"], documents)
+                embeds = self._embed_prompt(input_ids, given["slot_mask"], documents)
+            # A mask longer than the ids: the beginning of the prompt is in `past_key_values` already.
+            mask = kwargs.get("attention_mask")
+            read = 0 if mask is None else max(mask.shape[1] - input_ids.shape[1], 0)
+            kwargs["prompt_embeds"] = nn.functional.pad(embeds, (0, 0, read, 0))
         return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -1135,7 +1144,10 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             )
         model = cls(config, generator=language_model, backbone=backbone)
         model._share_quantizer()
-        model.compressor.to(device=language_model.device, dtype=backbone.dtype)
+        model.compressor.to(device=language_model.device)
+        for name, parameter in model.compressor.named_parameters():
+            if not name.startswith("backbone."):  # whose buffers, such as rotary frequencies, stay in 32 bits
+                parameter.data = parameter.data.to(backbone.dtype)
         model.compressor.initialize_from_vocabulary()
         model.generation_config = language_model.generation_config
         model.processor = ScaleDownProcessor.from_config(
@@ -1169,10 +1181,14 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             `ScaleDownModel` in evaluation mode, the generator frozen.
 
         Raises:
-            ValueError: the generator's repository no longer holds the weights a delta was made for.
+            ValueError: the generator's repository no longer holds the weights a delta was made for, or the checkpoint
+                does not hold the LoRA weights its configuration asks for.
             ImportError: quantisation without bitsandbytes, or unmerged LoRA without peft.
         """
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        kwargs.setdefault("use_safetensors", True)
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["output_loading_info"] = True
         quantization = _quantization_config(load_in_4bit, load_in_8bit)
         if quantization is not None:
             kwargs["quantization_config"] = quantization
@@ -1185,13 +1201,16 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             )
             is_delta = saved.get("weights_format") == "delta"
         if is_delta:
-            loaded = cls._from_delta(pretrained_model_name_or_path, model_args, config, hub, kwargs)
+            model, info = cls._from_delta(pretrained_model_name_or_path, model_args, config, hub, kwargs)
         else:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model._processor_arguments = hub
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            if pretrained_model_name_or_path is not None and kwargs.get("variant") is None:
+                model._check_lora(pretrained_model_name_or_path, hub)
+        commit = getattr(model.config, "_commit_hash", None)
+        model._processor_arguments = {**hub, "revision": commit} if commit is not None else hub
+        model._share_quantizer()
         model._freeze_generator()
-        return loaded
+        return (model, info) if wants_info else model
 
     @classmethod
     def _from_delta(cls, name_or_path, model_args, config, hub: dict, kwargs: dict):
@@ -1202,7 +1221,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         shared = {key: hub[key] for key in ("cache_dir", "local_files_only", "token") if key in hub}
         source = {**shared, "revision": config.generator_revision}
         generator_name = config.generator_name_or_path
-        found = weights_fingerprint(generator_name, **source)
+        with_generator = kwargs.pop("with_generator", True)
+        found = weights_fingerprint(generator_name, **source) if with_generator else config.generator_fingerprint
         if found != config.generator_fingerprint:
             raise ValueError(
                 f"{name_or_path} is a delta on top of {generator_name!r} (revision {config.generator_revision}), but "
@@ -1216,28 +1236,55 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             if kwargs.get(key) is not None
         }
         generator_kwargs["quantization_config"] = kwargs.pop("quantization_config", None)
-        loaded = super().from_pretrained(name_or_path, *model_args, config=config, with_generator=False, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # A generator that is quantised in its own repository says nothing about the compressor.
+        quantized = config.generator_config.__dict__.pop("quantization_config", None)
+        model, info = super().from_pretrained(name_or_path, *model_args, config=config, with_generator=False, **kwargs)
+        if quantized is not None:
+            model.config.generator_config.quantization_config = config.generator_config.quantization_config = quantized
+        if not with_generator:
+            return model, info
         generator_kwargs.setdefault("dtype", model.dtype)
         model.generator = AutoModelForCausalLM.from_pretrained(
             generator_name, config=model.config.generator_config, use_safetensors=True, **generator_kwargs, **source
         )
         if model.config.lora_config is not None:
             model._inject_lora(model.config.lora_config)
-            weight_map = _checkpoint_index(name_or_path, **hub)
-            lora = _read_tensors(name_or_path, {k: v for k, v in weight_map.items() if "lora_" in k}, hub)
-            expected = {name for name, _ in model.generator.named_parameters() if "lora_" in name}
+            lora = _read_tensors(name_or_path, model._check_lora(name_or_path, hub), hub)
             lora = {name.removeprefix("generator."): tensor for name, tensor in lora.items()}
-            if set(lora) != expected:
-                raise ValueError(
-                    f"{name_or_path} holds {len(lora)} LoRA tensors, its lora_config asks for {len(expected)}; the "
-                    "checkpoint is incomplete or its config.json was edited."
-                )
             model.generator.load_state_dict(lora, strict=False)
         model.generator.eval()
         # What a generator passes on to the whole model when it is there from the start.
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-        return loaded
+        return model, info
+
+    def _check_lora(self, name_or_path: str, hub: dict) -> dict[str, str]:
+        """Files of the LoRA weights; transformers does not report it when they are missing."""
+        if self.config.lora_config is None or self.generator is None:
+            return {}
+        found = {name: file for name, file in _checkpoint_index(name_or_path, **hub).items() if "lora_" in name}
+        expected = {f"generator.{name}" for name, _ in self.generator.named_parameters() if "lora_" in name}
+        if set(found) != expected:
+            raise ValueError(
+                f"{name_or_path} holds {len(found)} LoRA tensors, lora_config asks for {len(expected)}. Restore the "
+                "checkpoint's own lora_config; where it has none, call add_lora() after loading."
+            )
+        return found
+
+    def _share_quantizer(self):
+        """Quantisation concerns the whole model, which is saved, and the generator, which PEFT extends, alike."""
+        source = self if getattr(self, "hf_quantizer", None) is not None else self.generator
+        if self.generator is None or getattr(source, "hf_quantizer", None) is None:
+            return
+        for part in (self, self.generator):
+            for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+                if hasattr(source, name):
+                    setattr(part, name, getattr(source, name))
+        # Trainer refuses to train a model that is quantised all through; this one trains compressor and LoRA.
+        self.is_quantized, self.generator.is_quantized = False, True
+        settings = copy.deepcopy(source.config.quantization_config)
+        if isinstance(settings, BitsAndBytesConfig):
+            settings.llm_int8_skip_modules = sorted({*(settings.llm_int8_skip_modules or ()), *NEVER_QUANTIZED})
+        self.config.quantization_config = settings
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
@@ -1263,7 +1310,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             kwargs: As in `PreTrainedModel.save_pretrained` and `push_to_hub`.
 
         Raises:
-            ValueError: a delta is asked for but the generator is not that of a known repository.
+            ValueError: a delta is asked for but the generator is not that of a known repository, or there is no
+                generator.
         """
         hub_kwargs = {
             key: kwargs.pop(key)
@@ -1271,8 +1319,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             if key in kwargs
         }
         previous = self.config.weights_format
-        self.config.weights_format = weights_format or previous
-        self._check_delta()
+        weights_format = weights_format or previous
+        self._check_weights_format(weights_format)
         module = "modeling_scaledown.ScaleDownModel"
         self.config.auto_map = {
             "AutoConfig": "configuration_scaledown.ScaleDownConfig",
@@ -1280,25 +1328,33 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             "AutoModelForCausalLM": module,
             "AutoProcessor": "processing_scaledown.ScaleDownProcessor",
         }
+        quantization = getattr(self.config, "quantization_config", None)
+        self.config.weights_format = weights_format
         try:
-            if self.config.weights_format == "delta":
+            if weights_format == "delta":
                 names = self.state_dict() if state_dict is None else state_dict
                 self._keys_to_ignore_on_save = {
                     name for name in names if name.startswith("generator.") and "lora_" not in name
                 }
+                self.config.__dict__.pop("quantization_config", None)  # what is saved is not quantised
             super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
         finally:
             self.config.weights_format = previous
             self._keys_to_ignore_on_save = set()
-        if is_main_process:
-            if self._processor is not None or self.name_or_path:
-                self.processor.save_pretrained(save_directory)
-            else:
-                logger.warning("The model has no processor, so none is saved beside it; assign model.processor first.")
-            self._write_card(Path(save_directory))
+            if quantization is not None:
+                self.config.quantization_config = quantization
+        if not is_main_process:
+            return
+        if kwargs.get("variant") is None:
+            _remove_stale_weights(Path(save_directory))
+        if self._has_processor():
+            self.processor.save_pretrained(save_directory)
+        else:
+            logger.warning("The model has no processor, so none is saved beside it; assign model.processor first.")
+        self._write_card(Path(save_directory), weights_format)
         if push_to_hub:
             hub_kwargs.setdefault("repo_id", Path(save_directory).name)
-            self.push_to_hub(**hub_kwargs, weights_format=weights_format, token=kwargs.get("token"))
+            self.push_to_hub(**hub_kwargs, weights_format=weights_format, state_dict=state_dict, **kwargs)
 
     def push_to_hub(
         self,
@@ -1312,7 +1368,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         **save_kwargs,
     ) -> str:
         r"""
-        Pushes the folder `save_pretrained` writes, card included.
+        Pushes the folder `save_pretrained` writes, card included; a card written by somebody stays.
 
         Args:
             repo_id (`str`): Repository to push to; made when missing.
@@ -1327,6 +1383,13 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        self.card_fields = {**self.card_fields, "repo_id": repo_id}
+        if revision is not None:
+            self.card_fields["revision"] = revision
+        try:
+            card = Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text(encoding="utf-8")
+        except EntryNotFoundError:
+            card = CARD_MARK
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **save_kwargs)
             commit = api.upload_folder(
@@ -1336,11 +1399,34 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,
+                ignore_patterns=None if CARD_MARK in card else "README.md",
+                delete_patterns=["model*.safetensors", SAFE_WEIGHTS_INDEX_NAME],  # of another sharding
             )
         return commit
 
-    def _check_delta(self):
-        if self.config.weights_format != "delta":
+    def _has_processor(self) -> bool:
+        if self._processor is not None or not self.name_or_path:
+            return self._processor is not None
+        return self._find_beside_weights(PROCESSOR_NAME) is not None
+
+    def _find_beside_weights(self, name: str, **kwargs) -> str | None:
+        """File that was saved beside the weights this model was loaded from, if there is one."""
+        return cached_file(
+            self.name_or_path, name, _raise_exceptions_for_missing_entries=False, **self._processor_arguments, **kwargs
+        )
+
+    def _check_weights_format(self, weights_format: str):
+        if weights_format not in ("full", "delta"):
+            raise ValueError(f"weights_format={weights_format!r} is unknown; choose full or delta.")
+        if self.generator is None:
+            raise ValueError("This model was loaded without its generator, so it cannot be saved; load it whole.")
+        quantizer = getattr(self.generator, "hf_quantizer", None)
+        if weights_format == "full":
+            if quantizer is not None and not isinstance(quantizer.quantization_config, BitsAndBytesConfig):
+                raise ValueError(
+                    "The generator comes from a checkpoint that is quantised in a way only it knows; save with "
+                    'weights_format="delta".'
+                )
             return
         if not self.config.generator_name_or_path or not self.config.generator_fingerprint:
             raise ValueError(
@@ -1354,18 +1440,17 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 f'trainable ({trainable[0]}, …). Save with weights_format="full".'
             )
 
-    def _write_card(self, folder: Path):
+    def _write_card(self, folder: Path, weights_format: str):
         """Renders model_card.md to README.md, beside a copy of the template."""
         template = Path(__file__).with_name(CARD_TEMPLATE_NAME)
         if not template.is_file():
-            found = cached_file(
-                self.name_or_path or str(folder),
-                CARD_TEMPLATE_NAME,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_gated_repo=False,
-                _raise_exceptions_for_connection_errors=False,
-                **self._processor_arguments,
-            )
+            found = None
+            if self.name_or_path:
+                found = self._find_beside_weights(
+                    CARD_TEMPLATE_NAME,
+                    _raise_exceptions_for_gated_repo=False,
+                    _raise_exceptions_for_connection_errors=False,
+                )
             if found is None:
                 logger.warning(f"No {CARD_TEMPLATE_NAME} found beside the code or the weights; no card is written.")
                 return
@@ -1374,18 +1459,24 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if readme.is_file() and CARD_MARK not in readme.read_text(encoding="utf-8"):
             logger.warning(f"{readme} was not rendered from {CARD_TEMPLATE_NAME}; it is left as it is.")
             return
+        generator = self.config.generator_name_or_path
+        on_hub = generator is not None and HUB_NAME.fullmatch(generator) is not None and not Path(generator).exists()
         fields = {
             "config": self.config,
-            "generator_name": self.config.generator_name_or_path or self.config.generator_config.model_type,
+            # A path of this machine is of no use to a reader, and nobody's business.
+            "generator_name": (generator if on_hub else Path(generator).name) if generator else None,
+            "generator_on_hub": on_hub,
             "num_parameters": self.num_parameters(),
+            "num_compressor_parameters": sum(p.numel() for p in self.compressor.parameters()),
+            "weights_format": weights_format,
             **self.card_fields,
         }
         data = ModelCardData(
             library_name="transformers",
-            license=fields.get("license", "apache-2.0"),
-            language=fields.get("language", "en"),
+            license=fields.get("license"),
+            language=fields.get("language"),
             pipeline_tag="question-answering",
-            base_model=fields.get("base_model"),
+            base_model=fields.get("base_model", generator if on_hub else None),
             datasets=fields.get("datasets"),
             tags=["scaledown", "rag", "context-compression", "reranking"],
         )
@@ -1430,18 +1521,24 @@ def weights_fingerprint(name_or_path: str, **hub) -> str:
 
 
 def _checkpoint_index(name_or_path: str, **hub) -> dict[str, str]:
-    """File of each tensor of a safetensors checkpoint, sharded or not."""
-    index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
-    if index is not None:
-        return json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    """File of each tensor of a safetensors checkpoint, sharded or not; where both are, transformers reads one file."""
     single = cached_file(name_or_path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **hub)
-    if single is None:
+    if single is not None:
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+    index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    if index is None:
         raise ValueError(
             f"{name_or_path!r} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}. ScaleDown reads "
             "safetensors only; convert the checkpoint, or choose a revision that has it."
         )
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+    return json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+
+
+def _remove_stale_weights(folder: Path):
+    """Takes away what an earlier save into the same folder left, sharded otherwise: it would be loaded instead."""
+    is_sharded = any(folder.glob("model-*-of-*.safetensors"))
+    (folder / (SAFE_WEIGHTS_NAME if is_sharded else SAFE_WEIGHTS_INDEX_NAME)).unlink(missing_ok=True)
 
 
 def _read_tensors(name_or_path: str, weight_map: dict[str, str], hub: dict) -> dict[str, torch.Tensor]:
@@ -1504,7 +1601,7 @@ def _quantization_config(load_in_4bit: bool, load_in_8bit: bool) -> BitsAndBytes
         load_in_8bit=load_in_8bit,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["compressor", "lm_head"],
+        llm_int8_skip_modules=list(NEVER_QUANTIZED),
     )
 
 
@@ -1518,8 +1615,9 @@ def _sequences(output) -> torch.LongTensor:
     return output if isinstance(output, torch.Tensor) else output.sequences
 
 
-AutoModel.register(ScaleDownConfig, ScaleDownModel, exist_ok=True)
-AutoModelForCausalLM.register(ScaleDownConfig, ScaleDownModel, exist_ok=True)
+if not (__package__ or "").startswith("transformers_modules"):  # two models may come with different code
+    AutoModel.register(ScaleDownConfig, ScaleDownModel, exist_ok=True)
+    AutoModelForCausalLM.register(ScaleDownConfig, ScaleDownModel, exist_ok=True)
 ScaleDownModel.register_for_auto_class("AutoModel")
 
 __all__ = ["CompressedDocuments", "ScaleDownModel", "ScaleDownOutput"]
