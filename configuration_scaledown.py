@@ -261,7 +261,7 @@ def truncated_config(config: PreTrainedConfig, num_layers: int) -> PreTrainedCon
     return truncated
 
 
-if not (__package__ or "").startswith("transformers_modules"):  # two models may come with different code
+if not (__package__ or "").startswith("transformers_modules"):  # two models in one process may come with different code
     AutoConfig.register("scaledown", ScaleDownConfig, exist_ok=True)
 ScaleDownConfig.register_for_auto_class()
 

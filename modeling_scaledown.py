@@ -60,6 +60,7 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
+IS_REMOTE_CODE = (__package__ or "").startswith("transformers_modules")
 CARD_TEMPLATE_NAME = "model_card.md"
 # A README.md without this line was written by somebody and is left alone.
 CARD_MARK = "<!-- rendered from model_card.md -->"
@@ -198,7 +199,9 @@ class ScaleDownCompressor(nn.Module):
         memory = memory.masked_fill(~memory_mask.unsqueeze(-1), 0.0)
         scores = None
         if self.reranking_head is not None:
-            scores = self.reranking_head(rerank).squeeze(-1)  # (num_chunks,)
+            # In 32 bits whatever the weights are in: 16 have too few digits to tell close documents apart.
+            head = self.reranking_head
+            scores = (rerank.float() * head.weight.float()).sum(dim=-1) + head.bias.float()  # (num_chunks,)
         return CompressedDocuments(memory_embeddings=memory, memory_mask=memory_mask, reranking_scores=scores)
 
     def hidden_states(
@@ -534,6 +537,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
 
+        if use_cache is None and self.training:
+            use_cache = False  # nothing is decoded, and checkpointed activations exclude a cache
         outputs = self.generator(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -688,7 +693,10 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                     "This model has no processor: it was built from a configuration. Assign one: model.processor = "
                     "ScaleDownProcessor.from_config(model.config, tokenizer)."
                 )
-            self.processor = ScaleDownProcessor.from_pretrained(self.name_or_path, **self._processor_arguments)
+            # Whoever let this very file run has trusted the repository; otherwise its tokenizer runs no code either.
+            self.processor = ScaleDownProcessor.from_pretrained(
+                self.name_or_path, trust_remote_code=IS_REMOTE_CODE, **self._processor_arguments
+            )
         return self._processor
 
     @processor.setter
@@ -1568,14 +1576,18 @@ def _load_first_layers(name_or_path: str, config: PreTrainedConfig, loading: dic
             "them unquantised. Name the original checkpoint, and quantise it with load_in_4bit or load_in_8bit."
         )
     layer = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
-    wanted = {}
+    final_norm = re.compile(rf"(?:^|\.)(?:{'|'.join(FINAL_NORM_NAMES)})\.(?:weight|bias)$")
+    wanted, cut_off = {}, {}
     for name, shard in _checkpoint_index(name_or_path, **hub).items():
         match = layer.search(name)
         if name.startswith("lm_head."):
             continue
-        if match is None or int(match.group(1)) < config.num_compressor_layers:
+        if match is None and final_norm.search(name):
+            # Lies in the last shard, and the compressor takes it off: not worth reading.
+            cut_off[name] = torch.ones(config.compressor_config.hidden_size)
+        elif match is None or int(match.group(1)) < config.num_compressor_layers:
             wanted[name] = shard
-    tensors = _read_tensors(name_or_path, wanted, hub)
+    tensors = {**_read_tensors(name_or_path, wanted, hub), **cut_off}
     # AutoModel itself wants a name; the class it stands for takes tensors.
     backbone_class = AutoModel._model_mapping[type(config.compressor_config)]
     backbone, info = backbone_class.from_pretrained(
@@ -1615,7 +1627,7 @@ def _sequences(output) -> torch.LongTensor:
     return output if isinstance(output, torch.Tensor) else output.sequences
 
 
-if not (__package__ or "").startswith("transformers_modules"):  # two models may come with different code
+if not IS_REMOTE_CODE:  # two models in one process may come with different code
     AutoModel.register(ScaleDownConfig, ScaleDownModel, exist_ok=True)
     AutoModelForCausalLM.register(ScaleDownConfig, ScaleDownModel, exist_ok=True)
 ScaleDownModel.register_for_auto_class("AutoModel")

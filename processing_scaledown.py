@@ -612,7 +612,7 @@ def _reranking_labels(scores: list, documents: list[list[str]]) -> torch.Tensor:
     return torch.tensor(labels)
 
 
-if not (__package__ or "").startswith("transformers_modules"):  # two models may come with different code
+if not (__package__ or "").startswith("transformers_modules"):  # two models in one process may come with different code
     AutoProcessor.register(ScaleDownConfig, ScaleDownProcessor, exist_ok=True)
 ScaleDownProcessor.register_for_auto_class()
 

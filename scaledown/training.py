@@ -133,8 +133,6 @@ def build_model(model_args: ModelArguments, args: ScaleDownTrainingArguments) ->
             parameter.data = parameter.data.float()
     if args.compressor_learning_rate is None:
         args.compressor_learning_rate = 5e-5 if model.config.compressor_type == "n_layers" else 1e-4
-    if args.gradient_checkpointing:
-        model.config.use_cache = False
     return model
 
 

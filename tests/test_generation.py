@@ -9,7 +9,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 from modeling_scaledown import document_scores
-from tiny import DOCUMENTS, GENERATORS, QUESTIONS, build_model, only
+from tiny import DOCUMENTS, GENERATORS, LEARNED_POSITIONS, QUESTIONS, build_model, only
 
 PROMPT = ("input_ids", "attention_mask", "slot_mask")
 CHUNKS = ("compressor_input_ids", "compressor_attention_mask", "chunk_slots")
@@ -93,7 +93,7 @@ SAME_AS_GREEDY = {
 }
 
 
-@pytest.fixture(scope="module", params=GENERATORS)
+@pytest.fixture(scope="module", params=[*GENERATORS, *LEARNED_POSITIONS])
 def any_generator(request):
     """One model per generator architecture; read-only."""
     return build_model("n_layers", generator=request.param)

@@ -12,6 +12,7 @@ from tiny import (
     ANSWERS,
     DOCUMENTS,
     GENERATORS,
+    LEARNED_POSITIONS,
     QUESTIONS,
     build_config,
     build_model,
@@ -133,12 +134,12 @@ def test_slots_and_memory_must_match_in_number(model):
 # -- padding and cache ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[*GENERATORS, "modernbert", "llm"])
+@pytest.fixture(scope="module", params=[*GENERATORS, *LEARNED_POSITIONS, "modernbert", "llm"])
 def any_generator(request):
     """One model per generator architecture, and one per further kind of compressor; read-only."""
-    if request.param in GENERATORS:
-        return build_model("n_layers", generator=request.param)
-    return build_model(request.param)
+    if request.param in KINDS:
+        return build_model(request.param)
+    return build_model("n_layers", generator=request.param)
 
 
 @torch.no_grad()

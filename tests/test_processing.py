@@ -277,9 +277,12 @@ def test_a_template_that_loses_or_doubles_the_message_is_refused():
 
 
 def test_the_question_keeps_the_tokens_it_has_in_running_text(processor):
-    batch = processor(QUESTIONS[0], DOCUMENTS[0])
-    running = processor.tokenizer(f" {QUESTIONS[0]}", add_special_tokens=False)["input_ids"]
-    ids = prompts(batch)[0]
+    question = "novel of whom?"
+    tokenizer = processor.tokenizer
+    running = tokenizer(f" {question}", add_special_tokens=False)["input_ids"]
+    # One token with its space, another word without.
+    assert running != [*tokenizer(" ")["input_ids"][1:], *tokenizer(question, add_special_tokens=False)["input_ids"]]
+    ids = prompts(processor(question, DOCUMENTS[0]))[0]
     assert any(ids[i : i + len(running)] == running for i in range(len(ids)))
 
 
@@ -350,6 +353,7 @@ def test_the_given_tokenizer_is_left_as_it_is():
     processor = ScaleDownProcessor(tokenizer)
     processor(QUESTIONS, DOCUMENTS, ANSWERS)
     assert processor.tokenizer is tokenizer
+    assert processor.compressor_tokenizer is not tokenizer
     assert tokenizer("A <s> word", add_special_tokens=True)["input_ids"] == before
     assert tokenizer.padding_side == build_tokenizer().padding_side
 

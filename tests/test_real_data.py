@@ -24,7 +24,7 @@ model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 rows = [json.loads(line) for line in open(records, encoding="utf-8")][:6]
 answers = model.answer([r["query"] for r in rows], [r["documents"] for r in rows], max_new_tokens=8)
 ranking = model.rank(rows[0]["query"], rows[0]["documents"], return_documents=True)
-print(json.dumps({"answers": answers, "ranking": ranking, "documents": rows[0]["documents"]}))
+json.dump({"answers": answers, "ranking": ranking, "documents": rows[0]["documents"]}, open("result.json", "w"))
 """
 
 pytestmark = [
@@ -77,7 +77,7 @@ def test_prepare_train_save_load_elsewhere_answer_and_rank(prepared, tmp_path, s
     command = [sys.executable, "-I", "-c", SCRIPT, str(output), str(records)]
     done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads((elsewhere / "result.json").read_text())
     assert len(result["answers"]) == 6
     scores = [row["score"] for row in result["ranking"]]
     assert scores == sorted(scores, reverse=True)

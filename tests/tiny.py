@@ -9,6 +9,7 @@ from transformers import (
     BertConfig,
     DebertaV2Config,
     GemmaConfig,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
     ModernBertConfig,
@@ -106,6 +107,20 @@ GENERATORS = {
     ),
     "phi3": lambda: Phi3Config(**SHAPE),
 }
+# Rotary positions are relative, so that only a model with learned ones notices when padding is counted.
+LEARNED_POSITIONS = {
+    "gpt2": lambda: GPT2Config(
+        **{name: SHAPE[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")},
+        n_embd=32,
+        n_layer=4,
+        n_head=4,
+        n_positions=512,
+        initializer_range=0.2,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+        attn_pdrop=0.0,
+    ),
+}
 ENCODER_SHAPE = {name: SHAPE[name] for name in ("vocab_size", "num_attention_heads", "max_position_embeddings")} | {
     "hidden_size": 24,
     "intermediate_size": 40,
@@ -146,7 +161,7 @@ def build_config(compressor_type: str, generator: str = "llama", compressor: str
         "system_prompt": "Answer.",
     }
     return ScaleDownConfig(
-        generator_config=GENERATORS[generator](),
+        generator_config={**GENERATORS, **LEARNED_POSITIONS}[generator](),
         compressor_config=compressor_config,
         compressor_type=compressor_type,
         **{**settings, **kwargs},

@@ -1,0 +1,264 @@
+"""Pushing to the Hub and loading from it, against a stand-in on this machine (`hub_standin.py`)."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from folders import SETTINGS, save_generator
+from hub_standin import HubStandIn
+from tiny import DOCUMENTS, QUESTIONS
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = {"configuration_scaledown.py", "modeling_scaledown.py", "processing_scaledown.py"}
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+PUSHED = (
+    CODE
+    | TOKENIZER
+    | {f"compressor_tokenizer/{name}" for name in TOKENIZER}
+    | {"config.json", "generation_config.json", "model.safetensors", "processor_config.json"}
+    | {"README.md", "model_card.md"}
+)
+
+PREAMBLE = f"""
+import json, sys, urllib.request
+from pathlib import Path
+
+QUESTIONS, DOCUMENTS, SETTINGS = {QUESTIONS!r}, {DOCUMENTS!r}, {SETTINGS!r}
+
+import torch
+from huggingface_hub import HfApi, constants
+from safetensors.torch import save_file
+
+
+def mark(name):
+    try:
+        urllib.request.urlopen(constants.ENDPOINT + "/mark/" + name, timeout=30)
+    except urllib.error.HTTPError:
+        pass
+
+
+def run(model, file):
+    with torch.no_grad():
+        out = model(**model.processor(QUESTIONS, DOCUMENTS))
+    tensors = {{"logits": out.logits, "memory_embeddings": out.memory_embeddings, "scores": out.reranking_scores}}
+    save_file(tensors, file)
+    return model.answer(QUESTIONS, DOCUMENTS, max_new_tokens=5, do_sample=False)
+"""
+
+
+def client(hub: HubStandIn, folder: Path, script: str, *arguments) -> dict:
+    """Runs a script in a process of its own for which the stand-in is the Hub; returns what it printed, as JSON."""
+    folder.mkdir(exist_ok=True)
+    file = folder / "script.py"
+    file.write_text(PREAMBLE + textwrap.dedent(script), encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
+    process = subprocess.run(
+        [sys.executable, "-I", str(file), *map(str, arguments)],
+        cwd=folder,
+        env={**environment, **hub.environment(folder / "home"), "TOKENIZERS_PARALLELISM": "false"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def after(hub: HubStandIn, name: str) -> int:
+    """Number of requests up to a mark."""
+    return hub.log.index(("GET", f"/mark/{name}")) + 1
+
+
+def test_the_stand_in_ends_with_its_block():
+    with HubStandIn() as hub:
+        sha = hub.commit("me/model", {"a.txt": b"one"})
+        hub.commit("me/model", {"a.txt": b"two"})
+        for revision, content in ((sha, b"one"), ("main", b"two")):
+            url = f"{hub.endpoint}/me/model/resolve/{revision}/a.txt"
+            with urllib.request.urlopen(url, timeout=10) as response:
+                assert response.read() == content
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(f"{hub.endpoint}/me/model/resolve/main/b.txt", timeout=10)
+        assert error.value.headers["X-Error-Code"] == "EntryNotFound"
+        assert hub.downloads("me/model") == ["a.txt", "b.txt"]
+    assert not hub._thread.is_alive()
+    with pytest.raises(OSError):
+        urllib.request.urlopen(url, timeout=10)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """The Hub with a generator in two revisions, and a card somebody wrote."""
+    folder = tmp_path_factory.mktemp("generators")
+    with HubStandIn() as hub:
+        pinned = hub.commit("them/generator", save_generator(folder / "first", seed=1, shards="60KB"))
+        hub.commit("them/generator", save_generator(folder / "second", seed=2, shards="60KB"))
+        hub.commit("me/handwritten", {"README.md": b"# Mine\n", "notes.txt": b"keep"})
+        hub.pinned = pinned
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, tmp_path_factory):
+    """What one process that has this repository built, pushed and saved."""
+    folder = tmp_path_factory.mktemp("publisher")
+    script = f"""
+    sys.path[:0] = [{str(ROOT)!r}]
+    from modeling_scaledown import _load_first_layers
+    from scaledown import ScaleDownConfig, ScaleDownModel
+    from transformers import AutoConfig
+
+    out, pinned = sys.argv[1:3]
+    config = ScaleDownConfig(
+        generator_config=AutoConfig.from_pretrained("them/generator", revision=pinned),
+        **{{**SETTINGS, "num_compressor_layers": 1}},
+    )
+    mark("first-layers")
+    _load_first_layers("them/generator", config, {{}}, {{"revision": pinned, "cache_dir": out + "/cache"}})
+    mark("from-backbones")
+    model = ScaleDownModel.from_backbones("them/generator", revision=pinned, **SETTINGS)
+    answers = run(model, out + "/expected.safetensors")
+    unpinned = ScaleDownModel.from_backbones("them/generator", **SETTINGS)
+    mark("push")
+    commit = model.push_to_hub("me/tiny-scaledown", private=True)
+    model.save_pretrained(out + "/saved")
+    model.save_pretrained(out + "/delta", push_to_hub=True, repo_id="me/delta", private=True, weights_format="delta")
+    model.push_to_hub("me/handwritten")
+    model.push_to_hub("me/resharded", max_shard_size="60KB")
+    shards = HfApi().list_repo_files("me/resharded")
+    model.push_to_hub("me/resharded", revision="whole", commit_message="One file")
+    print(json.dumps({{
+        "commit": commit.oid,
+        "answers": answers,
+        "revisions": [model.config.generator_revision, unpinned.config.generator_revision],
+        "fingerprints": [model.config.generator_fingerprint, unpinned.config.generator_fingerprint],
+        "shards": shards,
+    }}))
+    """
+    return {**client(hub, folder, script, folder, hub.pinned), "folder": folder}
+
+
+def test_only_the_shards_with_the_first_layers_are_fetched(hub, pushed):
+    """One layer of four, without the head and the final norm, which lie in the last shard."""
+    weight_map = json.loads(hub.files("them/generator", hub.pinned)["model.safetensors.index.json"])["weight_map"]
+    wanted = {file for name, file in weight_map.items() if "embed_tokens" in name or "layers.0." in name}
+    fetched = hub.downloads("them/generator", after(hub, "first-layers"))
+    every = set(weight_map.values())
+    until = after(hub, "from-backbones")
+    log, hub.log = hub.log, hub.log[:until]
+    try:
+        fetched = {name for name in hub.downloads("them/generator", after(hub, "first-layers")) if "-of-" in name}
+    finally:
+        hub.log = log
+    assert fetched == wanted
+    assert len(wanted) <= 2 < len(every)
+    assert {name for name in hub.downloads("them/generator") if "-of-" in name} == every
+
+
+def test_backbones_come_at_the_revision_asked_for(hub, pushed):
+    assert pushed["revisions"] == [hub.pinned, hub.repositories["them/generator"].branches["main"]]
+    assert pushed["fingerprints"][0] != pushed["fingerprints"][1]
+
+
+def test_pushed_files_are_those_save_pretrained_writes(hub, pushed):
+    repository = hub.repositories["me/tiny-scaledown"]
+    assert repository.private
+    assert pushed["commit"] == repository.branches["main"]
+    files = hub.files("me/tiny-scaledown")
+    saved = pushed["folder"] / "saved"
+    assert files.keys() == PUSHED | {".gitattributes"}
+    for name in PUSHED - {"README.md", "config.json"}:
+        assert files[name] == (saved / name).read_bytes(), name
+    for name in CODE:
+        assert files[name] == (ROOT / name).read_bytes(), name
+    card = files["README.md"].decode()
+    assert "<!-- rendered from model_card.md -->" in card and "base_model: them/generator" in card
+    assert '"me/tiny-scaledown",' in card and f"`{hub.pinned}`" in card
+    assert card.count("---\n") >= 2 and "Model Card for" not in card
+
+
+def test_save_pretrained_pushes_too(hub, pushed):
+    files = hub.files("me/delta")
+    assert hub.repositories["me/delta"].private
+    assert files.keys() == PUSHED | {".gitattributes"}
+    assert json.loads(files["config.json"])["weights_format"] == "delta"
+    assert len(files["model.safetensors"]) < len(hub.files("me/tiny-scaledown")["model.safetensors"])
+    assert files["model.safetensors"] == (pushed["folder"] / "delta" / "model.safetensors").read_bytes()
+    assert "| Weights format | delta |" in files["README.md"].decode()
+
+
+def test_a_card_on_the_hub_that_somebody_wrote_stays(hub, pushed):
+    files = hub.files("me/handwritten")
+    assert files["README.md"] == b"# Mine\n" and files["notes.txt"] == b"keep"
+    assert files.keys() == PUSHED | {"notes.txt"}
+
+
+def test_stale_shards_leave_the_hub(hub, pushed):
+    assert sum("-of-" in name for name in pushed["shards"]) > 2 and "model.safetensors" not in pushed["shards"]
+    assert hub.files("me/resharded", "whole").keys() == PUSHED | {".gitattributes"}
+    assert hub.files("me/resharded").keys() == set(pushed["shards"])  # the other branch is left alone
+    assert 'revision="whole"' in hub.files("me/resharded", "whole")["README.md"].decode()
+
+
+def test_a_process_without_the_repository_loads_from_the_hub(hub, pushed, tmp_path):
+    expected = load_file(pushed["folder"] / "expected.safetensors")
+    # The branch moves on: whoever pinned the commit must not notice, the processor included.
+    good = hub.files("me/tiny-scaledown", pushed["commit"])
+    processor = {**json.loads(good["processor_config.json"]), "system_prompt": "Moved on."}
+    broken = {"processor_config.json": json.dumps(processor).encode(), "model.safetensors": b"", "config.json": b"{}"}
+    hub.commit("me/tiny-scaledown", broken, keep=True)
+    hub.commit("me/moving", good)
+    result = client(
+        hub,
+        tmp_path,
+        """
+        from transformers import AutoConfig, AutoModel, AutoProcessor
+
+        out, commit, root, moved = sys.argv[1:5]
+        model = AutoModel.from_pretrained("me/tiny-scaledown", trust_remote_code=True, revision=commit)
+        answers = run(model, out + "/pinned.safetensors")
+        run(AutoModel.from_pretrained("me/delta", trust_remote_code=True), out + "/delta.safetensors")
+
+        moving = AutoModel.from_pretrained("me/moving", trust_remote_code=True)
+        HfApi().upload_file(path_or_fileobj=moved.encode(), path_in_repo="processor_config.json", repo_id="me/moving")
+
+        model.push_to_hub("me/again")
+        for path in sys.path:
+            assert not path.startswith(root), path
+        for name, module in list(sys.modules.items()):
+            assert not (getattr(module, "__file__", None) or "").startswith(root + "/"), name
+        print(json.dumps({
+            "answers": answers,
+            "prompts": [model.processor.system_prompt, moving.processor.system_prompt],
+            "module": type(model).__module__,
+        }))
+        """,
+        tmp_path,
+        pushed["commit"],
+        ROOT,
+        json.dumps(processor),
+    )
+    for name in ("pinned", "delta"):
+        found = load_file(tmp_path / f"{name}.safetensors")
+        assert all(torch.equal(found[key], expected[key]) for key in expected), name
+    assert result["answers"] == pushed["answers"]
+    assert result["module"].startswith("transformers_modules.me.")
+    assert json.loads(hub.files("me/moving")["processor_config.json"])["system_prompt"] == "Moved on."
+    assert result["prompts"] == [SETTINGS["system_prompt"]] * 2
+
+    # What is pushed from over there is complete and points at no other repository.
+    again = hub.files("me/again")
+    assert again.keys() == PUSHED | {".gitattributes"}
+    for name in CODE | {"model.safetensors", "processor_config.json", "model_card.md"}:
+        assert again[name] == good[name], name
+    assert json.loads(again["config.json"])["auto_map"] == json.loads(good["config.json"])["auto_map"]
+    assert '"me/again",' in again["README.md"].decode()
