@@ -39,6 +39,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.utils import (
+    CONFIG_NAME,
     PROCESSOR_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -1107,7 +1108,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if config is not None and config_kwargs:
             raise ValueError(f"Pass either config or its fields, not both: got {', '.join(sorted(config_kwargs))}.")
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        generator_hub = {**hub, "revision": revision}
+        generator_hub = _pinned(generator, {**hub, "revision": revision})
         settings = config.to_dict() if config is not None else config_kwargs
         own = ("generator_config", "compressor_config", "auto_map", "_name_or_path", "quantization_config")
         settings = {name: value for name, value in settings.items() if name not in own}
@@ -1118,15 +1119,20 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 "generator's own layers and takes no compressor, the other types need one."
             )
         generator_config = AutoConfig.from_pretrained(generator, **generator_hub).get_text_config(decoder=True)
-        compressor_hub = {**hub, "revision": compressor_revision}
-        compressor_config = None
+        compressor_hub, compressor_config = {}, None
         if compressor is not None:
+            compressor_hub = _pinned(compressor, {**hub, "revision": compressor_revision})
             compressor_config = AutoConfig.from_pretrained(compressor, **compressor_hub)
         config = cls.config_class(
             **{**settings, "generator_config": generator_config, "compressor_config": compressor_config}
         )
+        if compressor is None and getattr(generator_config, "quantization_config", None) is not None:
+            raise ValueError(
+                f'{generator!r} is quantised; compressor_type="n_layers" trains a copy of its first layers and needs '
+                "them unquantised. Name the original checkpoint, and quantise it with load_in_4bit or load_in_8bit."
+            )
         config.generator_name_or_path = str(generator)
-        config.generator_revision = getattr(generator_config, "_commit_hash", None) or revision
+        config.generator_revision = generator_hub["revision"]
         config.generator_fingerprint = weights_fingerprint(generator, **generator_hub)
 
         loading = {"attn_implementation": attn_implementation} if attn_implementation is not None else {}
@@ -1202,6 +1208,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             kwargs["quantization_config"] = quantization
         is_delta = False
         if pretrained_model_name_or_path is not None:
+            hub = _pinned(pretrained_model_name_or_path, hub)
+            kwargs["revision"] = hub["revision"]
             saved = (
                 config.to_dict()
                 if config is not None
@@ -1214,8 +1222,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
             if pretrained_model_name_or_path is not None and kwargs.get("variant") is None:
                 model._check_lora(pretrained_model_name_or_path, hub)
-        commit = getattr(model.config, "_commit_hash", None)
-        model._processor_arguments = {**hub, "revision": commit} if commit is not None else hub
+        model._processor_arguments = hub
         model._share_quantizer()
         model._freeze_generator()
         return (model, info) if wants_info else model
@@ -1258,8 +1265,10 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if model.config.lora_config is not None:
             model._inject_lora(model.config.lora_config)
             lora = _read_tensors(name_or_path, model._check_lora(name_or_path, hub), hub)
-            lora = {name.removeprefix("generator."): tensor for name, tensor in lora.items()}
-            model.generator.load_state_dict(lora, strict=False)
+            for name, tensor in lora.items():
+                # Beside quantised layers PEFT makes 16-bit ones, which would round what was trained in 32.
+                parameter = model.get_parameter(name)
+                parameter.data = tensor.to(parameter.device, model.dtype)
         model.generator.eval()
         # What a generator passes on to the whole model when it is there from the start.
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -1498,6 +1507,14 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
 # Weights of backbones
 
 
+def _pinned(name_or_path: str, hub: dict) -> dict:
+    """The arguments with the revision made the commit it stands for now, so that all that is read goes together."""
+    hub = {"revision": None, **hub}
+    file = cached_file(name_or_path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    commit = re.search(r"/snapshots/([0-9a-f]{40})/", Path(file).as_posix()) if file is not None else None
+    return {**hub, "revision": commit.group(1)} if commit else hub
+
+
 def weights_fingerprint(name_or_path: str, **hub) -> str:
     """
     Identifies a checkpoint by names, shapes, types and samples of all its tensors, whatever way they are sharded.
@@ -1570,11 +1587,6 @@ def _check_complete(name_or_path: str, info: dict):
 
 def _load_first_layers(name_or_path: str, config: PreTrainedConfig, loading: dict, hub: dict) -> PreTrainedModel:
     """The generator's first layers as a model of their own, from the shards that hold them."""
-    if getattr(config.generator_config, "quantization_config", None) is not None:
-        raise ValueError(
-            f'{name_or_path!r} is quantised; compressor_type="n_layers" trains a copy of its first layers and needs '
-            "them unquantised. Name the original checkpoint, and quantise it with load_in_4bit or load_in_8bit."
-        )
     layer = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
     final_norm = re.compile(rf"(?:^|\.)(?:{'|'.join(FINAL_NORM_NAMES)})\.(?:weight|bias)$")
     wanted, cut_off = {}, {}

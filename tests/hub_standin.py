@@ -117,10 +117,10 @@ class HubStandIn:
         """Files of a repository."""
         return self.repositories[repo_id].at(revision).files
 
-    def downloads(self, repo_id: str, since: int = 0) -> list[str]:
-        """Names of the files of a repository whose content was fetched, from the `since`th request on."""
+    def downloads(self, repo_id: str, since: int = 0, until: int | None = None) -> list[str]:
+        """Names of the files of a repository whose content was fetched, from one request to another."""
         pattern = re.compile(rf"/{re.escape(repo_id)}/resolve/[^/]+/(.+)")
-        matches = [pattern.fullmatch(path) for method, path in self.log[since:] if method == "GET"]
+        matches = [pattern.fullmatch(path) for method, path in self.log[since:until] if method == "GET"]
         return sorted({match.group(1) for match in matches if match})
 
 

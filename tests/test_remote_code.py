@@ -156,9 +156,11 @@ def _with_lora(model):
     return model
 
 
-def test_a_merged_model_runs_without_the_repository_and_without_peft(saved, tmp_path):
-    folder, expected = saved
-    result = run_elsewhere(
+@pytest.fixture(scope="module")
+def elsewhere(saved):
+    """A process without peft that loads the merged model in every way, uses it and saves it again."""
+    folder, _ = saved
+    return run_elsewhere(
         """
         sys.modules["peft"] = None  # as if it were not installed
         folder, again, out = sys.argv[1:4]
@@ -188,14 +190,19 @@ def test_a_merged_model_runs_without_the_repository_and_without_peft(saved, tmp_
         check_isolated()
         print(json.dumps({**result, "warnings": warnings}))
         """,
-        tmp_path,
+        folder,
         folder,
         folder / "again",
-        tmp_path,
+        folder,
     )
+
+
+def test_a_merged_model_runs_without_the_repository_and_without_peft(saved, elsewhere):
+    folder, expected = saved
+    result = elsewhere
     assert result["warnings"] == []
-    assert_same(tmp_path / "auto_model.safetensors", expected["merged"])
-    assert_same(tmp_path / "auto_causal.safetensors", expected["merged"])
+    assert_same(folder / "auto_model.safetensors", expected["merged"])
+    assert_same(folder / "auto_causal.safetensors", expected["merged"])
     assert result["answers"] == result["generated"] == expected["answers"]
     assert result["ranking"] == expected["ranking"]
     assert "pip install peft" in result["without_peft"]
@@ -209,17 +216,14 @@ def test_a_merged_model_runs_without_the_repository_and_without_peft(saved, tmp_
         assert (folder / "again" / name).read_bytes() == (ROOT / name).read_bytes()
 
 
-def test_everything_else_runs_without_the_repository(saved, tmp_path):
+@pytest.mark.slow
+def test_everything_else_runs_without_the_repository(saved, elsewhere, tmp_path):
     """One process for what was saved over there, for unmerged LoRA, deltas, other kinds and other code."""
     folder, expected = saved
-    if not (folder / "again").exists():
-        pytest.skip("needs the folder the test before this one saves")
-    changed = folder / "changed"
-    if not changed.exists():
-        shutil.copytree(folder / "merged", changed)
-        for name in CODE:
-            with (changed / name).open("a", encoding="utf-8") as file:
-                file.write("\nCHANGED = True\n")
+    changed = shutil.copytree(folder / "merged", tmp_path / "changed")
+    for name in CODE:
+        with (changed / name).open("a", encoding="utf-8") as file:
+            file.write("\nCHANGED = True\n")
     result = run_elsewhere(
         """
         folder, out = sys.argv[1:3]
@@ -229,9 +233,9 @@ def test_everything_else_runs_without_the_repository(saved, tmp_path):
         model.save_pretrained(f"{out}/saved")
         # Another model that comes with other code, in the same process: each runs its own.
         code = {}
-        for name in ("changed", "merged"):
-            model = AutoModel.from_pretrained(f"{folder}/{name}", trust_remote_code=True)
-            processor = AutoProcessor.from_pretrained(f"{folder}/{name}", trust_remote_code=True)
+        for name, path in (("changed", f"{out}/changed"), ("merged", f"{folder}/merged")):
+            model = AutoModel.from_pretrained(path, trust_remote_code=True)
+            processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
             code[name] = [hasattr(sys.modules[type(x).__module__], "CHANGED") for x in (model, model.config, processor)]
         check_isolated()
         print(json.dumps({"warnings": warnings, "code": code}))
