@@ -465,8 +465,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             chunk_slots = compressor_input_ids.new_full((compressor_input_ids.shape[0],), limit)
         if chunk_slots.shape != compressor_input_ids.shape[:1] or chunk_slots.numel() == 0:
             raise ValueError(
-                f"chunk_slots has shape {tuple(chunk_slots.shape)} for {compressor_input_ids.shape[0]} chunks; pass one "
-                "number per chunk, and at least one chunk."
+                f"chunk_slots has shape {tuple(chunk_slots.shape)} for {compressor_input_ids.shape[0]} chunks; pass "
+                "one number per chunk, and at least one chunk."
             )
         if int(chunk_slots.max()) > limit or int(chunk_slots.min()) < 1:
             raise ValueError(
@@ -528,7 +528,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             `ScaleDownOutput`.
 
         Raises:
-            ValueError: slots and memory embeddings do not match in number.
+            ValueError: slots and memory embeddings, or documents and teacher scores, do not match in number.
         """
         documents = CompressedDocuments(memory_embeddings=memory_embeddings, memory_mask=memory_mask)
         if compressor_input_ids is not None:
@@ -560,6 +560,16 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             )
             loss = generation
         if reranking_labels is not None and documents.reranking_scores is not None:
+            if chunk_to_document is None or document_to_example is None:
+                raise ValueError(
+                    "reranking_labels need chunk_to_document and document_to_example; pass all that the processor "
+                    "returned."
+                )
+            if reranking_labels.shape != document_to_example.shape:
+                raise ValueError(
+                    f"reranking_labels has shape {tuple(reranking_labels.shape)} for {document_to_example.shape[0]} "
+                    "documents; pass one score per document, NaN where there is none."
+                )
             scores = document_scores(documents.reranking_scores, chunk_to_document, document_to_example.shape[0])
             reranking = reranking_loss(scores, reranking_labels, document_to_example, num_scored_examples)
             if self.config.reranking_loss_weight > 0:

@@ -502,7 +502,9 @@ class ScaleDownProcessor(ProcessorMixin):
         learned = [[] for _ in prompts]
         if answers is not None:
             if max_answer_length < 2:
-                raise ValueError(f"max_answer_length={max_answer_length} must be at least 2: a token and the end token.")
+                raise ValueError(
+                    f"max_answer_length={max_answer_length} must be at least 2: a token and the end token."
+                )
             end = [self.tokenizer.eos_token_id]
             learned = [(ids + end)[:max_answer_length] for ids in _encode_as_text(self.tokenizer, answers)]
         for (ids, is_slot), answer in zip(prompts, learned, strict=True):

@@ -299,6 +299,8 @@ def test_fingerprint_sees_every_tensor(tmp_path):
     found.add(fingerprint({name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}))
     found.add(fingerprint({name.replace("lm_head", "head"): tensor for name, tensor in tensors.items()}))
     assert len(found) == 1 + len(tensors) + 4
+    zeros = (torch.zeros(4, 2), torch.zeros(2, 4), torch.zeros(4, 4).half(), torch.zeros(4, 4).bfloat16())
+    assert len({fingerprint({"zeros": tensor}) for tensor in zeros}) == 4  # the same bytes
 
 
 def test_one_file_goes_before_an_index_as_in_transformers(tmp_path):

@@ -228,6 +228,14 @@ def test_generation_stops_where_it_is_told(model):
     assert stopped[0].tolist() == tokens[:1]
 
 
+def test_an_answer_ends_at_the_generators_own_end_token(any_model):
+    batch = batch_of(any_model)
+    assert any_model.generation_config.eos_token_id == 1
+    tokens = new_tokens(any_model, batch, **GREEDY, sequence_bias={(1,): 1e4})
+    assert tokens.tolist() == [[1]] * 3
+    assert any_model.answer(QUESTIONS, DOCUMENTS, **GREEDY, sequence_bias={(1,): 1e4}) == [""] * 3
+
+
 def test_a_finished_answer_is_padded_while_others_go_on(model):
     batch = batch_of(model)
     tokens = new_tokens(model, batch, **GREEDY, **NO_END)

@@ -216,7 +216,7 @@ def test_losses_equal_those_computed_by_hand(any_model):
         len(any_model.processor.tokenizer(a, add_special_tokens=False).input_ids) + 1 for a in ANSWERS
     )
     generation = sum(terms) / len(terms)
-    assert float(output.generation_loss) == pytest.approx(generation, rel=1e-4)
+    assert output.generation_loss.item() == pytest.approx(generation, rel=1e-4)
 
     best: dict[int, float] = {}
     for chunk, document in enumerate(batch["chunk_to_document"].tolist()):
@@ -226,8 +226,8 @@ def test_losses_equal_those_computed_by_hand(any_model):
     first = (scores[0] - 1.0) ** 2 + (scores[1] + 0.5) ** 2
     third = (scores[3] - 0.3) ** 2 + (scores[4] - 2.0) ** 2 + (scores[5] + 1.0) ** 2
     reranking = (first + third) / 2
-    assert float(output.reranking_loss) == pytest.approx(reranking, rel=1e-4)
-    assert float(output.loss) == pytest.approx(generation + 0.05 * reranking, rel=1e-4)
+    assert output.reranking_loss.item() == pytest.approx(reranking, rel=1e-4)
+    assert output.loss.item() == pytest.approx(generation + 0.05 * reranking, rel=1e-4)
 
 
 def test_a_documents_score_is_that_of_its_best_chunk():
@@ -262,7 +262,18 @@ def test_reranking_can_be_learned_without_answers(model):
     batch = dict(model.processor(QUESTIONS, DOCUMENTS, reranking_scores=SCORES))
     output = model(**batch)
     assert output.generation_loss is None
-    assert float(output.loss) == pytest.approx(0.05 * float(output.reranking_loss))
+    assert output.loss.item() == pytest.approx(0.05 * output.reranking_loss.item())
+
+
+def test_teacher_scores_must_match_the_documents(model):
+    """A shape that merely broadcasts would be learned from without a word."""
+    batch = training_batch(model)
+    for shape in ((1,), (6, 1), (5,)):
+        with pytest.raises(ValueError, match=r"reranking_labels has shape \(.*\) for 6 documents"):
+            model(**{**batch, "reranking_labels": torch.ones(shape)})
+    for name in ("chunk_to_document", "document_to_example"):
+        with pytest.raises(ValueError, match="reranking_labels need chunk_to_document and document_to_example"):
+            model(**{**batch, name: None})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -274,7 +285,7 @@ def test_a_weight_of_zero_is_as_if_there_were_no_scores(kind):
     assert torch.equal(with_scores.loss, without.loss)
     assert torch.equal(with_scores.loss.detach(), with_scores.generation_loss)
     assert without.reranking_loss is None
-    assert float(with_scores.reranking_loss) > 0
+    assert with_scores.reranking_loss.item() > 0
     first, second = gradients(model, with_scores.loss), gradients(model, without.loss)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -285,7 +296,7 @@ def test_the_weight_of_the_reranking_loss_counts():
     heavy, light = (build_model("n_layers", reranking_loss_weight=weight) for weight in (2.0, 0.5))
     batch = training_batch(heavy)
     first, second = heavy(**batch), light(**batch)
-    assert float(first.loss - second.loss) == pytest.approx(1.5 * float(first.reranking_loss), rel=1e-4)
+    assert (first.loss - second.loss).item() == pytest.approx(1.5 * first.reranking_loss.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -299,10 +310,10 @@ def test_micro_batches_add_up_to_the_batch(kind):
     for part in (slice(0, 1), slice(1, 3)):
         batch = model.processor(QUESTIONS[part], DOCUMENTS[part], ANSWERS[part], reranking_scores=SCORES[part])
         loss = model(**batch, **totals).loss
-        losses.append(float(loss))
+        losses.append(loss.item())
         for name, gradient in gradients(model, loss).items():
             summed[name] = summed.get(name, 0) + gradient
-    assert sum(losses) == pytest.approx(float(output.loss), rel=1e-4)
+    assert sum(losses) == pytest.approx(output.loss.item(), rel=1e-4)
     assert_same_gradients(summed, expected)
 
 
@@ -325,7 +336,7 @@ def test_mixed_precision_gives_the_same_loss_about(kind):
     expected = model(**batch).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(**batch)
-    assert float(output.loss) == pytest.approx(float(expected), rel=0.1)
+    assert output.loss.item() == pytest.approx(expected.item(), rel=0.1)
     assert all(gradient.isfinite().all() for gradient in gradients(model, output.loss).values())
 
 

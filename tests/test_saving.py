@@ -123,8 +123,11 @@ def test_tied_embeddings_are_saved_once_and_tied_again(generator, lora, tmp_path
         assert_same_outputs(loaded, expected)
         head, embeddings = loaded.get_output_embeddings().weight, loaded.get_input_embeddings().weight
         assert head.data_ptr() == embeddings.data_ptr()
-        loaded.save_pretrained(tmp_path / "again")
-        assert tensor_names(tmp_path / "again") == tensor_names(folder)
+        assert loaded.all_tied_weights_keys == model.all_tied_weights_keys != {}
+        for again in ("full", weights_format):
+            loaded.save_pretrained(tmp_path / "again", weights_format=again)
+            assert tensor_names(tmp_path / "again") == tensor_names(tmp_path / again)
+            assert_same_outputs(load_silently(tmp_path / "again"), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
