@@ -210,12 +210,12 @@ class ScaleDownConfig(PreTrainedConfig):
                 "ScaleDownModel.from_backbones(generator, compressor), which fills it in."
             )
         limit = getattr(self.compressor_config, "max_position_embeddings", None)
-        # 3 tokens frame query and chunk, one more asks for the reranking score.
-        needed = self.max_query_length + self.chunk_length + self.num_memory_tokens + 4
+        # Up to 4 tokens frame query and chunk (as in RoBERTa), one more asks for the reranking score.
+        needed = self.max_query_length + self.chunk_length + self.num_memory_tokens + 5
         if limit is not None and needed > limit:
             raise ValueError(
                 f"max_query_length={self.max_query_length} + chunk_length={self.chunk_length} + num_memory_tokens="
-                f"{self.num_memory_tokens} + 4 special tokens = {needed} exceeds the compressor's "
+                f"{self.num_memory_tokens} + 5 special tokens = {needed} exceeds the compressor's "
                 f"{limit} positions. Lower max_query_length or chunk_length."
             )
 

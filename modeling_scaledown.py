@@ -148,7 +148,7 @@ class ScaleDownCompressor(nn.Module):
 
     The input of the backbone is `[query] [chunk] MEM_1 … MEM_l RR` (OSCAR, section 3). MEM and RR are parameters of
     this module, not rows of a vocabulary. A further kind of backbone is a subclass that overrides `prepare_backbone`
-    or `has_projector`, entered in `COMPRESSORS`.
+    or `has_projector`, entered in `COMPRESSORS` and in the configuration's `COMPRESSOR_TYPES`.
 
     Args:
         config (`ScaleDownConfig`): The model's configuration.
@@ -278,7 +278,7 @@ class NLayersCompressor(ScaleDownCompressor):
 
 
 class EncoderCompressor(ScaleDownCompressor):
-    """Any bidirectional encoder; query and chunk arrive as the pair it was pretrained on."""
+    """Any bidirectional encoder; query and chunk arrive framed as a pair, all of one token type."""
 
 
 class LLMCompressor(ScaleDownCompressor):

@@ -198,7 +198,7 @@ class ScaleDownProcessor(ProcessorMixin):
 
             - `input_ids`, `attention_mask` of shape `(batch, prompt_len)`: the prompt (and the answer), padded left;
             - `slot_mask` `(batch, prompt_len)`: true where a memory embedding goes, in the order of the chunks;
-            - `labels` `(batch, prompt_len)`: the answer and its end token, -100 elsewhere;
+            - `labels` `(batch, prompt_len)`: the answer and, unless it was cut, its end token; -100 elsewhere;
             - `compressor_input_ids`, `compressor_attention_mask` `(num_chunks, chunk_len)`: query and chunk, padded
               right;
             - `chunk_slots` `(num_chunks,)`: memory embeddings of each chunk;
@@ -423,6 +423,9 @@ class ScaleDownProcessor(ProcessorMixin):
         Raises:
             ValueError: a prompt exceeds the generator's context.
         """
+        learned = [[] for _ in questions]
+        if answers is not None:
+            learned = self._encode_answers(answers, max_answer_length)
         separator = _encode_as_text(self.tokenizer, [self.document_separator])[0] if self.document_separator else []
         filler = self._slot_filler_id()
         frames = {closed_book: self._prompt_frame(closed_book) for closed_book in {not row for row in document_slots}}
@@ -441,14 +444,25 @@ class ScaleDownProcessor(ProcessorMixin):
             rest = between + encoded[i] + after
             ids += rest
             is_slot += [False] * len(rest)
-            if self.max_prompt_length is not None and len(ids) > self.max_prompt_length:
+            length = len(ids) + len(learned[i])
+            if self.max_prompt_length is not None and length > self.max_prompt_length:
+                answer = f" and {len(learned[i])} tokens of answer" if answers is not None else ""
                 raise ValueError(
                     f"questions[{i}] with its {len(row)} documents needs a prompt of {len(ids)} tokens "
-                    f"({sum(is_slot)} of them slots); the generator reads {self.max_prompt_length}. Pass fewer "
+                    f"({sum(is_slot)} of them slots){answer}; the generator reads {self.max_prompt_length}. Pass fewer "
                     "documents or a higher compression_rate."
                 )
             prompts.append((ids, is_slot))
-        return BatchFeature(self._pad_prompts(prompts, answers, max_answer_length))
+        batch = self._pad_prompts(prompts, learned)
+        if answers is None:
+            del batch["labels"]
+        return BatchFeature(batch)
+
+    def _encode_answers(self, answers: list[str], max_answer_length: int) -> list[list[int]]:
+        if max_answer_length < 2:
+            raise ValueError(f"max_answer_length={max_answer_length} must be at least 2: a token and the end token.")
+        end = [self.tokenizer.eos_token_id]
+        return [(ids + end)[:max_answer_length] for ids in _encode_as_text(self.tokenizer, answers)]
 
     def _prompt_frame(self, closed_book: bool) -> tuple[list[int], list[int], list[int], str]:
         """Ids before the documents, between documents and question, after the question; white space leading it in."""
@@ -496,17 +510,9 @@ class ScaleDownProcessor(ProcessorMixin):
         return tokenizer.eos_token_id
 
     def _pad_prompts(
-        self, prompts: list[tuple[list[int], list[bool]]], answers: list[str] | None, max_answer_length: int
+        self, prompts: list[tuple[list[int], list[bool]]], learned: list[list[int]]
     ) -> dict[str, torch.Tensor]:
         rows, slots, labels = [], [], []
-        learned = [[] for _ in prompts]
-        if answers is not None:
-            if max_answer_length < 2:
-                raise ValueError(
-                    f"max_answer_length={max_answer_length} must be at least 2: a token and the end token."
-                )
-            end = [self.tokenizer.eos_token_id]
-            learned = [(ids + end)[:max_answer_length] for ids in _encode_as_text(self.tokenizer, answers)]
         for (ids, is_slot), answer in zip(prompts, learned, strict=True):
             rows.append(ids + answer)
             slots.append(is_slot + [False] * len(answer))
@@ -514,11 +520,12 @@ class ScaleDownProcessor(ProcessorMixin):
         pad_id = self.tokenizer.pad_token_id
         pad_id = self.tokenizer.eos_token_id if pad_id is None else pad_id
         input_ids, attention_mask = _pad(rows, pad_id, side="left")
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-        batch["slot_mask"] = _pad(slots, False, side="left")[0]
-        if answers is not None:
-            batch["labels"] = _pad(labels, IGNORE_INDEX, side="left")[0]
-        return batch
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "slot_mask": _pad(slots, False, side="left")[0],
+            "labels": _pad(labels, IGNORE_INDEX, side="left")[0],
+        }
 
 
 def _control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

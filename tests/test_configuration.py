@@ -27,7 +27,7 @@ REFUSED = [
     ("compression_rate", "16", "must be a whole number of at least 1"),
     ("compression_rate", 33, "exceeds chunk_length=32.*Lower compression_rate or raise chunk_length"),
     ("chunk_length", 0, "must be a whole number of at least 1"),
-    ("chunk_length", 500, r"= 532 exceeds the compressor's 512 positions\. Lower max_query_length or chunk_length"),
+    ("chunk_length", 500, r"= 533 exceeds the compressor's 512 positions\. Lower max_query_length or chunk_length"),
     ("max_query_length", None, "must be a whole number of at least 1"),
     ("projector_hidden_size", 0, "must be a whole number of at least 1"),
     ("reranking_loss_weight", -0.05, "must be a number of at least 0; 0 switches the reranking loss off"),

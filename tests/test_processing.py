@@ -616,3 +616,12 @@ def test_no_separator_at_all_is_allowed():
     batch = build_processor(document_separator="")("Who?", ["a", "b"])
     positions = batch["slot_mask"][0].nonzero().flatten().tolist()
     assert positions == list(range(positions[0], positions[0] + 2))
+
+
+def test_an_answer_past_the_context_is_refused(model):
+    processor = copy.copy(model.processor)
+    inference = processor(QUESTIONS[0], DOCUMENTS[0])["input_ids"].shape[1]
+    processor.max_prompt_length = inference + 3
+    processor(QUESTIONS[0], DOCUMENTS[0])
+    with pytest.raises(ValueError, match=r"questions\[0\] .* and \d+ tokens of answer; the generator reads"):
+        processor(QUESTIONS[0], DOCUMENTS[0], answers=ANSWERS[1])
