@@ -213,7 +213,7 @@ def test_a_merged_model_runs_without_the_repository_and_without_peft(saved, else
     config, again = (json.loads((folder / name / "config.json").read_text()) for name in ("merged", "again"))
     assert again["auto_map"] == config["auto_map"]
     for name in CODE:
-        assert (folder / "again" / name).read_bytes() == (ROOT / name).read_bytes()
+        assert (folder / "again" / name).read_bytes() == (folder / "merged" / name).read_bytes()
 
 
 @pytest.mark.slow
