@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 COMPRESSOR_TYPES = ("n_layers", "modernbert", "llm")
 WEIGHTS_FORMATS = ("full", "delta")
 
-# OSCAR, section 4: the prompt every result of the paper was obtained with.
+# The prompt of OSCAR (arXiv 2504.07109).
 DEFAULT_SYSTEM_PROMPT = (
     "You are a helpful assistant. Your task is to extract relevant information from provided documents and to answer "
     "questions as briefly as possible."
@@ -59,9 +59,9 @@ class ScaleDownConfig(PreTrainedConfig):
         enable_reranking (`bool`, defaults to `True`):
             Whether the compressor also scores every chunk's relevance.
         reranking_loss_weight (`float`, defaults to 0.05):
-            λ in `generation loss + λ · reranking loss` (OSCAR, section 3).
+            λ in `generation loss + λ · reranking loss` (OSCAR, arXiv 2504.07109).
         projector_hidden_size (`int`, defaults to 8096):
-            Width of the Linear–ReLU–Linear projector of `modernbert` and `llm` (OSCAR, section 4). `n_layers` has none.
+            Width of the Linear–ReLU–Linear projector of `modernbert` and `llm` (OSCAR, arXiv 2504.07109). `n_layers` has none.
         system_prompt, user_prompt, closed_book_prompt (`str`):
             Parts of the prompt. `user_prompt` holds `{documents}` and `{question}`, `closed_book_prompt` (used for a
             question without documents) holds `{question}`.

@@ -33,9 +33,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers import initialization as init
 from transformers.utils import (
@@ -146,7 +148,7 @@ class ScaleDownCompressor(nn.Module):
     r"""
     Token ids of query and chunk in; hidden states at the memory positions and the reranking position out.
 
-    The input of the backbone is `[query] [chunk] MEM_1 … MEM_l RR` (OSCAR, section 3). MEM and RR are parameters of
+    The input of the backbone is `[query] [chunk] MEM_1 … MEM_l RR` (OSCAR, arXiv 2504.07109). MEM and RR are parameters of
     this module, not rows of a vocabulary. A further kind of backbone is a subclass that overrides `prepare_backbone`
     or `has_projector`, entered in `COMPRESSORS` and in the configuration's `COMPRESSOR_TYPES`.
 
@@ -266,7 +268,7 @@ class NLayersCompressor(ScaleDownCompressor):
     has_projector = False
 
     def prepare_backbone(self, backbone: PreTrainedModel) -> PreTrainedModel:
-        """Takes off the final norm: the method reads the raw hidden state of layer N (OSCAR, section 3)."""
+        """Takes off the final norm: the method reads the raw hidden state of layer N (OSCAR, arXiv 2504.07109)."""
         for name in FINAL_NORM_NAMES:
             if isinstance(getattr(backbone, name, None), nn.Module):
                 setattr(backbone, name, nn.Identity())
@@ -317,7 +319,7 @@ def reranking_loss(
     num_scored_examples: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """
-    Distils a teacher's scores: `Σ_i (r_i − r'_i)²` per question (OSCAR, section 3), averaged over questions.
+    Distils a teacher's scores: `Σ_i (r_i − r'_i)²` per question (OSCAR, arXiv 2504.07109), averaged over questions.
 
     Args:
         scores (`torch.FloatTensor` of shape `(num_documents,)`): The model's scores.
@@ -1173,10 +1175,11 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             if not name.startswith("backbone."):  # whose buffers, such as rotary frequencies, stay in 32 bits
                 parameter.data = parameter.data.to(backbone.dtype)
         model.compressor.initialize_from_vocabulary()
-        model.generation_config = language_model.generation_config
+        tokenizer = AutoTokenizer.from_pretrained(generator, **generator_hub)
+        model.generation_config = _greedy(language_model.generation_config, tokenizer)
         model.processor = ScaleDownProcessor.from_config(
             config,
-            AutoTokenizer.from_pretrained(generator, **generator_hub),
+            tokenizer,
             AutoTokenizer.from_pretrained(compressor, **compressor_hub) if compressor is not None else None,
         )
         return model.eval()
@@ -1617,6 +1620,16 @@ def _load_first_layers(name_or_path: str, config: PreTrainedConfig, loading: dic
     )
     _check_complete(name_or_path, info)
     return backbone
+
+
+def _greedy(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """A chat model's settings without its sampling: an answer from documents is not a matter of chance."""
+    greedy = copy.deepcopy(generation_config)
+    greedy.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+    if greedy.pad_token_id is None:
+        pad_id = tokenizer.pad_token_id
+        greedy.pad_token_id = tokenizer.eos_token_id if pad_id is None else pad_id
+    return greedy
 
 
 def _quantization_config(load_in_4bit: bool, load_in_8bit: bool) -> BitsAndBytesConfig | None:

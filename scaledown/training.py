@@ -157,7 +157,8 @@ def finish(
     if model_args.merge_lora and model.config.weights_format == "full" and not _is_quantized(model):
         model.merge_lora()
     if not _is_quantized(model):
-        model.to(args.generator_dtype)
+        for parameter in model.parameters():  # buffers, such as rotary frequencies, stay in 32 bits
+            parameter.data = parameter.data.to(args.generator_dtype)
     model.card_fields = {
         "training": {
             "data": Path(data_args.train_file).name,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from transformers import GenerationConfig, LlamaConfig
 
 import modeling_scaledown
 from folders import (
@@ -526,3 +526,14 @@ def test_encoders_of_every_kind_load(tmp_path, generator):
     for kind in sorted(set(ENCODERS) - {"modernbert"}):
         model = build(generator, save_encoder(tmp_path / kind, kind), compressor_type="modernbert")
         assert torch.isfinite(outputs(model)["logits"]).all()
+
+
+def test_answers_are_decoded_greedily_whatever_the_chat_model_does(tmp_path):
+    generator = save_generator(tmp_path / "generator")
+    settings = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, eos_token_id=[1, 6])
+    settings.save_pretrained(generator)
+    model = build(generator)
+    assert model.generation_config.do_sample is False
+    assert model.generation_config.temperature is None
+    assert model.generation_config.eos_token_id == [1, 6]
+    assert model.generation_config.pad_token_id == model.processor.tokenizer.pad_token_id
