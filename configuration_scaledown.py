@@ -61,7 +61,7 @@ class ScaleDownConfig(PreTrainedConfig):
         reranking_loss_weight (`float`, defaults to 0.05):
             λ in `generation loss + λ · reranking loss` (OSCAR, arXiv 2504.07109).
         projector_hidden_size (`int`, defaults to 8096):
-            Width of the Linear–ReLU–Linear projector of `modernbert` and `llm` (OSCAR, arXiv 2504.07109). `n_layers` has none.
+            Width of the Linear–ReLU–Linear projector of `modernbert` and `llm`, as in OSCAR; `n_layers` has none.
         system_prompt, user_prompt, closed_book_prompt (`str`):
             Parts of the prompt. `user_prompt` holds `{documents}` and `{question}`, `closed_book_prompt` (used for a
             question without documents) holds `{question}`.

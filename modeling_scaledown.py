@@ -148,9 +148,9 @@ class ScaleDownCompressor(nn.Module):
     r"""
     Token ids of query and chunk in; hidden states at the memory positions and the reranking position out.
 
-    The input of the backbone is `[query] [chunk] MEM_1 … MEM_l RR` (OSCAR, arXiv 2504.07109). MEM and RR are parameters of
-    this module, not rows of a vocabulary. A further kind of backbone is a subclass that overrides `prepare_backbone`
-    or `has_projector`, entered in `COMPRESSORS` and in the configuration's `COMPRESSOR_TYPES`.
+    The input of the backbone is `[query] [chunk] MEM_1 … MEM_l RR` (OSCAR, arXiv 2504.07109). MEM and RR are
+    parameters of this module, not rows of a vocabulary. A further kind of backbone is a subclass that overrides
+    `prepare_backbone` or `has_projector`, entered in `COMPRESSORS` and in the configuration's `COMPRESSOR_TYPES`.
 
     Args:
         config (`ScaleDownConfig`): The model's configuration.
