@@ -1,0 +1,67 @@
+"""What the documentation shows runs."""
+
+import doctest
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import set_seed
+
+import configuration_scaledown
+import modeling_scaledown
+import processing_scaledown
+from scaledown.arguments import parse_arguments
+from scaledown.records import read_records
+from tiny import build_model
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    build_model("n_layers").save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "module", [configuration_scaledown, processing_scaledown, modeling_scaledown], ids=lambda m: m.__name__
+)
+def test_examples_in_docstrings(module, folder):
+    result = doctest.testmod(module, extraglobs={"folder": folder}, optionflags=doctest.ELLIPSIS)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_python_in_the_readme(folder, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == 2
+    code = "\n".join(blocks).replace('"your-name/your-scaledown"', repr(str(folder)))
+    assert "trust_remote_code=True" in code and 'revision="<commit>"' in code
+    code = re.sub(r', revision="<commit>"', "", code).replace("max_new_tokens=32", "max_new_tokens=4")
+    # The tiny model was built for chunks of 32 tokens, the README speaks of 128.
+    code = code.replace("compression_rate=32", "compression_rate=16")
+    set_seed(0)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)  # the project's own README
+    assert len(names["answers"]) == len(names["scores"]) == 2
+    assert [len(row) for row in names["scores"]] == [2, 1]
+
+
+def test_record_in_the_readme_is_in_the_format(tmp_path):
+    (line,) = re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    (tmp_path / "records.jsonl").write_text(line, encoding="utf-8")
+    (record,) = read_records(tmp_path / "records.jsonl")
+    assert record["answer"] == [json.loads(line)["answer"]]
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_understood_and_every_option_is_explained(recipe, tmp_path):
+    options = ["--generator_name_or_path", "g", "--train_file", "t.jsonl", "--use_cpu", "true"]
+    parse_arguments([str(recipe), *options, "--output_dir", str(tmp_path)])
+    settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    for line in recipe.read_text(encoding="utf-8").splitlines():
+        name = line.split(":")[0]
+        assert name not in settings or "#" in line, f"{name} has no comment"
