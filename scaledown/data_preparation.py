@@ -8,7 +8,6 @@ import platform
 import random
 import re
 import string
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Literal
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from .command_line import run_command
 from .readers import Question, Source, read_source
 from .records import atomic_writer, check_is_writable, write_records
 from .retrieval import BM25Retriever
@@ -130,29 +130,22 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Run `prepare_data.py`.
 
     Args:
-        argv: The arguments; those of the process by default.
+        argv: Its arguments; the command line by default.
 
     Returns:
-        The exit status: 0, or 2 where the input was at fault.
+        The exit status: 0, or 2 after an error the user can mend.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    # These speak at every step of their work, below what a user of this command needs.
-    for name in ("bm25s", "httpx", "datasets"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    parser = HfArgumentParser(PreparationArguments, description="Turn a data set into the project's records.")
-    try:
+
+    def command() -> str:
+        parser = HfArgumentParser(PreparationArguments, description="Turn a data set into the project's records.")
         (arguments,) = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
-        report = prepare(arguments)
-    except (ValueError, OSError) as error:
-        logger.debug("the traceback", exc_info=True)
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(format_report(report))
-    print(f"\nwrote {arguments.output} and {arguments.report_path}")
-    return 0
+        report = format_report(prepare(arguments))
+        return f"{report}\n\nwrote {arguments.output} and {arguments.report_path}"
+
+    return run_command(command)
 
 
 @dataclass

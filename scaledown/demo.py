@@ -44,6 +44,7 @@ from processing_scaledown import ScaleDownProcessor
 
 from .arguments import ScaleDownTrainingArguments
 from .collators import num_answer_positions
+from .command_line import run_command
 from .records import read_records
 from .trainer import ScaleDownTrainer
 
@@ -434,7 +435,7 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demonstration from the command line.
+    """Run the demonstration.
 
     Args:
         argv: Its arguments; the command line by default.
@@ -442,19 +443,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 after an error the user can mend.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    parser = HfArgumentParser(DemoArguments, prog="python -m scaledown.demo")
-    try:
+
+    def command() -> str:
+        parser = HfArgumentParser(DemoArguments, prog="python -m scaledown.demo")
         (args,) = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
         report = run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    settings = report["settings"]
-    print(f"\n{settings['num_passages']} passages, one and the same prompt for all; {settings['compressor_type']}")
-    print(format_report(report))
-    print(f"\n{report['seconds']:.0f} s; model and report in {settings['output_dir']}")
-    return 0
+        return (
+            f"\n{args.num_passages} passages, one and the same prompt for all; {args.compressor_type}\n"
+            f"{format_report(report)}\n\n{report['seconds']:.0f} s; model and report in {args.output_dir}"
+        )
+
+    return run_command(command)
 
 
 if __name__ == "__main__":

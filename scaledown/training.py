@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from modeling_scaledown import ScaleDownModel
 
 from .arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments, parse_arguments
 from .collators import JointCollator
+from .command_line import run_command
 from .records import load_records
 from .trainer import ScaleDownTrainer
 
@@ -190,16 +190,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 after an error the user can mend.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
+
+    def command() -> str:
         _, metrics = train(*parse_arguments(argv))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for name in sorted(metrics):
-        print(f"{name:<28} {metrics[name]:.6g}")
-    return 0
+        return "\n".join(f"{name:<28} {metrics[name]:.6g}" for name in sorted(metrics))
+
+    return run_command(command)
 
 
 def _load(path: str, limit: int | None) -> datasets.Dataset:

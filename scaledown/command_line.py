@@ -1,0 +1,31 @@
+"""What the command lines share: logging, and errors told in one line."""
+
+import logging
+import sys
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+# These speak at every step of their work, below what a user of a command needs.
+QUIET = ("bm25s", "datasets", "httpx")
+
+
+def run_command(command: Callable[[], str]) -> int:
+    """Run a command and print what it returns.
+
+    Args:
+        command: Does the work and returns its report.
+
+    Returns:
+        The exit status: 0, or 2 after an error the user can mend, which is printed without a traceback.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        report = command()
+    except (ValueError, OSError, ImportError) as error:
+        logger.debug("the traceback", exc_info=True)
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(report)
+    return 0
