@@ -53,12 +53,12 @@ from transformers.utils import (
 )
 
 try:
-    from .configuration_scaledown import ScaleDownConfig
+    from .configuration_scaledown import WEIGHTS_FORMATS, ScaleDownConfig
     from .processing_scaledown import ScaleDownProcessor
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
-    from configuration_scaledown import ScaleDownConfig
+    from configuration_scaledown import WEIGHTS_FORMATS, ScaleDownConfig
     from processing_scaledown import ScaleDownProcessor
 
 logger = logging.get_logger(__name__)
@@ -144,6 +144,22 @@ class ScaleDownOutput(ModelOutput):
 # Compressors
 
 
+class RerankingHead(nn.Linear):
+    """A dense layer to one score, in 32 bits: 16 have too few digits to tell close documents apart."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """
+        Scores chunks.
+
+        Args:
+            states (`torch.FloatTensor` of shape `(num_chunks, hidden)`): Hidden states at the reranking position.
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_chunks,)`.
+        """
+        return (states.float() * self.weight.float()).sum(dim=-1) + self.bias.float()
+
+
 class ScaleDownCompressor(nn.Module):
     r"""
     Token ids of query and chunk in; hidden states at the memory positions and the reranking position out.
@@ -167,7 +183,7 @@ class ScaleDownCompressor(nn.Module):
         width = config.compressor_config.hidden_size
         self.memory_embeddings = nn.Parameter(torch.zeros(config.num_memory_tokens, width))
         self.rerank_embedding = nn.Parameter(torch.zeros(width)) if config.enable_reranking else None
-        self.reranking_head = nn.Linear(width, 1) if config.enable_reranking else None
+        self.reranking_head = RerankingHead(width, 1) if config.enable_reranking else None
         self.projector = None
         if self.has_projector:
             self.projector = nn.Sequential(
@@ -202,9 +218,7 @@ class ScaleDownCompressor(nn.Module):
         memory = memory.masked_fill(~memory_mask.unsqueeze(-1), 0.0)
         scores = None
         if self.reranking_head is not None:
-            # In 32 bits whatever the weights are in: 16 have too few digits to tell close documents apart.
-            head = self.reranking_head
-            scores = (rerank.float() * head.weight.float()).sum(dim=-1) + head.bias.float()  # (num_chunks,)
+            scores = self.reranking_head(rerank)  # (num_chunks,)
         return CompressedDocuments(memory_embeddings=memory, memory_mask=memory_mask, reranking_scores=scores)
 
     def hidden_states(
@@ -1153,7 +1167,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             config=config.generator_config,
             use_safetensors=True,
             device_map=device_map,
-            quantization_config=_quantization_config(load_in_4bit, load_in_8bit),
+            quantization_config=_quantization_config(load_in_4bit, load_in_8bit, dtype),
             output_loading_info=True,
             dtype=dtype,
             **loading,
@@ -1165,9 +1179,15 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if compressor is None:
             backbone = _load_first_layers(generator, config, loading, hub=generator_hub)
         else:
-            backbone = AutoModel.from_pretrained(
-                compressor, config=config.compressor_config, use_safetensors=True, **loading, **compressor_hub
+            backbone, info = AutoModel.from_pretrained(
+                compressor,
+                config=config.compressor_config,
+                use_safetensors=True,
+                output_loading_info=True,
+                **loading,
+                **compressor_hub,
             )
+            _check_complete(compressor, info)
         model = cls(config, generator=language_model, backbone=backbone)
         model._share_quantizer()
         model.compressor.to(device=language_model.device)
@@ -1216,7 +1236,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         kwargs.setdefault("use_safetensors", True)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
-        quantization = _quantization_config(load_in_4bit, load_in_8bit)
+        quantization = _quantization_config(load_in_4bit, load_in_8bit, kwargs.get("dtype"))
         if quantization is not None:
             kwargs["quantization_config"] = quantization
         is_delta = False
@@ -1309,6 +1329,11 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
                 if hasattr(source, name):
                     setattr(part, name, getattr(source, name))
+        for module in self.generator.modules():
+            # bitsandbytes' kernel for these CPUs repacks weights at their first use and mixes up their scales at the
+            # next save; without it they are slower and right.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         # Trainer refuses to train a model that is quantised all through; this one trains compressor and LoRA.
         self.is_quantized, self.generator.is_quantized = False, True
         settings = copy.deepcopy(source.config.quantization_config)
@@ -1446,8 +1471,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         )
 
     def _check_weights_format(self, weights_format: str):
-        if weights_format not in ("full", "delta"):
-            raise ValueError(f"weights_format={weights_format!r} is unknown; choose full or delta.")
+        if weights_format not in WEIGHTS_FORMATS:
+            raise ValueError(f"weights_format={weights_format!r} is unknown; choose {' or '.join(WEIGHTS_FORMATS)}.")
         if self.generator is None:
             raise ValueError("This model was loaded without its generator, so it cannot be saved; load it whole.")
         quantizer = getattr(self.generator, "hf_quantizer", None)
@@ -1590,11 +1615,11 @@ def _read_tensors(name_or_path: str, weight_map: dict[str, str], hub: dict) -> d
 
 def _check_complete(name_or_path: str, info: dict):
     """Weights a checkpoint lacks would be random; transformers only warns."""
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))  # never read
+    if missing:
         raise ValueError(
-            f"{name_or_path!r} lacks {len(missing)} weights of the language model its config.json describes "
-            f"({missing[0]}, …). Name a checkpoint of a causal language model alone."
+            f"{name_or_path!r} lacks {len(missing)} weights of the model its config.json describes ({missing[0]}, …). "
+            "Name a checkpoint that holds this model alone and whole."
         )
 
 
@@ -1632,7 +1657,9 @@ def _greedy(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerB
     return greedy
 
 
-def _quantization_config(load_in_4bit: bool, load_in_8bit: bool) -> BitsAndBytesConfig | None:
+def _quantization_config(
+    load_in_4bit: bool, load_in_8bit: bool, dtype: torch.dtype | str | None
+) -> BitsAndBytesConfig | None:
     """Settings that quantise the generator's linear layers and nothing of the compressor."""
     if not load_in_4bit and not load_in_8bit:
         return None
@@ -1647,7 +1674,7 @@ def _quantization_config(load_in_4bit: bool, load_in_8bit: bool) -> BitsAndBytes
         load_in_4bit=load_in_4bit,
         load_in_8bit=load_in_8bit,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=torch.float16 if dtype in (torch.float16, "float16") else torch.bfloat16,
         llm_int8_skip_modules=list(NEVER_QUANTIZED),
     )
 

@@ -1,6 +1,7 @@
 """Arguments of `train.py`: dataclasses over a YAML recipe and the command line."""
 
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -45,7 +46,9 @@ class ModelArguments:
     lora_r: int = field(default=16, metadata={"help": "Rank of the generator's LoRA; 0 leaves the generator alone."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA."})
     lora_dropout: float = field(default=0.1, metadata={"help": "Dropout of LoRA."})
-    lora_target_modules: str = field(default="all-linear", metadata={"help": "Modules LoRA adapts."})
+    lora_target_modules: str = field(
+        default="all-linear", metadata={"help": "all-linear, or names such as q_proj,v_proj."}
+    )
     load_in_4bit: bool = field(default=False, metadata={"help": "Hold the frozen generator in 4 bits (bitsandbytes)."})
     load_in_8bit: bool = field(default=False, metadata={"help": "Hold the frozen generator in 8 bits (bitsandbytes)."})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, …"})
@@ -98,17 +101,30 @@ class ScaleDownTrainingArguments(TrainingArguments):
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up, in steps or as a share of all steps."})
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay."})
+    # The collator reads the records' own columns, and only the answer's labels decide whether there is a loss.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the collator reads records."})
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["labels"], metadata={"help": "What a batch must hold to have a loss."}
+    )
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation keeps the losses, not the logits."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
 
     def __post_init__(self):
-        if torch.cuda.is_available() and not self.bf16 and not self.fp16:
+        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        if on_gpu and not self.bf16 and not self.fp16:
             self.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             self.fp16 = not self.bf16
-        # The collator reads the records' own columns; only the answer's labels decide whether there is a loss.
-        self.remove_unused_columns = False
-        self.label_names = ["labels"]
-        self.prediction_loss_only = True
-        self.dataloader_pin_memory = torch.cuda.is_available()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and on_gpu
+        if self.label_smoothing_factor != 0:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} is not supported: the loss is the model's own, "
+                "with the reranking loss in it. Leave it at 0."
+            )
+        if self.fsdp or self.deepspeed or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            raise ValueError(
+                "train.py does not shard the model (FSDP, DeepSpeed) yet. Start one process per device with torchrun, "
+                "each holding the whole model; load_in_4bit makes it smaller."
+            )
         super().__post_init__()
 
     @property

@@ -32,15 +32,22 @@ class JointCollator:
 
         Returns:
             The batch; documents of all rows lie behind one another, so rows may differ in their number.
+
+        Raises:
+            ValueError: A record does not fit the generator's context.
         """
         scores = [record.get("reranking_scores") for record in records]
-        batch = self.processor(
-            [record["query"] for record in records],
-            [record["documents"] for record in records],
-            answers=[record["answer"][0] for record in records],
-            reranking_scores=scores if any(row is not None for row in scores) else None,
-            max_answer_length=self.max_answer_length,
-        )
+        try:
+            batch = self.processor(
+                [record["query"] for record in records],
+                [record["documents"] for record in records],
+                answers=[record["answer"][0] for record in records],
+                reranking_scores=scores if any(row is not None for row in scores) else None,
+                max_answer_length=self.max_answer_length,
+            )
+        except ValueError as error:
+            ids = ", ".join(str(record.get("id")) for record in records)
+            raise ValueError(f"{error} (The batch holds the records with the ids {ids}, in this order.)") from error
         return {**batch, "logits_to_keep": num_answer_positions(batch["labels"])}
 
 

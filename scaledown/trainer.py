@@ -1,11 +1,12 @@
 """The Hugging Face `Trainer` with what joint training of compressor and generator adds to it."""
 
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 PARTS_OF_LOSS = ("generation_loss", "reranking_loss")
 
@@ -16,11 +17,16 @@ class ScaleDownTrainer(Trainer):
     Takes `scaledown.arguments.ScaleDownTrainingArguments`; everything else is the `Trainer`'s.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: PreTrainedModel, args: TrainingArguments, **kwargs):
+        # AdamW's steps of some 1e-5 vanish in 16-bit weights.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        if args.compressor_learning_rate is None:  # OSCAR, table 7
+            args.compressor_learning_rate = 5e-5 if model.config.compressor_type == "n_layers" else 1e-4
+        super().__init__(model=model, args=args, **kwargs)
         self._num_scored_examples = None
         self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
-        self._last_logged_step = 0
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer over four groups: compressor and generator, each with and without weight decay.
@@ -59,49 +65,89 @@ class ScaleDownTrainer(Trainer):
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(torch.tensor([count], device=device)).sum().item()
         self._num_scored_examples = count
+        self._sums["train"]["count"] += 1
         return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the loss of a micro-batch as its share of the whole step's, and keep its two parts for the log."""
-        if num_items_in_batch is not None and "reranking_labels" in inputs:
+        if model.training and num_items_in_batch is not None and "reranking_labels" in inputs:
             inputs = {**inputs, "num_scored_examples": self._num_scored_examples}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training and self.args.world_size > 1:
+            loss = loss + self._unused_as_zero(inputs, outputs)
         sums = self._sums["train" if model.training else "eval"]
         for name in PARTS_OF_LOSS:
             if outputs.get(name) is not None:
                 sums[name] += outputs[name].detach().float()
-        sums["count"] += 1
+        if not model.training:
+            sums["count"] += 1
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Log what the `Trainer` logs, and the generation and the reranking loss beside their weighted sum."""
-        steps = self.state.global_step - self._last_logged_step
-        if "loss" in logs and steps > 0:
-            logs.update(self._drain("train", divide_by=steps))
-            self._last_logged_step = self.state.global_step
+        if "loss" in logs:
+            logs.update(self._drain("train"))
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """Run the `Trainer`'s loop, and add both parts of the loss to its metrics."""
         self._sums["eval"].clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        parts = self._drain("eval", divide_by=max(self._sums["eval"]["count"], 1))
+        parts = self._drain("eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in parts.items()})
         return output
 
     def create_model_card(self, *args, **kwargs):
         """Leave the card to the model, which renders its own at every save."""
 
-    def _drain(self, phase: str, divide_by: float) -> dict[str, float]:
-        sums, parts = self._sums[phase], {}
-        for name in PARTS_OF_LOSS:
-            if name in sums:
-                value = self.accelerator.gather(sums[name].reshape(1))
-                # Each process holds its share of the step's loss, so shares add up; evaluation averages.
-                shares = phase == "train" and self.args.average_tokens_across_devices
-                parts[name] = (value.sum() if shares else value.mean()).item() / divide_by
+    def init_hf_repo(self, *args, **kwargs):
+        """Leave the repository to the model's own push, at the end."""
+
+    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs) -> str:
+        """Push the model as it is now, whole, with its code and its card; checkpoints stay at home.
+
+        Args:
+            commit_message: Message of the commit.
+            kwargs: Arguments of `ScaleDownModel.push_to_hub`.
+
+        Returns:
+            The address of the commit.
+        """
+        return self.accelerator.unwrap_model(self.model).push_to_hub(
+            self.args.hub_model_id or Path(self.args.output_dir).name,
+            commit_message=commit_message,
+            private=self.args.hub_private_repo,
+            token=self.args.hub_token,
+            **kwargs,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        pass
+
+    def _unused_as_zero(self, inputs: dict[str, Any], outputs: Any) -> torch.Tensor | float:
+        """Nothing, but with a gradient for what this process's batch leaves unused: the other processes wait for it."""
+        if outputs.get("memory_embeddings") is None:
+            return 0.0 * sum(p.sum() for n, p in self.model.named_parameters() if _part_of(n) == "compressor.")
+        if outputs.get("reranking_scores") is not None and outputs.get("reranking_loss") is None:
+            return 0.0 * outputs["reranking_scores"].sum()
+        return 0.0
+
+    def _drain(self, phase: str) -> dict[str, float]:
+        sums = self._sums[phase]
+        # All processes gather the same, whatever their own batches held.
+        present = [float(name in sums) for name in PARTS_OF_LOSS]
+        row = [*(sums[name] for name in PARTS_OF_LOSS), *present, sums["count"]]
+        row = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=self.args.device) for value in row])
+        rows = self.accelerator.gather(row.unsqueeze(0))  # (processes, values)
         sums.clear()
-        return parts
+        # In training each process holds its share of a step's loss, so shares add up; evaluation averages batches.
+        shares = phase == "train" and self.args.average_tokens_across_devices
+        count = rows[0, -1] if shares else rows[:, -1].sum()
+        return {
+            name: (rows[:, i].sum() / count.clamp(min=1)).item()
+            for i, name in enumerate(PARTS_OF_LOSS)
+            if rows[:, len(PARTS_OF_LOSS) + i].any()
+        }
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # The Trainer's own would add the arguments as a pickle; the recipe and the card hold them as text.

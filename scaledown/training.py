@@ -1,6 +1,7 @@
 """Training of a ScaleDown model from backbones or from a checkpoint; `train.py` is its command line."""
 
 import importlib.metadata
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -35,6 +36,7 @@ CONFIG_ARGUMENTS = (
     "system_prompt",
     "weights_format",
 )
+RESULTS_NAME = "all_results.json"  # as the scripts of transformers name it
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 
 
@@ -79,15 +81,17 @@ def train(
         metrics.update(trainer.evaluate())
     if args.should_save:
         finish(model, model_args, data_args, args, metrics, len(train_data))
+        if args.push_to_hub:
+            trainer.push_to_hub()
     return model, metrics
 
 
 def build_model(model_args: ModelArguments, args: ScaleDownTrainingArguments) -> ScaleDownModel:
-    """Build or load the model, with everything that is trained in 32 bits and the frozen generator in few.
+    """Build or load the model, its generator in the type the run computes in.
 
     Args:
         model_args: Backbones or checkpoint, and settings.
-        args: Decide the types of the weights.
+        args: Decide device and type.
 
     Returns:
         The model, its generator frozen but for LoRA.
@@ -125,14 +129,8 @@ def build_model(model_args: ModelArguments, args: ScaleDownTrainingArguments) ->
             r=model_args.lora_r,
             lora_alpha=model_args.lora_alpha,
             lora_dropout=model_args.lora_dropout,
-            target_modules=model_args.lora_target_modules,
+            target_modules=_target_modules(model_args.lora_target_modules),
         )
-    # AdamW's steps of some 1e-5 vanish in 16-bit weights.
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    if args.compressor_learning_rate is None:
-        args.compressor_learning_rate = 5e-5 if model.config.compressor_type == "n_layers" else 1e-4
     return model
 
 
@@ -170,6 +168,9 @@ def finish(
         }
     }
     model.eval().save_pretrained(args.output_dir)
+    # Last, since it says that the run is over.
+    results = json.dumps(metrics, indent=2, sort_keys=True)
+    (Path(args.output_dir) / RESULTS_NAME).write_text(results + "\n", encoding="utf-8")
     logger.info("Saved the model to %s", args.output_dir)
 
 
@@ -209,15 +210,20 @@ def _checkpoint_to_resume(args: ScaleDownTrainingArguments) -> str | None:
         if not Path(args.resume_from_checkpoint).is_dir():
             raise FileNotFoundError(f"resume_from_checkpoint={args.resume_from_checkpoint} is not a folder.")
         return args.resume_from_checkpoint
-    if (folder / "config.json").is_file():
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if (folder / RESULTS_NAME).is_file() or (checkpoint is None and (folder / "config.json").is_file()):
         raise FileExistsError(
             f"{folder} holds a finished model; choose another output_dir, or name it as model_name_or_path to train "
             "it further."
         )
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if checkpoint is not None:
         logger.info("Going on from %s; choose another output_dir to start anew.", checkpoint)
     return checkpoint
+
+
+def _target_modules(names: str) -> str | list[str]:
+    """peft takes `all-linear` as it is, names as a list; any other string it would read as a regular expression."""
+    return names if names == "all-linear" else [name.strip() for name in names.split(",")]
 
 
 def _is_quantized(model: ScaleDownModel) -> bool:

@@ -10,6 +10,15 @@ from transformers import AutoModel, AutoModelForCausalLM
 from scaledown import ScaleDownModel
 from tiny import DOCUMENTS, ENCODERS, GENERATORS, QUESTIONS, SHAPE, build_tokenizer
 
+ROOT = Path(__file__).resolve().parents[1]
+# A function for scripts that run in a process of their own, which must know nothing of this repository. The virtual
+# environment may lie in the checkout; what is installed in it is no part of the project.
+ISOLATION_CHECK = f"""
+def check_isolated():
+    files = {{name: getattr(module, "__file__", None) or "" for name, module in list(sys.modules.items())}}
+    for name, path in [*((path, path) for path in sys.path), *files.items()]:
+        assert "site-packages" in path or not (path + "/").startswith({str(ROOT)!r} + "/"), name
+"""
 # Fields of ScaleDownConfig: chunks of 32 tokens become 4 slots.
 SETTINGS = {
     "num_compressor_layers": 2,

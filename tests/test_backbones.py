@@ -264,7 +264,7 @@ def test_a_generator_with_missing_weights_is_an_error(lost, tmp_path):
     tensors = load_file(generator / "model.safetensors")
     del tensors[lost]
     save_file(tensors, generator / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=rf"lacks 1 weights of the language model .*{lost}"):
+    with pytest.raises(ValueError, match=rf"lacks 1 weights of the model .*{lost}"):
         build(generator)
 
 

@@ -12,11 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from folders import SETTINGS, save_generator
+from folders import ISOLATION_CHECK, ROOT, SETTINGS, save_generator
 from hub_standin import HubStandIn
 from tiny import DOCUMENTS, QUESTIONS
 
-ROOT = Path(__file__).resolve().parent.parent
 CODE = {"configuration_scaledown.py", "modeling_scaledown.py", "processing_scaledown.py"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 PUSHED = (
@@ -43,6 +42,9 @@ def mark(name):
         urllib.request.urlopen(constants.ENDPOINT + "/mark/" + name, timeout=30)
     except urllib.error.HTTPError:
         pass
+
+
+{ISOLATION_CHECK}
 
 
 def run(model, file):
@@ -214,7 +216,7 @@ def test_a_process_without_the_repository_loads_from_the_hub(hub, pushed, tmp_pa
         """
         from transformers import AutoConfig, AutoModel, AutoProcessor
 
-        out, commit, root, moved = sys.argv[1:5]
+        out, commit, moved = sys.argv[1:4]
         model = AutoModel.from_pretrained("me/tiny-scaledown", trust_remote_code=True, revision=commit)
         answers = run(model, out + "/pinned.safetensors")
         run(AutoModel.from_pretrained("me/delta", trust_remote_code=True), out + "/delta.safetensors")
@@ -224,10 +226,7 @@ def test_a_process_without_the_repository_loads_from_the_hub(hub, pushed, tmp_pa
         HfApi().upload_file(path_or_fileobj=moved.encode(), path_in_repo="processor_config.json", repo_id="me/moving")
 
         model.push_to_hub("me/again")
-        for path in sys.path:
-            assert not path.startswith(root), path
-        for name, module in list(sys.modules.items()):
-            assert not (getattr(module, "__file__", None) or "").startswith(root + "/"), name
+        check_isolated()
         print(json.dumps({
             "answers": answers,
             "prompts": [m.processor.system_prompt for m in (model, *moving)],
@@ -236,7 +235,6 @@ def test_a_process_without_the_repository_loads_from_the_hub(hub, pushed, tmp_pa
         """,
         tmp_path,
         pushed["commit"],
-        ROOT,
         json.dumps(processor),
     )
     for name in ("pinned", "delta"):

@@ -14,17 +14,15 @@ import torch
 from safetensors.torch import load_file
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
-from folders import from_backbones, outputs, save_backbones
+from folders import ISOLATION_CHECK, ROOT, from_backbones, outputs, save_backbones
 from tiny import DOCUMENTS, QUESTIONS, build_model, randomize_lora
 
-ROOT = Path(__file__).resolve().parent.parent
 CODE = ("configuration_scaledown.py", "modeling_scaledown.py", "processing_scaledown.py")
 
 # Goes before every script below.
 PREAMBLE = f"""
 import json, logging, sys
 
-ROOT = {str(ROOT)!r}
 QUESTIONS, DOCUMENTS = {QUESTIONS!r}, {DOCUMENTS!r}
 warnings = []
 
@@ -42,11 +40,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 
-def check_isolated():
-    for path in sys.path:
-        assert not path.startswith(ROOT), path
-    for name, module in list(sys.modules.items()):
-        assert not (getattr(module, "__file__", None) or "").startswith(ROOT + "/"), name
+{ISOLATION_CHECK}
 
 
 def run(model, file):

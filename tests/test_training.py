@@ -345,3 +345,102 @@ def test_help_from_another_folder(tmp_path):
     )
     assert result.returncode == 0
     assert "--compressor_learning_rate" in result.stdout
+
+
+def test_evaluation_after_training_does_not_use_the_counts_of_training(tmp_path):
+    model = build_model(lora=True)
+    trainer = build_trainer(model, tmp_path, learning_rate=0.0, compressor_learning_rate=0.0, weight_decay=0.0)
+    before = trainer.evaluate(rows())
+    trainer.train()
+    after = trainer.evaluate(rows())
+    for name in ("eval_loss", "eval_generation_loss", "eval_reranking_loss"):
+        assert after[name] == pytest.approx(before[name], rel=1e-4), name
+
+
+def test_parts_of_the_loss_add_up_after_a_resume(tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 3}
+    build_trainer(build_model(lora=True, reranking_loss_weight=0.5), tmp_path, **settings).train()
+    trainer = build_trainer(build_model(lora=True, reranking_loss_weight=0.5), tmp_path, **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    (line,) = [line for line in trainer.state.log_history if line["step"] == 4 and "loss" in line]
+    assert line["loss"] == pytest.approx(line["generation_loss"] + 0.5 * line["reranking_loss"], rel=1e-3)
+
+
+def test_trainer_alone_learns_in_32_bits_at_the_papers_rates(tmp_path):
+    for kind, rate in (("n_layers", 5e-5), ("modernbert", 1e-4)):
+        model = build_model(kind, lora=True).to(torch.bfloat16)
+        trainer = ScaleDownTrainer(
+            model=model,
+            args=ScaleDownTrainingArguments(output_dir=str(tmp_path), use_cpu=True),
+            train_dataset=rows(),
+            data_collator=JointCollator(model.processor),
+        )
+        trainer.create_optimizer()
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        assert {group["lr"] for group in trainer.optimizer.param_groups} == {rate, 1e-4}
+        assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+def test_a_run_that_ended_while_saving_goes_on(backbones, train_file, tmp_path):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    arguments = (model_arguments(backbones), DataArguments(train_file=str(train_file)))
+    train(*arguments, training_arguments(tmp_path / "out", **settings))
+    (tmp_path / "out" / "all_results.json").unlink()
+    train(*arguments, training_arguments(tmp_path / "out", **settings))
+    with pytest.raises(FileExistsError, match="holds a finished model"):
+        train(*arguments, training_arguments(tmp_path / "out", **settings))
+
+
+def test_named_modules_get_lora(backbones, train_file, tmp_path):
+    settings = model_arguments(backbones, lora_target_modules="q_proj, v_proj", merge_lora=False)
+    model, _ = train(settings, DataArguments(train_file=str(train_file)), training_arguments(tmp_path / "out"))
+    adapted = {name.split(".")[-4] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert adapted == {"q_proj", "v_proj"}
+
+
+def test_a_record_that_does_not_fit_is_named(model):
+    long = {**rows()[0], "id": "the-long-one", "documents": ["word " * 5000]}
+    with pytest.raises(ValueError, match=r"questions\[1\] .*ids first, the-long-one"):
+        JointCollator(model.processor)([{**rows()[0], "id": "first"}, long])
+
+
+@pytest.mark.parametrize(
+    "option, message", [({"label_smoothing_factor": 0.1}, "label_smoothing"), ({"fsdp": "full_shard"}, "torchrun")]
+)
+def test_what_is_not_supported_is_refused_at_once(tmp_path, option, message):
+    with pytest.raises(ValueError, match=message):
+        training_arguments(tmp_path, **option)
+
+
+@pytest.mark.parametrize("scored", [0, 1], ids=["no scores", "scores of one question only"])
+def test_two_processes_train_with_partly_scored_data(backbones, tmp_path, scored):
+    records = [
+        {"query": row["query"], "documents": row["documents"], "answer": row["answer"]} for row in rows(repeat=2)
+    ]
+    records[0]["reranking_scores"] = [1.0, 0.0]
+    records[1]["documents"] = []
+    if not scored:
+        del records[0]["reranking_scores"]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    options = {
+        "generator_name_or_path": backbones / "generator",
+        "num_compressor_layers": 2,
+        "max_query_length": 24,
+        "train_file": path,
+        "eval_file": path,
+        "max_steps": 3,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": True,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "output_dir": tmp_path / "out",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "train.py"), *(part for k, v in options.items() for part in (f"--{k}", str(v)))]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text(encoding="utf-8"))
+    assert ("eval_reranking_loss" in results) == bool(scored)
+    assert results["train_loss"] > 0
