@@ -21,6 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 COMPRESSOR_TYPES = ("n_layers", "modernbert", "llm")
 WEIGHTS_FORMATS = ("full", "delta")
+SLOT_POOLINGS = ("memory_tokens", "span_mean")
 
 # The prompt of OSCAR (arXiv 2504.07109).
 DEFAULT_SYSTEM_PROMPT = (
@@ -52,6 +53,11 @@ class ScaleDownConfig(PreTrainedConfig):
         compression_rate (`int`, defaults to 16):
             Document tokens one memory embedding stands for: a chunk of `n` tokens becomes
             `min(ceil(n / compression_rate), num_memory_tokens)` slots.
+        slot_pooling (`str`, defaults to `"memory_tokens"`):
+            `"memory_tokens"`: a slot is the hidden state at a memory embedding behind the chunk, as in OSCAR.
+            `"span_mean"`: it is the mean of the hidden states over the slot's share of the chunk's own tokens, and the
+            reranking state is the first token's (encoders) or the last's; for a backbone that never saw memory
+            embeddings and stays frozen, as in two-stage training.
         chunk_length (`int`, defaults to 128):
             Document tokens per chunk, in tokens of the compressor's tokenizer. Longer documents become several chunks.
         max_query_length (`int`, defaults to 128):
@@ -103,6 +109,7 @@ class ScaleDownConfig(PreTrainedConfig):
     num_compressor_layers: int = 8
     num_memory_tokens: int = 8
     compression_rate: int = 16
+    slot_pooling: str = "memory_tokens"
     chunk_length: int = 128
     max_query_length: int = 128
     enable_reranking: bool = True
@@ -157,6 +164,10 @@ class ScaleDownConfig(PreTrainedConfig):
         if self.weights_format not in WEIGHTS_FORMATS:
             raise ValueError(
                 f"weights_format={self.weights_format!r} is unknown; choose one of {', '.join(WEIGHTS_FORMATS)}."
+            )
+        if self.slot_pooling not in SLOT_POOLINGS:
+            raise ValueError(
+                f"slot_pooling={self.slot_pooling!r} is unknown; choose one of {', '.join(SLOT_POOLINGS)}."
             )
         for name in (
             "num_compressor_layers",

@@ -75,6 +75,9 @@ FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "laye
 LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": "all-linear"}
 NEVER_QUANTIZED = ("compressor", "lm_head", r".*\.lora_[AB]")
 FINGERPRINT_SAMPLES = 64
+# The forms documents have among the arguments of `forward`: chunks to compress, or what was made of them before.
+CHUNK_INPUTS = ("compressor_input_ids", "compressor_attention_mask", "chunk_slots", "compressor_document_mask")
+COMPRESSED_INPUTS = ("memory_states", "rerank_states", "memory_embeddings", "memory_mask")
 
 
 @dataclass
@@ -165,24 +168,32 @@ class ScaleDownCompressor(nn.Module):
     Token ids of query and chunk in; hidden states at the memory positions and the reranking position out.
 
     The input of the backbone is `[query] [chunk] MEM_1 … MEM_l RR` (OSCAR, arXiv 2504.07109). MEM and RR are
-    parameters of this module, not rows of a vocabulary. A further kind of backbone is a subclass that overrides
-    `prepare_backbone` or `has_projector`, entered in `COMPRESSORS` and in the configuration's `COMPRESSOR_TYPES`.
+    parameters of this module, not rows of a vocabulary. With `slot_pooling="span_mean"` there are none: slots are means
+    over the chunk's own tokens. A further kind of backbone is a subclass that overrides `prepare_backbone` or
+    `has_projector`, entered in `COMPRESSORS` and in the configuration's `COMPRESSOR_TYPES`.
 
     Args:
         config (`ScaleDownConfig`): The model's configuration.
         backbone (`PreTrainedModel`, *optional*): Built from `config.compressor_config` when left out.
+        with_backbone (`bool`, defaults to `True`):
+            `False` leaves the backbone out: what is behind it can be trained on states from a cache.
     """
 
     has_projector = True
+    # A causal backbone has read everything at its last token, an encoder was pretrained to sum up at its first.
+    rerank_at_first_token = False
 
-    def __init__(self, config: PreTrainedConfig, backbone: PreTrainedModel | None = None):
+    def __init__(self, config: PreTrainedConfig, backbone: PreTrainedModel | None = None, with_backbone: bool = True):
         super().__init__()
-        if backbone is None:
+        if backbone is None and with_backbone:
             backbone = AutoModel.from_config(config.compressor_config)
-        self.backbone = self.prepare_backbone(backbone)
+        self.backbone = self.prepare_backbone(backbone) if backbone is not None else None
         width = config.compressor_config.hidden_size
-        self.memory_embeddings = nn.Parameter(torch.zeros(config.num_memory_tokens, width))
-        self.rerank_embedding = nn.Parameter(torch.zeros(width)) if config.enable_reranking else None
+        self.memory_embeddings, self.rerank_embedding = None, None
+        self.scores_relevance = config.enable_reranking
+        if config.slot_pooling == "memory_tokens":
+            self.memory_embeddings = nn.Parameter(torch.zeros(config.num_memory_tokens, width))
+            self.rerank_embedding = nn.Parameter(torch.zeros(width)) if config.enable_reranking else None
         self.reranking_head = RerankingHead(width, 1) if config.enable_reranking else None
         self.projector = None
         if self.has_projector:
@@ -199,7 +210,11 @@ class ScaleDownCompressor(nn.Module):
         return backbone
 
     def forward(
-        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor, chunk_slots: torch.LongTensor
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor,
+        chunk_slots: torch.LongTensor,
+        document_mask: torch.BoolTensor | None = None,
     ) -> CompressedDocuments:
         """
         Compresses chunks.
@@ -208,40 +223,73 @@ class ScaleDownCompressor(nn.Module):
             input_ids (`torch.LongTensor` of shape `(num_chunks, chunk_len)`): Query and chunk, padded on any side.
             attention_mask (`torch.LongTensor` of shape `(num_chunks, chunk_len)`): 0 on padding.
             chunk_slots (`torch.LongTensor` of shape `(num_chunks,)`): Memory embeddings of each chunk.
+            document_mask (`torch.BoolTensor` of shape `(num_chunks, chunk_len)`, *optional*):
+                True on the chunk's own tokens; needed with `slot_pooling="span_mean"`.
 
         Returns:
             `CompressedDocuments`: Embeddings, mask and, with reranking, scores.
         """
-        memory, memory_mask, rerank = self.hidden_states(input_ids, attention_mask, chunk_slots)
+        return self.project(*self.hidden_states(input_ids, attention_mask, chunk_slots, document_mask))
+
+    def project(
+        self, memory_states: torch.Tensor, memory_mask: torch.BoolTensor, rerank_states: torch.Tensor | None
+    ) -> CompressedDocuments:
+        """
+        Takes the backbone's states into the generator's space and to scores; all that two-stage training learns here.
+
+        Args:
+            memory_states (`torch.FloatTensor` of shape `(num_chunks, slots, hidden)`): States of the slots.
+            memory_mask (`torch.BoolTensor` of shape `(num_chunks, slots)`): True where a chunk has a slot.
+            rerank_states (`torch.FloatTensor` of shape `(num_chunks, hidden)`, *optional*): States to score.
+
+        Returns:
+            `CompressedDocuments`: Embeddings, mask and, with reranking, scores.
+        """
+        memory = memory_states
         if self.projector is not None:
             memory = self.projector(memory)  # (num_chunks, slots, generator_hidden)
         memory = memory.masked_fill(~memory_mask.unsqueeze(-1), 0.0)
         scores = None
-        if self.reranking_head is not None:
-            scores = self.reranking_head(rerank)  # (num_chunks,)
+        if self.reranking_head is not None and rerank_states is not None:
+            scores = self.reranking_head(rerank_states)  # (num_chunks,)
         return CompressedDocuments(memory_embeddings=memory, memory_mask=memory_mask, reranking_scores=scores)
 
     def hidden_states(
-        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor, chunk_slots: torch.LongTensor
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor,
+        chunk_slots: torch.LongTensor,
+        document_mask: torch.BoolTensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """
-        Runs the backbone and reads it where memory and reranking embeddings stand.
+        Runs the backbone and reads the states of the slots and the one to score.
 
         Args:
-            input_ids, attention_mask, chunk_slots: As in `forward`.
+            input_ids, attention_mask, chunk_slots, document_mask: As in `forward`.
 
         Returns:
             `tuple`: memory states `(num_chunks, slots, hidden)`, their mask `(num_chunks, slots)`, and reranking
             states `(num_chunks, hidden)` or `None`.
+
+        Raises:
+            ValueError: there is no backbone, or no `document_mask` where it is needed.
         """
+        if self.backbone is None:
+            raise ValueError("This model was loaded without its compressor's backbone; it reads cached states only.")
+        if self.memory_embeddings is None and document_mask is None:
+            raise ValueError(
+                'slot_pooling="span_mean" needs compressor_document_mask; pass all that the processor returned.'
+            )
         num_chunks = input_ids.shape[0]
         num_slots = int(chunk_slots.max())
         embeds = self.backbone.get_input_embeddings()(input_ids)  # (num_chunks, chunk_len, hidden)
-        memory = self.memory_embeddings[:num_slots].to(embeds.dtype)
-        parts = [embeds, memory.expand(num_chunks, -1, -1)]
         slot_ids = torch.arange(num_slots, device=input_ids.device)
         memory_mask = slot_ids < chunk_slots.unsqueeze(1)  # (num_chunks, slots)
-        masks = [attention_mask.bool(), memory_mask]
+        parts, masks = [embeds], [attention_mask.bool()]
+        if self.memory_embeddings is not None:
+            memory = self.memory_embeddings[:num_slots].to(embeds.dtype)
+            parts.append(memory.expand(num_chunks, -1, -1))
+            masks.append(memory_mask)
         if self.rerank_embedding is not None:
             parts.append(self.rerank_embedding.to(embeds.dtype).expand(num_chunks, 1, -1))
             masks.append(torch.ones_like(memory_mask[:, :1]))
@@ -255,12 +303,17 @@ class ScaleDownCompressor(nn.Module):
         outputs = self.backbone(inputs_embeds=embeds, attention_mask=keep.gather(1, order).long(), use_cache=False)
         states = outputs.last_hidden_state  # (num_chunks, total_len, hidden)
 
-        first = attention_mask.long().sum(dim=1, keepdim=True)  # (num_chunks, 1)
-        at_memory = (first + slot_ids).clamp(max=states.shape[1] - 1)  # (num_chunks, slots)
-        memory = states.gather(1, at_memory.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+        if self.memory_embeddings is None:
+            memory = mean_over_spans(states, document_mask.gather(1, order), chunk_slots, num_slots)
+        else:
+            first = attention_mask.long().sum(dim=1, keepdim=True)  # (num_chunks, 1)
+            at_memory = (first + slot_ids).clamp(max=states.shape[1] - 1)  # (num_chunks, slots)
+            memory = states.gather(1, at_memory.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
         rerank = None
-        if self.rerank_embedding is not None:
-            rerank = states[torch.arange(num_chunks, device=states.device), total - 1]  # (num_chunks, hidden)
+        if self.scores_relevance:
+            at_first = self.rerank_embedding is None and self.rerank_at_first_token
+            position = torch.zeros_like(total) if at_first else total - 1
+            rerank = states[torch.arange(num_chunks, device=states.device), position]  # (num_chunks, hidden)
         return memory, memory_mask, rerank
 
     @torch.no_grad()
@@ -296,12 +349,38 @@ class NLayersCompressor(ScaleDownCompressor):
 class EncoderCompressor(ScaleDownCompressor):
     """Any bidirectional encoder; query and chunk arrive framed as a pair, all of one token type."""
 
+    rerank_at_first_token = True
+
 
 class LLMCompressor(ScaleDownCompressor):
     """Any small causal language model without its head."""
 
 
 COMPRESSORS = {"n_layers": NLayersCompressor, "modernbert": EncoderCompressor, "llm": LLMCompressor}
+
+
+def mean_over_spans(
+    states: torch.Tensor, document_mask: torch.BoolTensor, chunk_slots: torch.LongTensor, num_slots: int
+) -> torch.Tensor:
+    """
+    Averages the states of a chunk's tokens over as many spans of equal length as the chunk has slots.
+
+    Args:
+        states (`torch.FloatTensor` of shape `(num_chunks, length, hidden)`): Hidden states.
+        document_mask (`torch.BoolTensor` of shape `(num_chunks, length)`): True on the chunk's own tokens.
+        chunk_slots (`torch.LongTensor` of shape `(num_chunks,)`): Slots of each chunk.
+        num_slots (`int`): Slots of the chunk that has most.
+
+    Returns:
+        `torch.FloatTensor` of shape `(num_chunks, num_slots, hidden)`; zeros past a chunk's own slots.
+    """
+    document_mask = document_mask.bool()
+    rank = document_mask.long().cumsum(dim=1) - 1  # (num_chunks, length)
+    span = rank * chunk_slots.unsqueeze(1) // document_mask.sum(dim=1, keepdim=True).clamp(min=1)
+    slot_ids = torch.arange(num_slots, device=states.device).view(1, -1, 1)
+    member = (span.unsqueeze(1) == slot_ids) & document_mask.unsqueeze(1)  # (num_chunks, num_slots, length)
+    weights = member.float() / member.sum(dim=-1, keepdim=True).clamp(min=1)
+    return weights.to(states.dtype) @ states  # (num_chunks, num_slots, hidden)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,8 +447,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             A causal language model to use as it is; built from the configuration when left out.
         backbone (`PreTrainedModel`, *optional*):
             A compressor backbone to use as it is; built from the configuration when left out.
-        with_generator (`bool`, defaults to `True`):
-            `False` builds the compressor alone.
+        with_generator, with_backbone (`bool`, defaults to `True`):
+            `False` leaves out the generator, or the compressor's backbone: each stage of two-stage training needs one
+            of them only.
 
     Example:
 
@@ -399,6 +479,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         generator: PreTrainedModel | None = None,
         backbone: PreTrainedModel | None = None,
         with_generator: bool = True,
+        with_backbone: bool = True,
     ):
         if getattr(config, "generator_config", None) is None:
             raise ValueError(
@@ -406,7 +487,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 "ScaleDownModel.from_backbones(generator)."
             )
         super().__init__(config)
-        self.compressor = COMPRESSORS[config.compressor_type](config, backbone)
+        self.compressor = COMPRESSORS[config.compressor_type](config, backbone, with_backbone)
         self.generator = None
         if with_generator:
             self.generator = (
@@ -421,7 +502,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         self.post_init()
         if not with_generator:
             self._keys_to_ignore_on_load_unexpected.add(r"^generator\.")
-        self._freeze_generator()
+        if not with_backbone:
+            self._keys_to_ignore_on_load_unexpected.add(r"^compressor\.backbone\.")
+        self._freeze()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -458,6 +541,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         compressor_input_ids: torch.LongTensor,
         compressor_attention_mask: torch.LongTensor | None = None,
         chunk_slots: torch.LongTensor | None = None,
+        compressor_document_mask: torch.BoolTensor | None = None,
     ) -> CompressedDocuments:
         """
         Compresses tokenised chunks.
@@ -467,6 +551,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             compressor_attention_mask (`torch.LongTensor` of shape `(num_chunks, chunk_len)`, *optional*): 0 on padding.
             chunk_slots (`torch.LongTensor` of shape `(num_chunks,)`, *optional*):
                 Memory embeddings of each chunk; `num_memory_tokens` for all when left out.
+            compressor_document_mask (`torch.BoolTensor` of shape `(num_chunks, chunk_len)`, *optional*):
+                True on the chunk's own tokens; needed with `slot_pooling="span_mean"`.
 
         Returns:
             `CompressedDocuments`.
@@ -489,7 +575,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 f"chunk_slots ranges from {int(chunk_slots.min())} to {int(chunk_slots.max())}; this model has 1 to "
                 f"{limit} memory embeddings per chunk. Use a processor with num_memory_tokens={limit} or less."
             )
-        return self.compressor(compressor_input_ids, compressor_attention_mask, chunk_slots)
+        return self.compressor(compressor_input_ids, compressor_attention_mask, chunk_slots, compressor_document_mask)
 
     @can_return_tuple
     def forward(
@@ -500,8 +586,11 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         compressor_input_ids: torch.LongTensor | None = None,
         compressor_attention_mask: torch.LongTensor | None = None,
         chunk_slots: torch.LongTensor | None = None,
+        compressor_document_mask: torch.BoolTensor | None = None,
         chunk_to_document: torch.LongTensor | None = None,
         document_to_example: torch.LongTensor | None = None,
+        memory_states: torch.FloatTensor | None = None,
+        rerank_states: torch.FloatTensor | None = None,
         memory_embeddings: torch.FloatTensor | None = None,
         memory_mask: torch.BoolTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -525,12 +614,17 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 0 on padding, which may be on either side.
             slot_mask (`torch.BoolTensor` of shape `(batch, prompt_len)`, *optional*):
                 True where a memory embedding goes; read row by row, the slots belong to the chunks in their order.
-            compressor_input_ids, compressor_attention_mask (`(num_chunks, chunk_len)`), chunk_slots (`(num_chunks,)`):
+            compressor_input_ids, compressor_attention_mask, compressor_document_mask (`(num_chunks, chunk_len)`),
+            chunk_slots (`(num_chunks,)`):
                 The documents' chunks, as the processor builds them.
             chunk_to_document (`(num_chunks,)`), document_to_example (`(num_documents,)`):
                 Whose part each chunk and document is; needed with `reranking_labels`.
-            memory_embeddings (`(num_chunks, slots, hidden)`), memory_mask (`(num_chunks, slots)`):
-                Already compressed chunks, in place of the compressor's inputs.
+            memory_states (`(num_chunks, slots, compressor_hidden)`), rerank_states (`(num_chunks, compressor_hidden)`):
+                What the compressor's backbone made of the chunks, in place of the compressor's inputs.
+            memory_embeddings (`(num_chunks, slots, hidden)`):
+                Already compressed chunks, in place of either.
+            memory_mask (`(num_chunks, slots)`):
+                True where a chunk of `memory_states` or `memory_embeddings` has a slot.
             labels (`torch.LongTensor` of shape `(batch, prompt_len)`, *optional*):
                 Tokens to learn, -100 elsewhere; shifted inside, as everywhere in transformers.
             reranking_labels (`torch.FloatTensor` of shape `(num_documents,)`, *optional*):
@@ -546,9 +640,16 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: slots and memory embeddings, or documents and teacher scores, do not match in number.
         """
-        documents = CompressedDocuments(memory_embeddings=memory_embeddings, memory_mask=memory_mask)
-        if compressor_input_ids is not None:
-            documents = self.get_memory_embeddings(compressor_input_ids, compressor_attention_mask, chunk_slots)
+        documents = self._compress_inputs(
+            compressor_input_ids=compressor_input_ids,
+            compressor_attention_mask=compressor_attention_mask,
+            compressor_document_mask=compressor_document_mask,
+            chunk_slots=chunk_slots,
+            memory_states=memory_states,
+            rerank_states=rerank_states,
+            memory_embeddings=memory_embeddings,
+            memory_mask=memory_mask,
+        )
         if inputs_embeds is None:
             inputs_embeds = self._embed_prompt(input_ids, slot_mask, documents)
         if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
@@ -605,6 +706,19 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def _compress_inputs(
+        self, memory_states=None, rerank_states=None, memory_embeddings=None, memory_mask=None, **chunks
+    ) -> CompressedDocuments:
+        """Memory embeddings from whichever form the documents have in the arguments of `forward`."""
+        if chunks["compressor_input_ids"] is not None:
+            return self.get_memory_embeddings(**chunks)
+        if memory_states is None:
+            return CompressedDocuments(memory_embeddings=memory_embeddings, memory_mask=memory_mask)
+        dtype = next(self.compressor.parameters(), memory_states).dtype
+        if memory_mask is None:
+            memory_mask = torch.ones(memory_states.shape[:2], dtype=torch.bool, device=memory_states.device)
+        return self.compressor.project(memory_states.to(dtype), memory_mask, rerank_states)
+
     def _embed_prompt(
         self, input_ids: torch.LongTensor, slot_mask: torch.BoolTensor | None, documents: CompressedDocuments
     ) -> torch.FloatTensor:
@@ -642,28 +756,14 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         Returns:
             What `GenerationMixin.generate` returns; sequences start with the prompt.
         """
-        names = (
-            "slot_mask",
-            "compressor_input_ids",
-            "compressor_attention_mask",
-            "chunk_slots",
-            "memory_embeddings",
-            "memory_mask",
-        )
-        given = {name: kwargs.pop(name, None) for name in names}
+        slot_mask = kwargs.pop("slot_mask", None)
+        given = {name: kwargs.pop(name, None) for name in (*CHUNK_INPUTS, *COMPRESSED_INPUTS)}
         for name in ("chunk_to_document", "document_to_example"):
             kwargs.pop(name, None)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if input_ids is not None and any(value is not None for value in given.values()):
+        if input_ids is not None and any(value is not None for value in (slot_mask, *given.values())):
             with torch.no_grad():
-                documents = CompressedDocuments(
-                    memory_embeddings=given["memory_embeddings"], memory_mask=given["memory_mask"]
-                )
-                if given["compressor_input_ids"] is not None:
-                    documents = self.get_memory_embeddings(
-                        given["compressor_input_ids"], given["compressor_attention_mask"], given["chunk_slots"]
-                    )
-                embeds = self._embed_prompt(input_ids, given["slot_mask"], documents)
+                embeds = self._embed_prompt(input_ids, slot_mask, self._compress_inputs(**given))
             # A mask longer than the ids: the beginning of the prompt is in `past_key_values` already.
             mask = kwargs.get("attention_mask")
             read = 0 if mask is None else max(mask.shape[1] - input_ids.shape[1], 0)
@@ -815,9 +915,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             batch = batch.to(self.device)
             compressed = {}
             if "chunk_slots" in batch:
-                chunks = self.get_memory_embeddings(
-                    batch.pop("compressor_input_ids"), batch.pop("compressor_attention_mask"), batch.pop("chunk_slots")
-                )
+                chunks = self.get_memory_embeddings(**{name: batch.pop(name) for name in CHUNK_INPUTS})
                 compressed = {"memory_embeddings": chunks.memory_embeddings, "memory_mask": chunks.memory_mask}
                 if return_reranking_scores:
                     scores += self._scores_by_example(chunks.reranking_scores, batch, documents[part])
@@ -970,9 +1068,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if not batch:
             raise ValueError("documents is empty; there is nothing to compress.")
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        names = ("compressor_input_ids", "compressor_attention_mask", "chunk_slots")
         parts = [
-            self.get_memory_embeddings(*(batch[name][start : start + batch_size] for name in names))
+            self.get_memory_embeddings(**{name: batch[name][start : start + batch_size] for name in CHUNK_INPUTS})
             for start in range(0, batch["chunk_slots"].shape[0], batch_size)
         ]
         width = max(part.memory_mask.shape[1] for part in parts)
@@ -1030,7 +1127,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         self._inject_lora(settings)
         self.generator.train(self.generator.training)  # the new layers start in training mode
         self.config.lora_config = settings
-        self._freeze_generator()
+        self._freeze()
 
     @torch.no_grad()
     def merge_lora(self):
@@ -1072,11 +1169,15 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 # PEFT initialised them; transformers' own initialisation would undo that the new layers start as 0.
                 parameter._is_hf_initialized = True
 
-    def _freeze_generator(self):
+    def _freeze(self):
         if self.generator is not None:
             for name, parameter in self.generator.named_parameters():
                 if parameter.is_floating_point():
                     parameter.requires_grad_("lora_" in name)
+        if self.compressor.backbone is None:  # what the backbone read is in the cached states already
+            for parameter in (self.compressor.memory_embeddings, self.compressor.rerank_embedding):
+                if parameter is not None:
+                    parameter.requires_grad_(False)
 
     # -- building and loading ------------------------------------------------------------------------------------------
 
@@ -1096,6 +1197,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         token: str | bool | None = None,
         cache_dir: str | None = None,
         local_files_only: bool = False,
+        with_generator: bool = True,
+        with_backbone: bool = True,
         **config_kwargs,
     ) -> "ScaleDownModel":
         r"""
@@ -1111,6 +1214,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             load_in_4bit, load_in_8bit (`bool`, defaults to `False`): Quantise the generator with bitsandbytes.
             dtype (`torch.dtype` or `str`, defaults to `"auto"`): Of the weights; `"auto"` keeps the checkpoint's.
             device_map, attn_implementation, token, cache_dir, local_files_only: As in `from_pretrained`.
+            with_generator, with_backbone (`bool`, defaults to `True`):
+                `False` loads only the other side, as either stage of two-stage training does.
             config_kwargs: Fields of `ScaleDownConfig`, when no `config` is given.
 
         Returns:
@@ -1162,23 +1267,25 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         config.generator_fingerprint = weights_fingerprint(generator, **generator_hub)
 
         loading = {"attn_implementation": attn_implementation} if attn_implementation is not None else {}
-        language_model, info = AutoModelForCausalLM.from_pretrained(
-            generator,
-            config=config.generator_config,
-            use_safetensors=True,
-            device_map=device_map,
-            quantization_config=_quantization_config(load_in_4bit, load_in_8bit, dtype),
-            output_loading_info=True,
-            dtype=dtype,
-            **loading,
-            **generator_hub,
-        )
-        _check_complete(generator, info)
+        language_model, backbone = None, None
+        if with_generator:
+            language_model, info = AutoModelForCausalLM.from_pretrained(
+                generator,
+                config=config.generator_config,
+                use_safetensors=True,
+                device_map=device_map,
+                quantization_config=_quantization_config(load_in_4bit, load_in_8bit, dtype),
+                output_loading_info=True,
+                dtype=dtype,
+                **loading,
+                **generator_hub,
+            )
+            _check_complete(generator, info)
         # A checkpoint has one type, and "auto" gives every part of the model the one it will be loaded in.
-        loading["dtype"] = language_model.dtype if dtype == "auto" else dtype
-        if compressor is None:
+        loading["dtype"] = language_model.dtype if dtype == "auto" and with_generator else dtype
+        if with_backbone and compressor is None:
             backbone = _load_first_layers(generator, config, loading, hub=generator_hub)
-        else:
+        elif with_backbone:
             backbone, info = AutoModel.from_pretrained(
                 compressor,
                 config=config.compressor_config,
@@ -1188,15 +1295,25 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 **compressor_hub,
             )
             _check_complete(compressor, info)
-        model = cls(config, generator=language_model, backbone=backbone)
+        model = cls(
+            config,
+            generator=language_model,
+            backbone=backbone,
+            with_generator=with_generator,
+            with_backbone=with_backbone,
+        )
         model._share_quantizer()
-        model.compressor.to(device=language_model.device)
+        if with_generator:
+            model.compressor.to(device=language_model.device)
         for name, parameter in model.compressor.named_parameters():
-            if not name.startswith("backbone."):  # whose buffers, such as rotary frequencies, stay in 32 bits
-                parameter.data = parameter.data.to(backbone.dtype)
-        model.compressor.initialize_from_vocabulary()
+            loaded = backbone if with_backbone else language_model
+            if loaded is not None and not name.startswith("backbone."):  # whose buffers stay in 32 bits
+                parameter.data = parameter.data.to(loaded.dtype)
+        if with_backbone:
+            model.compressor.initialize_from_vocabulary()
         tokenizer = AutoTokenizer.from_pretrained(generator, **generator_hub)
-        model.generation_config = _greedy(language_model.generation_config, tokenizer)
+        if with_generator:
+            model.generation_config = _greedy(language_model.generation_config, tokenizer)
         model.processor = ScaleDownProcessor.from_config(
             config,
             tokenizer,
@@ -1257,7 +1374,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 model._check_lora(pretrained_model_name_or_path, hub)
         model._processor_arguments = hub
         model._share_quantizer()
-        model._freeze_generator()
+        model._freeze()
         return (model, info) if wants_info else model
 
     @classmethod
@@ -1473,8 +1590,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
     def _check_weights_format(self, weights_format: str):
         if weights_format not in WEIGHTS_FORMATS:
             raise ValueError(f"weights_format={weights_format!r} is unknown; choose {' or '.join(WEIGHTS_FORMATS)}.")
-        if self.generator is None:
-            raise ValueError("This model was loaded without its generator, so it cannot be saved; load it whole.")
+        if self.generator is None or self.compressor.backbone is None:
+            part = "generator" if self.generator is None else "compressor's backbone"
+            raise ValueError(f"This model was loaded without its {part}, so it cannot be saved; load it whole.")
         quantizer = getattr(self.generator, "hf_quantizer", None)
         if weights_format == "full":
             if quantizer is not None and not isinstance(quantizer.quantization_config, BitsAndBytesConfig):

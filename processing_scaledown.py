@@ -160,6 +160,7 @@ class ScaleDownProcessor(ProcessorMixin):
             "labels",
             "compressor_input_ids",
             "compressor_attention_mask",
+            "compressor_document_mask",
             "chunk_slots",
             "chunk_to_document",
             "document_to_example",
@@ -201,6 +202,7 @@ class ScaleDownProcessor(ProcessorMixin):
             - `labels` `(batch, prompt_len)`: the answer and, unless it was cut, its end token; -100 elsewhere;
             - `compressor_input_ids`, `compressor_attention_mask` `(num_chunks, chunk_len)`: query and chunk, padded
               right;
+            - `compressor_document_mask` `(num_chunks, chunk_len)`: true on the chunk's own tokens;
             - `chunk_slots` `(num_chunks,)`: memory embeddings of each chunk;
             - `chunk_to_document` `(num_chunks,)` and `document_to_example` `(num_documents,)`: whose part each one is,
               both ascending;
@@ -322,7 +324,7 @@ class ScaleDownProcessor(ProcessorMixin):
         prefix, middle, suffix = self._compressor_frame()
         queries = [self._cut_query(ids) for ids in _encode_as_text(tokenizer, questions)]
         encoded = _encode_as_text(tokenizer, texts)
-        rows, slots, chunk_to_document, document_to_example = [], [], [], []
+        rows, own, slots, chunk_to_document, document_to_example = [], [], [], [], []
         for i, listed in enumerate(documents):
             start = prefix + (queries[i] + middle if queries[i] else [])
             for j in range(len(listed)):
@@ -331,6 +333,7 @@ class ScaleDownProcessor(ProcessorMixin):
                     raise ValueError(f"documents[{i}][{j}] has no token in the compressor's vocabulary; leave it out.")
                 for chunk in _split_evenly(ids, self.chunk_length):
                     rows.append(start + chunk + suffix)
+                    own.append([False] * len(start) + [True] * len(chunk) + [False] * len(suffix))
                     slots.append(min(math.ceil(len(chunk) / rate), max_slots))
                     chunk_to_document.append(len(document_to_example))
                 document_to_example.append(i)
@@ -340,6 +343,7 @@ class ScaleDownProcessor(ProcessorMixin):
         return {
             "compressor_input_ids": input_ids,
             "compressor_attention_mask": attention_mask,
+            "compressor_document_mask": _pad(own, False, side="right")[0],
             "chunk_slots": torch.tensor(slots),
             "chunk_to_document": torch.tensor(chunk_to_document),
             "document_to_example": torch.tensor(document_to_example),

@@ -37,6 +37,13 @@ class ModelArguments:
     num_compressor_layers: int = field(default=8, metadata={"help": "Layers of the generator n_layers copies."})
     num_memory_tokens: int = field(default=8, metadata={"help": "Memory embeddings per chunk at most."})
     compression_rate: int = field(default=16, metadata={"help": "Document tokens per memory embedding."})
+    slot_pooling: Literal["memory_tokens", "span_mean"] | None = field(
+        default=None,
+        metadata={
+            "help": "memory_tokens, or span_mean: means over the chunk's own tokens, for a backbone that stays frozen. "
+            "span_mean by default in two-stage training from backbones, memory_tokens otherwise."
+        },
+    )
     chunk_length: int = field(default=128, metadata={"help": "Document tokens per chunk."})
     max_query_length: int = field(default=128, metadata={"help": "Question tokens the compressor sees."})
     enable_reranking: bool = field(default=True, metadata={"help": "Whether the compressor also scores relevance."})
@@ -71,15 +78,43 @@ class ModelArguments:
 class DataArguments:
     """What to learn from."""
 
-    train_file: str | None = field(default=None, metadata={"help": "Records to learn from, as prepare_data.py writes."})
-    eval_file: str | None = field(default=None, metadata={"help": "Records to evaluate the loss on."})
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Records to learn from, as prepare_data.py writes; for --stage pretrain plain text: a file (.txt, "
+            ".jsonl, .csv, .parquet) or the name of a data set."
+        },
+    )
+    eval_file: str | None = field(default=None, metadata={"help": "What to evaluate on, in the same form."})
+    text_column: str = field(default="text", metadata={"help": "Pretraining: column that holds the text."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Pretraining: configuration of a data set."})
+    train_split: str = field(default="train", metadata={"help": "Pretraining: split of a data set to learn from."})
+    eval_split: str = field(default="validation", metadata={"help": "Pretraining: split of a data set to evaluate on."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Pretraining: read text as training goes on; needs max_steps."}
+    )
     max_train_examples: int | None = field(default=None, metadata={"help": "Learn from the first records only."})
     max_eval_examples: int | None = field(default=None, metadata={"help": "Evaluate on the first records only."})
     max_answer_length: int = field(default=128, metadata={"help": "Answer tokens learned at most."})
+    cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Two-stage training: where stage 1 leaves its states; output_dir/cache by default."},
+    )
+    cache_dtype: Literal["bfloat16", "float16", "float32"] = field(
+        default="bfloat16", metadata={"help": "Two-stage training: type of the cached states."}
+    )
+    max_shard_size: str = field(
+        default="500MB", metadata={"help": "Two-stage training: size of a file of the cache at most."}
+    )
+    compression_batch_size: int = field(
+        default=64, metadata={"help": "Two-stage training: chunks that stage 1 compresses at a time."}
+    )
 
     def __post_init__(self):
         if self.train_file is None:
             raise ValueError("train_file is missing; name the records to learn from (prepare_data.py writes them).")
+        if self.compression_batch_size < 1:
+            raise ValueError(f"compression_batch_size={self.compression_batch_size} must be at least 1.")
 
 
 @dataclass
@@ -90,7 +125,16 @@ class ScaleDownTrainingArguments(TrainingArguments):
     """
 
     output_dir: str | None = field(default="runs/joint", metadata={"help": "Where checkpoints and the model go."})
-    stage: Literal["joint"] = field(default="joint", metadata={"help": "joint: compressor and generator at once."})
+    stage: Literal["joint", "pretrain", "compress", "generate"] = field(
+        default="joint",
+        metadata={
+            "help": "joint: compressor and generator at once. pretrain: both, on plain text. compress: write the cache "
+            "of two-stage training. generate: learn from the cache."
+        },
+    )
+    two_stage: bool = field(
+        default=False, metadata={"help": "Run the stages compress and generate, one after the other."}
+    )
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the generator's LoRA."})
     compressor_learning_rate: float | None = field(
         default=None,

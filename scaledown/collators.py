@@ -8,6 +8,9 @@ import torch
 
 from processing_scaledown import IGNORE_INDEX, ScaleDownProcessor
 
+# What the generator is asked in pretraining, in the place of a question.
+INSTRUCTIONS = {"autoencoding": "Repeat the background word for word.", "continuation": "Continue the background."}
+
 
 @dataclass
 class JointCollator:
@@ -46,9 +49,129 @@ class JointCollator:
                 max_answer_length=self.max_answer_length,
             )
         except ValueError as error:
-            ids = ", ".join(str(record.get("id")) for record in records)
-            raise ValueError(f"{error} (The batch holds the records with the ids {ids}, in this order.)") from error
+            raise ValueError(f"{error} ({_ids(records)})") from error
         return {**batch, "logits_to_keep": num_answer_positions(batch["labels"])}
+
+
+@dataclass
+class PretrainingCollator:
+    """Builds batches for pretraining: passages to be written again or continued, from their slots alone.
+
+    Rows are those of `scaledown.pretraining.load_pretraining_data` (`task`, `text`, `target`). The compressor sees the
+    passage without a question; the generator is told the task in the place of one.
+
+    Args:
+        processor: The processor of the model that is trained.
+    """
+
+    processor: ScaleDownProcessor
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Build one batch.
+
+        Args:
+            rows: Rows of the data set.
+
+        Returns:
+            The batch, with the keys of `JointCollator` but for the teacher's scores.
+        """
+        documents = [[row["text"]] for row in rows]
+        chunks = self.processor.encode_documents([""] * len(rows), documents)
+        slots = torch.zeros(len(rows), dtype=torch.long).index_add(
+            0, chunks["chunk_to_document"], chunks["chunk_slots"]
+        )
+        prompts = self.processor.build_prompts(
+            [INSTRUCTIONS[row["task"]] for row in rows],
+            slots.unsqueeze(1).tolist(),
+            [row["target"] for row in rows],
+            # The generator's tokens may be shorter than those of the compressor, which measure the passage.
+            max_answer_length=2 * self.processor.chunk_length,
+        )
+        return {**prompts, **chunks, "logits_to_keep": num_answer_positions(prompts["labels"])}
+
+
+@dataclass
+class CompressionCollator:
+    """Builds what stage 1 of two-stage training reads: the chunks of questions and documents, and no prompt.
+
+    Args:
+        processor: The processor of the model that compresses.
+    """
+
+    processor: ScaleDownProcessor
+
+    def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Build one batch.
+
+        Args:
+            records: Records as `JointCollator` takes them.
+
+        Returns:
+            The chunk keys of `ScaleDownProcessor.__call__`; empty when no record has documents.
+        """
+        return self.processor.encode_documents(
+            [record["query"] for record in records], [record["documents"] for record in records]
+        )
+
+
+@dataclass
+class GenerationCollator:
+    """Builds batches for stage 2 of two-stage training: cached states in the place of documents.
+
+    Rows are those of `scaledown.cache.CachedDataset`; the keys that come out are those of `JointCollator`, with
+    `memory_states`, `memory_mask` and `rerank_states` in the place of the compressor's inputs.
+
+    Args:
+        processor: The processor of the model that is trained.
+        max_answer_length: Answer tokens learned at most, end token included.
+    """
+
+    processor: ScaleDownProcessor
+    max_answer_length: int = 128
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Build one batch.
+
+        Args:
+            rows: Rows of the cache.
+
+        Returns:
+            The batch.
+
+        Raises:
+            ValueError: A record does not fit the generator's context.
+        """
+        try:
+            prompts = self.processor.build_prompts(
+                [row["query"] for row in rows],
+                [row["document_slots"] for row in rows],
+                [row["answer"][0] for row in rows],
+                self.max_answer_length,
+            )
+        except ValueError as error:
+            raise ValueError(f"{error} ({_ids(rows)})") from error
+        batch = {**prompts, "logits_to_keep": num_answer_positions(prompts["labels"])}
+        if not any(row["document_slots"] for row in rows):
+            return batch
+        counts = [len(row["document_slots"]) for row in rows]
+        offsets = [sum(counts[:i]) for i in range(len(rows))]
+        chunk_slots = torch.cat([row["chunk_slots"] for row in rows])  # (num_chunks,)
+        states = torch.cat([row["memory_states"] for row in rows])  # (num_slots, hidden)
+        memory_mask = torch.arange(int(chunk_slots.max())) < chunk_slots.unsqueeze(1)  # (num_chunks, slots)
+        batch["memory_mask"] = memory_mask
+        batch["memory_states"] = states.new_zeros(*memory_mask.shape, states.shape[-1])
+        batch["memory_states"][memory_mask] = states
+        if rows[0]["rerank_states"] is not None:
+            batch["rerank_states"] = torch.cat([row["rerank_states"] for row in rows])  # (num_chunks, hidden)
+        chunk_documents = [row["chunk_documents"] + offset for row, offset in zip(rows, offsets, strict=True)]
+        batch["chunk_to_document"] = torch.cat(chunk_documents)
+        batch["document_to_example"] = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
+        scores = [row["reranking_scores"] for row in rows]
+        if any(row is not None for row in scores):
+            unknown = [[float("nan")] * count for count in counts]
+            listed = [known if known is not None else nan for known, nan in zip(scores, unknown, strict=True)]
+            batch["reranking_labels"] = torch.tensor([score for row in listed for score in row])
+        return batch
 
 
 def num_answer_positions(labels: torch.Tensor) -> int:
@@ -62,3 +185,8 @@ def num_answer_positions(labels: torch.Tensor) -> int:
     """
     learned = (labels != IGNORE_INDEX).any(dim=0)  # (prompt_len,)
     return int(labels.shape[1] - learned.long().argmax()) + 1
+
+
+def _ids(records: Sequence[dict[str, Any]]) -> str:
+    ids = ", ".join(str(record.get("id")) for record in records)
+    return f"The batch holds the records with the ids {ids}, in this order."

@@ -1,6 +1,7 @@
 """The Hugging Face `Trainer` with what joint training of compressor and generator adds to it."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,21 @@ class ScaleDownTrainer(Trainer):
     """A `Trainer` with two learning rates, both parts of the loss in its log, and ScaleDown's own checkpoints.
 
     Takes `scaledown.arguments.ScaleDownTrainingArguments`; everything else is the `Trainer`'s.
+
+    Args:
+        model: A `ScaleDownModel`.
+        args: How to train it.
+        load_backbone: For a model without its compressor's backbone: loads it, so that checkpoints are whole.
+        kwargs: As in `Trainer`.
     """
 
-    def __init__(self, model: PreTrainedModel, args: TrainingArguments, **kwargs):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        load_backbone: Callable[[], nn.Module] | None = None,
+        **kwargs,
+    ):
         # AdamW's steps of some 1e-5 vanish in 16-bit weights.
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -25,6 +38,7 @@ class ScaleDownTrainer(Trainer):
         if args.compressor_learning_rate is None:  # OSCAR, table 7
             args.compressor_learning_rate = 5e-5 if model.config.compressor_type == "n_layers" else 1e-4
         super().__init__(model=model, args=args, **kwargs)
+        self._load_backbone = load_backbone
         self._num_scored_examples = None
         self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
 
@@ -151,14 +165,25 @@ class ScaleDownTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # The Trainer's own would add the arguments as a pickle; the recipe and the card hold them as text.
-        if self.args.should_save:
-            model = self.accelerator.unwrap_model(self.model)
-            model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+        if not self.args.should_save:
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        if self._load_backbone is not None:
+            backbone = self._load_backbone()
+            model.compressor.backbone = backbone
+            if state_dict is not None:
+                state_dict |= backbone.state_dict(prefix="compressor.backbone.")
+        model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+        if self._load_backbone is not None:
+            model.compressor.backbone = None
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if self.model.config.weights_format == "delta":
             missing = load_result.missing_keys
             missing[:] = [n for n in missing if not n.startswith("generator.") or "lora_" in n]
+        if self._load_backbone is not None:
+            unexpected = load_result.unexpected_keys
+            unexpected[:] = [n for n in unexpected if not n.startswith("compressor.backbone.")]
         super()._issue_warnings_after_load(load_result)
 
 

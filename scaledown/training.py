@@ -1,23 +1,30 @@
 """Training of a ScaleDown model from backbones or from a checkpoint; `train.py` is its command line."""
 
+import functools
 import importlib.metadata
 import json
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from accelerate import PartialState
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from modeling_scaledown import ScaleDownModel
+from modeling_scaledown import ScaleDownModel, weights_fingerprint
 
 from .arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments, parse_arguments
-from .collators import JointCollator
+from .cache import CachedDataset, open_plan
+from .collators import GenerationCollator, JointCollator, PretrainingCollator
 from .command_line import run_command
+from .compression import cache_fingerprint, compress_records
+from .pretraining import load_pretraining_data
 from .records import load_records
 from .trainer import ScaleDownTrainer
 
@@ -40,6 +47,29 @@ RESULTS_NAME = "all_results.json"  # as the scripts of transformers name it
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 
 
+def run(model_args: ModelArguments, data_args: DataArguments, args: ScaleDownTrainingArguments) -> dict[str, float]:
+    """Run the stage that was asked for, or both stages of two-stage training.
+
+    Args:
+        model_args: The model to train.
+        data_args: The data to learn from.
+        args: How to train.
+
+    Returns:
+        What the last stage measured.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError: As in `train` and `compress`.
+    """
+    metrics = {}
+    for stage in ("compress", "generate") if args.two_stage else (args.stage,):
+        args.stage = stage
+        metrics = (
+            compress(model_args, data_args, args) if stage == "compress" else train(model_args, data_args, args)[1]
+        )
+    return metrics
+
+
 def train(
     model_args: ModelArguments, data_args: DataArguments, args: ScaleDownTrainingArguments
 ) -> tuple[ScaleDownModel, dict[str, float]]:
@@ -50,7 +80,7 @@ def train(
     Args:
         model_args: The model to train.
         data_args: The data to learn from.
-        args: How to train.
+        args: How to train; its `stage` is joint, pretrain or generate.
 
     Returns:
         The trained model, as it was saved, and the metrics of the run.
@@ -61,37 +91,94 @@ def train(
         ValueError: Arguments that contradict each other, or data that breaks the format.
     """
     checkpoint = _checkpoint_to_resume(args)
-    train_data = _load(data_args.train_file, data_args.max_train_examples)
-    eval_data = _load(data_args.eval_file, data_args.max_eval_examples) if data_args.eval_file else None
-    if args.eval_strategy != "no" and eval_data is None:
+    if args.eval_strategy != "no" and data_args.eval_file is None:
         raise ValueError(f"eval_strategy={args.eval_strategy.value} needs data to evaluate on; set eval_file.")
     set_seed(args.seed)
-    model = build_model(model_args, args)
+    with_backbone = args.stage != "generate"
+    load_backbone = None if with_backbone else partial(_load_backbone, model_args, args)
+    train_data, eval_data, collator, model = _prepare(model_args, data_args, args, with_backbone)
     trainer = ScaleDownTrainer(
         model=model,
         args=args,
         train_dataset=train_data,
         eval_dataset=eval_data,
-        data_collator=JointCollator(model.processor, data_args.max_answer_length),
+        data_collator=collator,
         processing_class=model.processor,
+        load_backbone=load_backbone,
     )
     log_parameters(model)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if eval_data is not None:
         metrics.update(trainer.evaluate())
     if args.should_save:
-        finish(model, model_args, data_args, args, metrics, len(train_data))
+        if load_backbone is not None:
+            model.compressor.backbone = load_backbone()
+        num_examples = len(train_data) if hasattr(train_data, "__len__") else None
+        finish(model, model_args, data_args, args, metrics, num_examples)
         if args.push_to_hub:
             trainer.push_to_hub()
     return model, metrics
 
 
-def build_model(model_args: ModelArguments, args: ScaleDownTrainingArguments) -> ScaleDownModel:
-    """Build or load the model, its generator in the type the run computes in.
+def compress(
+    model_args: ModelArguments, data_args: DataArguments, args: ScaleDownTrainingArguments
+) -> dict[str, float]:
+    """Write the cache that the stage `generate` learns from, or what is missing of it.
+
+    Args:
+        model_args: The model whose compressor runs; its generator is not loaded.
+        data_args: The data, and where its cache goes.
+        args: How to compress.
+
+    Returns:
+        The cache's size.
+
+    Raises:
+        FileNotFoundError: There is no such data.
+        CacheError: The cache was made for something else, or the disk is too small.
+        ValueError: Arguments that contradict each other.
+    """
+    started = time.perf_counter()
+    skeleton = build_model(model_args, args, with_generator=False, with_backbone=False)
+    metrics = {"cache_bytes": 0.0, "cache_chunks": 0.0}
+
+    @functools.cache
+    def load_model() -> ScaleDownModel:
+        return build_model(model_args, args, with_generator=False).to(args.device).eval()
+
+    for name, records in _records(data_args).items():
+        plan = compress_records(
+            load_model,
+            skeleton.processor,
+            skeleton.config,
+            records,
+            _cache_folder(data_args, args) / name,
+            _fingerprint(skeleton, records, model_args, data_args),
+            max_shard_size=data_args.max_shard_size,
+            batch_size=data_args.compression_batch_size,
+            num_workers=args.dataloader_num_workers,
+            process_index=args.process_index,
+            num_processes=args.world_size,
+            wait_for_everyone=PartialState().wait_for_everyone,
+        )
+        metrics["cache_bytes"] += plan.num_bytes()
+        metrics["cache_chunks"] += sum(shard.num_chunks for shard in plan.shards)
+    return {**metrics, "compress_runtime": time.perf_counter() - started}
+
+
+def build_model(
+    model_args: ModelArguments,
+    args: ScaleDownTrainingArguments,
+    with_generator: bool = True,
+    with_backbone: bool = True,
+) -> ScaleDownModel:
+    """Build or load the model, or a part of it, in the type the run computes in.
 
     Args:
         model_args: Backbones or checkpoint, and settings.
         args: Decide device and type.
+        with_generator: Whether the generator is needed, with LoRA.
+        with_backbone: Whether the compressor's backbone is.
 
     Returns:
         The model, its generator frozen but for LoRA.
@@ -100,31 +187,27 @@ def build_model(model_args: ModelArguments, args: ScaleDownTrainingArguments) ->
         ValueError: Settings that contradict each other.
     """
     quantization = {"load_in_4bit": model_args.load_in_4bit, "load_in_8bit": model_args.load_in_8bit}
-    attention = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
-    # A quantised generator cannot be moved afterwards, so it is loaded where it will run.
-    device_map = {"": args.device.index or 0} if any(quantization.values()) and args.device.type == "cuda" else None
+    quantized = with_generator and any(quantization.values())
+    loading = {"dtype": args.generator_dtype, "with_generator": with_generator, "with_backbone": with_backbone}
+    if model_args.attn_implementation:
+        loading["attn_implementation"] = model_args.attn_implementation
+    if quantized:
+        loading.update(quantization)
+        # A quantised generator cannot be moved afterwards, so it is loaded where it will run.
+        loading["device_map"] = {"": args.device.index or 0} if args.device.type == "cuda" else None
     if model_args.model_name_or_path is not None:
-        model = ScaleDownModel.from_pretrained(
-            model_args.model_name_or_path,
-            revision=model_args.revision,
-            dtype=args.generator_dtype,
-            device_map=device_map,
-            **quantization,
-            **attention,
-        )
+        model = ScaleDownModel.from_pretrained(model_args.model_name_or_path, revision=model_args.revision, **loading)
     else:
         model = ScaleDownModel.from_backbones(
             model_args.generator_name_or_path,
             model_args.compressor_name_or_path,
             revision=model_args.generator_revision,
             compressor_revision=model_args.compressor_revision,
-            dtype=args.generator_dtype,
-            device_map=device_map,
-            **quantization,
-            **attention,
+            slot_pooling=_slot_pooling(model_args, args),
+            **loading,
             **{name: getattr(model_args, name) for name in CONFIG_ARGUMENTS},
         )
-    if model.config.lora_config is None and model_args.lora_r > 0:
+    if with_generator and model.config.lora_config is None and model_args.lora_r > 0:
         model.add_lora(
             r=model_args.lora_r,
             lora_alpha=model_args.lora_alpha,
@@ -140,7 +223,7 @@ def finish(
     data_args: DataArguments,
     args: ScaleDownTrainingArguments,
     metrics: dict[str, float],
-    num_examples: int,
+    num_examples: int | None,
 ) -> None:
     """Save the trained model for inference: LoRA merged on request, one type for all weights, card filled in.
 
@@ -150,7 +233,7 @@ def finish(
         data_args: What it learned from.
         args: How, and where to save.
         metrics: What came of it.
-        num_examples: Questions it learned from.
+        num_examples: Rows it learned from, if known.
     """
     if model_args.merge_lora and model.config.weights_format == "full" and not _is_quantized(model):
         model.merge_lora()
@@ -193,15 +276,87 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
 
     def command() -> str:
-        _, metrics = train(*parse_arguments(argv))
+        metrics = run(*parse_arguments(argv))
         return "\n".join(f"{name:<28} {metrics[name]:.6g}" for name in sorted(metrics))
 
     return run_command(command)
 
 
-def _load(path: str, limit: int | None) -> datasets.Dataset:
-    records = load_records(path)
-    return records if limit is None else records.select(range(min(limit, len(records))))
+def _prepare(model_args, data_args, args, with_backbone):
+    """Data, collator and model of a stage; the data is read first, so that its errors come before the waiting."""
+    if args.stage == "pretrain":
+        model = build_model(model_args, args)
+        settings = (model.processor.compressor_tokenizer, model.config.chunk_length, data_args.text_column)
+        files = {"train": (data_args.train_file, data_args.train_split)}
+        if data_args.eval_file is not None:
+            # A file has no splits, and a split of the training data may be named by its name alone.
+            files["eval"] = (data_args.eval_file, data_args.eval_split)
+        data = {
+            name: load_pretraining_data(file, *settings, data_args.dataset_config, split, data_args.streaming)
+            for name, (file, split) in files.items()
+        }
+        data = {name: _limit(rows, getattr(data_args, f"max_{name}_examples")) for name, rows in data.items()}
+        return data["train"], data.get("eval"), PretrainingCollator(model.processor), model
+    data = _records(data_args)
+    model = build_model(model_args, args, with_backbone=with_backbone)
+    if args.stage == "joint":
+        collator = JointCollator(model.processor, data_args.max_answer_length)
+        return data["train"], data.get("eval"), collator, model
+    for name, records in data.items():
+        folder = _cache_folder(data_args, args) / name
+        plan = open_plan(folder, _fingerprint(model, records, model_args, data_args))
+        if plan is None:
+            raise FileNotFoundError(
+                f"{folder} holds no cache; make one with --stage compress, or use --two_stage true."
+            )
+        data[name] = CachedDataset(folder, plan, records)
+    collator = GenerationCollator(model.processor, data_args.max_answer_length)
+    return data["train"], data.get("eval"), collator, model
+
+
+def _records(data_args: DataArguments) -> dict[str, datasets.Dataset]:
+    data = {"train": _limit(load_records(data_args.train_file), data_args.max_train_examples)}
+    if data_args.eval_file is not None:
+        data["eval"] = _limit(load_records(data_args.eval_file), data_args.max_eval_examples)
+    return data
+
+
+def _limit(rows, limit: int | None):
+    return rows if limit is None else rows.take(limit)
+
+
+def _cache_folder(data_args: DataArguments, args: ScaleDownTrainingArguments) -> Path:
+    return Path(data_args.cache_dir or Path(args.output_dir) / "cache")
+
+
+def _fingerprint(model: ScaleDownModel, records: datasets.Dataset, model_args, data_args) -> dict[str, Any]:
+    source = _backbone_source(model_args)
+    weights = weights_fingerprint(source[0], revision=source[1])
+    return cache_fingerprint(records, model.processor, model.config, weights, data_args.cache_dtype)
+
+
+def _backbone_source(model_args: ModelArguments) -> tuple[str, str | None]:
+    """Repository and revision the compressor's backbone comes from."""
+    if model_args.model_name_or_path is not None:
+        return model_args.model_name_or_path, model_args.revision
+    if model_args.compressor_name_or_path is not None:
+        return model_args.compressor_name_or_path, model_args.compressor_revision
+    return model_args.generator_name_or_path, model_args.generator_revision
+
+
+def _slot_pooling(model_args: ModelArguments, args: ScaleDownTrainingArguments) -> str:
+    frozen = args.stage in ("compress", "generate")
+    if frozen and model_args.slot_pooling == "memory_tokens":
+        raise ValueError(
+            "slot_pooling=memory_tokens in two-stage training from backbones would cache what random memory embeddings "
+            "give, and never train them. Leave it out (span_mean), or start from a trained model (model_name_or_path)."
+        )
+    return model_args.slot_pooling or ("span_mean" if frozen else "memory_tokens")
+
+
+def _load_backbone(model_args: ModelArguments, args: ScaleDownTrainingArguments) -> torch.nn.Module:
+    """The frozen backbone of two-stage training, which only a whole model needs."""
+    return build_model(model_args, args, with_generator=False).compressor.backbone
 
 
 def _checkpoint_to_resume(args: ScaleDownTrainingArguments) -> str | None:

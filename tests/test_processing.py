@@ -59,6 +59,7 @@ def test_a_batch_has_the_documented_keys_and_shapes(processor):
         "labels",
         "compressor_input_ids",
         "compressor_attention_mask",
+        "compressor_document_mask",
         "chunk_slots",
         "chunk_to_document",
         "document_to_example",
