@@ -1,29 +1,51 @@
-"""The project's data format: one JSON object per line, validated where it enters.
+"""The project's data format: one JSON object per line, or the same columns in Parquet, validated where they enter.
 
-    {"query": str, "documents": [str, ...], "answer": str | [str, ...],
+    {"query": str, "documents": [str, ...], "answer": str | [str, ...], "gold_answers": [str, ...]?,
      "reranking_scores": [float, ...]?, "positives": [int, ...]?, "id": str?}
 
-`documents` may be empty (closed book). `reranking_scores` are a teacher's, one per document. `positives` are the
-indices of the documents known to hold the answer; absent means unknown. Other keys are ignored.
+`documents` may be empty (closed book). The first `answer` is the one that is learned; where a teacher wrote it, the
+data set's own are `gold_answers`. `reranking_scores` are a teacher's, one per document. `positives` are the indices of
+the documents known to hold the answer; absent means unknown. Other keys are ignored.
 """
 
 import contextlib
+import errno
 import gzip
+import itertools
 import json
 import lzma
 import math
 import os
 import secrets
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
 
 GZIP_MAGIC = b"\x1f\x8b"
 XZ_MAGIC = b"\xfd7zXZ\x00"
+PARQUET_MAGIC = b"PAR1"
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+# Large enough for Parquet to compress well, small enough not to matter for memory.
+PARQUET_ROWS = 1000
+_TEXT = datasets.Value("string")
+FEATURES = datasets.Features(
+    {
+        "id": _TEXT,
+        "query": _TEXT,
+        "documents": datasets.List(_TEXT),
+        "answer": datasets.List(_TEXT),
+        "gold_answers": datasets.List(_TEXT),
+        "reranking_scores": datasets.List(datasets.Value("float64")),
+        "positives": datasets.List(datasets.Value("int32")),
+    }
+)
 
 
 class RecordError(ValueError):
@@ -31,16 +53,17 @@ class RecordError(ValueError):
 
 
 def read_records(path: str | os.PathLike, require_answer: bool = True) -> Iterator[dict[str, Any]]:
-    """Read and validate a JSON Lines file, one record at a time.
+    """Read and validate a file of records, one record at a time.
 
     Args:
-        path: A JSON Lines file in UTF-8, plain or compressed with gzip or xz. Blank lines are skipped.
+        path: A JSON Lines file in UTF-8, plain or compressed with gzip or xz, or a Parquet file; the content decides,
+            not the name. Blank lines are skipped.
         require_answer: Whether a record without an answer is an error; otherwise its `answer` is an empty list.
 
     Returns:
         An iterator over dicts with the keys `id` (str, by default the zero-based index of the line), `query` (str),
-        `documents` (list of str), `answer` (list of str), `reranking_scores` (list of float, or None) and
-        `positives` (list of int, or None).
+        `documents` (list of str), `answer` (list of str), `gold_answers` (list of str, or None), `reranking_scores`
+        (list of float, or None) and `positives` (list of int, or None).
 
     Raises:
         FileNotFoundError: There is no such file (raised by the call, not by the first item).
@@ -53,7 +76,7 @@ def read_records(path: str | os.PathLike, require_answer: bool = True) -> Iterat
 def load_records(
     path: str | os.PathLike, require_answer: bool = True, cache_dir: str | os.PathLike | None = None
 ) -> datasets.Dataset:
-    """Load a JSON Lines file as a disk-backed dataset; memory does not grow with the file.
+    """Load a file of records as a disk-backed dataset; memory does not grow with the file.
 
     Args:
         path: As in `read_records`.
@@ -71,17 +94,6 @@ def load_records(
     check_is_file(path)
     path = Path(path).resolve()
     stat = path.stat()
-    text = datasets.Value("string")
-    features = datasets.Features(
-        {
-            "id": text,
-            "query": text,
-            "documents": datasets.List(text),
-            "answer": datasets.List(text),
-            "reranking_scores": datasets.List(datasets.Value("float64")),
-            "positives": datasets.List(datasets.Value("int32")),
-        }
-    )
     # Size and modification time are arguments of the generator only to be part of the cache's key.
     arguments = {
         "path": str(path),
@@ -92,7 +104,7 @@ def load_records(
     try:
         return datasets.Dataset.from_generator(
             _generate_records,
-            features=features,
+            features=FEATURES,
             gen_kwargs=arguments,
             cache_dir=None if cache_dir is None else str(cache_dir),
         )
@@ -103,10 +115,11 @@ def load_records(
 
 
 def write_records(path: str | os.PathLike, records: Iterable[dict[str, Any]], overwrite: bool = False) -> int:
-    """Write records as JSON Lines: all of them, or on any error none.
+    """Write records as JSON Lines or Parquet: all of them, or on any error none.
 
     Args:
-        path: The file to write; a name ending in `.gz` or `.xz` is compressed. Missing folders are created.
+        path: The file to write. A name ending in `.parquet` is Parquet, any other JSON Lines; one ending in `.gz` or
+            `.xz` is compressed. Missing folders are created.
         records: Records in the project's format, validated as they are written; an answer may be absent.
         overwrite: Whether an existing file is replaced.
 
@@ -116,16 +129,15 @@ def write_records(path: str | os.PathLike, records: Iterable[dict[str, Any]], ov
     Raises:
         FileExistsError: The file exists and `overwrite` is off.
         RecordError: A record breaks the format, or there is none.
+        OSError: The disk is full.
     """
-    count = 0
+    normalized = (
+        normalize_record(record, f"{path}, record {index + 1}", str(index), require_answer=False)
+        for index, record in enumerate(records)
+    )
     with atomic_writer(path, overwrite) as stream:
-        for record in records:
-            normalized = normalize_record(record, f"{path}, record {count + 1}", str(count), require_answer=False)
-            present = {key: value for key, value in normalized.items() if value is not None}
-            if not present["answer"]:
-                del present["answer"]
-            stream.write(json.dumps(present, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
-            count += 1
+        write = _write_parquet if Path(path).suffix == ".parquet" else _write_json_lines
+        count = write(stream, normalized)
         if count == 0:
             raise RecordError(f"{path}: found no records to write, expected at least one; check what selects them.")
     return count
@@ -145,6 +157,7 @@ def atomic_writer(path: str | os.PathLike, overwrite: bool = False) -> Iterator[
     Raises:
         FileExistsError: The file exists and `overwrite` is off.
         IsADirectoryError: The path is a folder.
+        OSError: The disk is full; the message says so, and no part of the file is left.
     """
     path = Path(path)
     check_is_writable(path, overwrite)
@@ -152,15 +165,38 @@ def atomic_writer(path: str | os.PathLike, overwrite: bool = False) -> Iterator[
     # In the same folder, since os.replace is atomic only within one file system.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as raw:
-            with _compressor(raw, path.suffix) as stream:
-                yield stream
-            raw.flush()
-            os.fsync(raw.fileno())
-        os.replace(temporary, path)
+        with explained_disk_errors(path, f"{path.name} was not written. Free space and run again."):
+            with open(temporary, "xb") as raw:
+                with _compressor(raw, path.suffix) as stream:
+                    yield stream
+                raw.flush()
+                os.fsync(raw.fileno())
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def explained_disk_errors(path: str | os.PathLike, remedy: str) -> Iterator[None]:
+    """Say what a full disk means for the run.
+
+    Args:
+        path: Where the run writes.
+        remedy: What a user can do, and what became of the work.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        folder = Path(path).resolve().parent
+        free = "unknown"
+        with contextlib.suppress(OSError):
+            free = f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB"
+        raise OSError(
+            error.errno, f"the disk of {folder} is full ({free} free, or the quota is reached). {remedy}"
+        ) from error
 
 
 def check_is_writable(path: str | os.PathLike, overwrite: bool = False) -> None:
@@ -192,6 +228,37 @@ def open_binary(path: str | os.PathLike) -> BinaryIO:
     return open(path, "rb")
 
 
+def is_parquet(path: str | os.PathLike) -> bool:
+    """Whether a file begins as Parquet does."""
+    with open(path, "rb") as stream:
+        return stream.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
+
+
+def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
+    """Read the lines of a text file.
+
+    Args:
+        path: A file in UTF-8, plain or compressed with gzip or xz.
+
+    Returns:
+        An iterator over (line number from 1, the line with its end).
+
+    Raises:
+        RecordError: A line is not UTF-8, or the compressed file is damaged.
+    """
+    number = 0
+    with open_binary(path) as stream:
+        try:
+            # Bytes are split at b"\n" alone: str.splitlines would also cut at U+2028 and its like inside a text.
+            for number, line in enumerate(stream, start=1):
+                yield number, decode_text(line, f"{path}, line {number}")
+        except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+            raise RecordError(
+                f"{path}, after line {number}: found damaged compressed data ({error}), expected a whole gzip or xz "
+                f"file; copy or download the file again."
+            ) from error
+
+
 def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
     """Read a JSON Lines file without regard to what its lines hold.
 
@@ -204,19 +271,32 @@ def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
     Raises:
         RecordError: A line is not UTF-8 or not JSON, or the compressed file is damaged.
     """
-    number = 0
-    with open_binary(path) as stream:
-        try:
-            # Bytes are split at b"\n" alone: str.splitlines would also cut at U+2028 and its like inside a text.
-            for number, line in enumerate(stream, start=1):
-                text = decode_text(line, f"{path}, line {number}").rstrip()
-                if text:
-                    yield number, _parse_json(text, f"{path}, line {number}")
-        except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
-            raise RecordError(
-                f"{path}, after line {number}: found damaged compressed data ({error}), expected a whole gzip or xz "
-                f"file; copy or download the file again."
-            ) from error
+    for number, line in read_lines(path):
+        text = line.rstrip()
+        if text:
+            yield number, _parse_json(text, f"{path}, line {number}")
+
+
+def read_parquet_rows(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """Read the rows of a Parquet file, a few at a time.
+
+    Args:
+        path: A Parquet file.
+
+    Returns:
+        An iterator over rows.
+
+    Raises:
+        RecordError: The file is damaged.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+                yield from batch.to_pylist()
+    except pa.ArrowInvalid as error:
+        raise RecordError(
+            f"{path}: found damaged Parquet ({error}), expected a whole file; copy or download the file again."
+        ) from error
 
 
 def decode_text(data: bytes, location: str) -> str:
@@ -264,6 +344,7 @@ def normalize_record(record: Any, location: str, default_id: str, require_answer
         "query": _text(record["query"], "query", location),
         "documents": documents,
         "answer": _answers(record, location, require_answer),
+        "gold_answers": _gold_answers(record.get("gold_answers"), location),
         "reranking_scores": _scores(record.get("reranking_scores"), len(documents), location),
         "positives": _positives(record.get("positives"), len(documents), location),
     }
@@ -273,11 +354,36 @@ def _generate_records(
     path: str, require_answer: bool, size: int | None = None, mtime_ns: int | None = None
 ) -> Iterator[dict[str, Any]]:
     empty = True
-    for number, value in read_json_lines(path):
+    if is_parquet(path):
+        rows = ((f"row {index}", index, row) for index, row in enumerate(read_parquet_rows(path)))
+    else:
+        rows = ((f"line {number}", number - 1, value) for number, value in read_json_lines(path))
+    for place, index, value in rows:
         empty = False
-        yield normalize_record(value, f"{path}, line {number}", str(number - 1), require_answer)
+        yield normalize_record(value, f"{path}, {place}", str(index), require_answer)
     if empty:
         raise RecordError(f"{path}: found no records, expected one JSON object per line; check what wrote the file.")
+
+
+def _write_json_lines(stream: BinaryIO, records: Iterable[dict[str, Any]]) -> int:
+    count = 0
+    for record in records:
+        present = {key: value for key, value in record.items() if value is not None}
+        if not present["answer"]:
+            del present["answer"]
+        stream.write(json.dumps(present, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
+        count += 1
+    return count
+
+
+def _write_parquet(stream: BinaryIO, records: Iterable[dict[str, Any]]) -> int:
+    count = 0
+    records = iter(records)
+    with pq.ParquetWriter(stream, FEATURES.arrow_schema) as writer:
+        while rows := list(itertools.islice(records, PARQUET_ROWS)):
+            writer.write_table(pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema))
+            count += len(rows)
+    return count
 
 
 def _compressor(raw: BinaryIO, suffix: str) -> contextlib.AbstractContextManager[BinaryIO]:
@@ -317,6 +423,10 @@ def _answers(record: dict[str, Any], location: str, required: bool) -> list[str]
     if isinstance(answer, str):
         answer = [answer]
     return _texts(answer, "answer", location)
+
+
+def _gold_answers(value: Any, location: str) -> list[str] | None:
+    return None if value is None else _texts([value] if isinstance(value, str) else value, "gold_answers", location)
 
 
 def _texts(value: Any, name: str, location: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""BM25 retrieval over a pool of passages."""
+"""BM25 retrieval over a pool of passages in memory; `indexes` holds what searches a corpus on the disk."""
 
 from collections.abc import Collection, Sequence
 
@@ -24,7 +24,7 @@ class BM25Retriever:
             raise ValueError("BM25 got 0 passages, expected at least 1; check the source of the pool.")
         self.num_passages = len(passages)
         self._stemmer = Stemmer.Stemmer("english")
-        tokens = self._tokenize(passages)
+        tokens = tokenize(passages, self._stemmer)
         # With no word in the whole pool there is nothing to index: every score is zero.
         self._index = None
         if any(tokens):
@@ -40,7 +40,7 @@ class BM25Retriever:
         Returns:
             BM25 scores, float32, shape (num_passages,); higher is better, 0 where no word is shared.
         """
-        tokens = self._tokenize([query])[0]
+        tokens = tokenize([query], self._stemmer)[0]
         if self._index is None or not tokens:
             return np.zeros(self.num_passages, dtype=np.float32)
         return self._index.get_scores(tokens)
@@ -62,14 +62,7 @@ class BM25Retriever:
         if k < 0:
             raise ValueError(f"k is {k}, expected 0 or more passages; pass a larger number.")
         excluded = set(exclude)
-        scores = self.scores(query)
-        wanted = min(k + len(excluded), self.num_passages)
-        if wanted == 0:
-            return []
-        # Everything at or above the last wanted score takes part, so that a tie at the edge is broken by order too.
-        threshold = np.partition(scores, self.num_passages - wanted)[self.num_passages - wanted]
-        candidates = np.flatnonzero(scores >= threshold)
-        ranked = candidates[np.argsort(-scores[candidates], kind="stable")]
+        ranked = top_indices(self.scores(query), k + len(excluded))
         return [int(index) for index in ranked if index not in excluded][:k]
 
     def rank(self, query: str, candidates: Sequence[int]) -> list[int]:
@@ -86,5 +79,35 @@ class BM25Retriever:
         order = np.argsort(-self.scores(query)[indices], kind="stable")
         return [int(index) for index in indices[order]]
 
-    def _tokenize(self, texts: Sequence[str]) -> list[list[str]]:
-        return bm25s.tokenize(list(texts), stopwords="en", stemmer=self._stemmer, return_ids=False, show_progress=False)
+
+def tokenize(texts: Sequence[str], stemmer: Stemmer.Stemmer) -> list[list[str]]:
+    """Stems of the words of texts, English stop words left out.
+
+    Args:
+        texts: Texts.
+        stemmer: Stems words.
+
+    Returns:
+        A list of stems for each text.
+    """
+    return bm25s.tokenize(list(texts), stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False)
+
+
+def top_indices(scores: np.ndarray, k: int) -> np.ndarray:
+    """Indices of the highest scores; of equal scores those that come first.
+
+    Args:
+        scores: Scores, shape (n,).
+        k: Number of indices wanted.
+
+    Returns:
+        Indices, highest score first, shape (min(k, n),).
+    """
+    k = min(k, len(scores))
+    if k == 0:
+        return np.empty(0, dtype=np.int64)
+    threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
+    above = np.flatnonzero(scores > threshold)
+    # A tie at the edge is broken by order too.
+    ties = np.flatnonzero(scores == threshold)[: k - len(above)]
+    return np.concatenate([above[np.argsort(-scores[above], kind="stable")], ties])

@@ -28,6 +28,7 @@ def test_records_are_normalised(tmp_path):
     full = {
         **RECORD,
         "answer": ["Ada", "Ada Lovelace"],
+        "gold_answers": "Lovelace",
         "reranking_scores": [3, -1.5],
         "positives": [0],
         "id": "x",
@@ -41,6 +42,7 @@ def test_records_are_normalised(tmp_path):
         "query": "Who wrote it?",
         "documents": ["Ada wrote it.", "It rained."],
         "answer": ["Ada", "Ada Lovelace"],
+        "gold_answers": ["Lovelace"],
         "reranking_scores": [3.0, -1.5],
         "positives": [0],
     }
@@ -50,6 +52,7 @@ def test_records_are_normalised(tmp_path):
         "query": "q",
         "documents": [],
         "answer": ["a"],
+        "gold_answers": None,
         "reranking_scores": None,
         "positives": [],
     }

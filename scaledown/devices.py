@@ -1,0 +1,72 @@
+"""Where the teachers and encoders run, and in which precision."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+Model = TypeVar("Model")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def pick_device() -> str:
+    """The accelerator that is there, or the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """The type of a model's weights.
+
+    Args:
+        name: One of `DTYPES`. auto is bfloat16 where the GPU computes in it, float16 on other GPUs, and float32 else.
+
+    Returns:
+        The type.
+
+    Raises:
+        ValueError: There is no such name.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}, expected one of {', '.join(DTYPES)}; correct --dtype.")
+    if name != "auto":
+        return getattr(torch, name)
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load_model(load: Callable[[], Model], name: str, option: str) -> Model:
+    """Load a model, or say which option names one that cannot be loaded.
+
+    Args:
+        load: Loads it.
+        name: Its name or folder.
+        option: The option that named it.
+
+    Returns:
+        What `load` returns.
+
+    Raises:
+        ValueError: The model cannot be loaded.
+    """
+    try:
+        return load()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"{option} names {name}, which cannot be loaded ({type(error).__name__}: {error}). Expected a folder or a "
+            f"name on the Hub; check the name, its kind and the connection."
+        ) from error
+
+
+def import_sentence_transformers() -> Any:
+    """The package sentence_transformers, or an ImportError that says how to install it."""
+    try:
+        import sentence_transformers
+    except ImportError as error:
+        raise ImportError(
+            "sentence-transformers is missing, which loads rerankers and retrieval encoders; install it with "
+            "`pip install sentence-transformers`."
+        ) from error
+    return sentence_transformers

@@ -1,0 +1,74 @@
+"""The paper's prompt with the documents' full texts, for the answer teacher.
+
+The documents come from anywhere, so they must not speak for the system or the user. A local teacher's prompt is put
+together from token ids, in which text stays text. An endpoint applies its chat template itself and may read control
+tokens out of the text; there, what looks like one is taken apart by a blank.
+"""
+
+import re
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from configuration_scaledown import DEFAULT_CLOSED_BOOK_PROMPT, DEFAULT_SYSTEM_PROMPT, DEFAULT_USER_PROMPT
+from processing_scaledown import ScaleDownProcessor, _encode_as_text
+
+DOCUMENT_SEPARATOR = "\n"
+# Control tokens of the chat templates in use, such as <|im_start|>, </s>, [INST], <<SYS>> and <start_of_turn>.
+CONTROL_TOKEN = re.compile(
+    r"<\|(?=[^<>|\n]{1,40}\|>)|<｜(?=[^<>｜\n]{1,40}｜>)|<(?=/?s>)|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS)\])"
+    r"|<<(?=/?SYS>>)|<(?=(?:start|end)_of_turn>)|<(?=(?:bos|eos|pad|unk)>)"
+)
+
+
+def build_messages(query: str, documents: Sequence[str]) -> list[dict[str, str]]:
+    """The prompt as chat messages.
+
+    Args:
+        query: The question.
+        documents: Full texts; none for a question asked without.
+
+    Returns:
+        A system and a user message, without anything in question and documents that looks like a control token.
+    """
+    query = _defused(query)
+    if documents:
+        texts = DOCUMENT_SEPARATOR.join(map(_defused, documents))
+        # One pass over the template: a document that spells "{question}" gets none.
+        before, after = DEFAULT_USER_PROMPT.split("{documents}")
+        user = before + texts + after.replace("{question}", query)
+    else:
+        user = DEFAULT_CLOSED_BOOK_PROMPT.replace("{question}", query)
+    return [{"role": "system", "content": DEFAULT_SYSTEM_PROMPT}, {"role": "user", "content": user}]
+
+
+class PromptEncoder:
+    """The prompt as token ids, built like the one the trained model reads, with texts where that has slots.
+
+    Args:
+        tokenizer: The teacher's tokenizer, with or without a chat template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        processor = ScaleDownProcessor(tokenizer, tokenizer)
+        self._frames = {closed_book: processor._prompt_frame(closed_book) for closed_book in (False, True)}
+
+    def __call__(self, query: str, documents: Sequence[str]) -> list[int]:
+        """Encode the prompt of one question.
+
+        Args:
+            query: The question.
+            documents: Full texts; none for a question asked without.
+
+        Returns:
+            Token ids, no special token among those of the texts.
+        """
+        before, between, after, lead = self._frames[not documents]
+        texts = DOCUMENT_SEPARATOR.join(documents)
+        encoded = _encode_as_text(self._tokenizer, [texts, lead + query])
+        return [*before, *encoded[0], *between, *encoded[1], *after]
+
+
+def _defused(text: str) -> str:
+    return CONTROL_TOKEN.sub(lambda match: f"{match.group()} ", text)

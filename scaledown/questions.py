@@ -1,0 +1,180 @@
+"""The intermediate form of a question-answering data set, and what its readers share."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+# Takes a title, perhaps empty, and a long text, and returns passages.
+Splitter = Callable[[str, str], list[str]]
+
+
+class SourceError(ValueError):
+    """A source that cannot be read; the message names the place, the finding and the remedy."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with what its data set says about it.
+
+    Args:
+        id: Unique within the source.
+        query: The question's text.
+        answers: Gold answers, distinct; empty where an answer teacher is to write one.
+        positives: Passages known to hold the answer; None where the source does not say.
+        candidates: The question's own passages, positives included; empty where it brings none.
+        record: The record itself, where the source is in the project's own format.
+    """
+
+    id: str
+    query: str
+    answers: list[str]
+    positives: list[str] | None
+    candidates: list[str] = field(default_factory=list)
+    record: dict[str, Any] | None = None
+
+
+@dataclass
+class Source:
+    """Everything read from a source.
+
+    Args:
+        format: The name of its format.
+        questions: The usable questions in the order of the source.
+        passages: The pool: every passage of the source once, in order of appearance.
+        dropped: Ids of the questions left out, by reason.
+        num_scores_discarded: Records whose reranking scores were left behind, since their documents change.
+    """
+
+    format: str
+    questions: list[Question] = field(default_factory=list)
+    passages: list[str] = field(default_factory=list)
+    dropped: dict[str, list[str]] = field(default_factory=dict)
+    num_scores_discarded: int = 0
+
+    @property
+    def num_read(self) -> int:
+        """Number of questions read, the dropped ones included."""
+        return len(self.questions) + sum(len(ids) for ids in self.dropped.values())
+
+
+class QuestionCollector:
+    """Fills a `Source`: passages once each, ids once each, answers once each.
+
+    Args:
+        source: The source to fill.
+        split: Cuts long texts into passages.
+        require_answer: Whether a question without an answer is dropped.
+        keep_pool: Whether passages that are no question's positive are kept; where documents come from a corpus, they
+            would only cost memory.
+    """
+
+    def __init__(self, source: Source, split: Splitter, require_answer: bool = True, keep_pool: bool = True):
+        self.source = source
+        self.split = split
+        self.require_answer = require_answer
+        self.keep_pool = keep_pool
+        self._passages: dict[bytes, str] = {}
+        self._ids: set[str] = set()
+
+    def add_passage(self, text: str) -> str | None:
+        """Put a passage into the pool; returns the pool's text of it, None for an empty one."""
+        # Copies that differ only in white space are one passage: a distractor must not repeat the gold passage.
+        words = " ".join(text.split())
+        if not words:
+            return None
+        if not self.keep_pool:
+            return text.strip()
+        key = hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        return self._passages.setdefault(key, text.strip())
+
+    def add_passages(self, texts: Iterable[str]) -> list[str]:
+        """Put passages into the pool; returns the pool's texts of those that are not empty."""
+        return [passage for text in texts if (passage := self.add_passage(text)) is not None]
+
+    def add_question(
+        self,
+        identifier: str,
+        query: str,
+        answers: Iterable[str],
+        positives: list[str] | None,
+        candidates: list[str],
+        record: dict[str, Any] | None = None,
+    ) -> None:
+        """Keep a question, or drop it with a reason."""
+        answers = list(dict.fromkeys(answer.strip() for answer in answers if answer.strip()))
+        if identifier in self._ids:
+            self.drop("duplicate_id", identifier)
+        elif not query.strip():
+            self.drop("empty_question", identifier)
+        elif not answers and self.require_answer:
+            self.drop("no_answer", identifier)
+        else:
+            self._ids.add(identifier)
+            if not self.keep_pool:
+                candidates = []
+            positives = None if positives is None else list(dict.fromkeys(positives))
+            candidates = list(dict.fromkeys(candidates))
+            self.source.questions.append(Question(identifier, query.strip(), answers, positives, candidates, record))
+
+    def drop(self, reason: str, identifier: str) -> None:
+        """Count a question that is left out."""
+        self.source.dropped.setdefault(reason, []).append(identifier)
+
+    def finish(self) -> Source:
+        """Close the pool and return the source."""
+        self.source.passages = list(self._passages.values())
+        return self.source
+
+
+def get_identifier(element: dict[str, Any], default: str, *names: str) -> str:
+    """The element's id under the first of the names that is there, by default `id` and `_id`."""
+    for name in names or ("id", "_id"):
+        if element.get(name) is not None:
+            return str(element[name])
+    return default
+
+
+def get_field(element: dict[str, Any], name: str, kind: type, location: str) -> Any:
+    """A field of the given kind, or a SourceError that names what is there instead."""
+    value = element.get(name)
+    if isinstance(value, kind):
+        return value
+    found = f"{name} {str(value)[:60]}" if name in element else f"the keys {', '.join(map(str, element)) or '(none)'}"
+    names = {str: "a string", list: "a list", dict: "an object"}
+    raise SourceError(
+        f"{location}: found {found}; expected {names[kind]} under {name!r}. Correct the file, or its --format."
+    )
+
+
+def as_mapping(value: Any, location: str) -> dict[str, Any]:
+    """The value, if it is an object."""
+    if isinstance(value, dict):
+        return value
+    raise SourceError(f"{location}: found {str(value)[:60]}; expected an object. Correct the file, or its --format.")
+
+
+def as_rows(value: Any, location: str) -> list[dict[str, Any]]:
+    """Rows, whether stored as a list of objects or, as `datasets` may, as an object of equally long lists."""
+    if value is None:
+        return []
+    if isinstance(value, dict):
+        columns = {name: column for name, column in value.items() if isinstance(column, list)}
+        length = max(map(len, columns.values()), default=0)
+        if any(len(column) != length for column in columns.values()):
+            raise SourceError(f"{location}: found columns of different lengths. Correct the file, or its --format.")
+        return [{name: column[index] for name, column in columns.items()} for index in range(length)]
+    if isinstance(value, list):
+        return [as_mapping(row, location) for row in value]
+    raise SourceError(f"{location}: found {str(value)[:60]}; expected a list of objects. Correct the file.")
+
+
+def as_texts(value: Any, location: str) -> list[str]:
+    """Texts, from one text, a list of texts or nothing."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and all(isinstance(text, str) for text in value):
+        return value
+    raise SourceError(f"{location}: found {str(value)[:60]}; expected a text or a list of texts. Correct the file.")

@@ -1,0 +1,142 @@
+"""Cut long texts into passages of at most so many tokens."""
+
+import bisect
+import itertools
+import math
+import re
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+# A rule of thumb for English: where no tokenizer is named, 128 tokens are counted as 96 words.
+WORDS_PER_TOKEN = 0.75
+WORD = re.compile(r"\S+")
+Span = tuple[int, int]
+
+
+class PassageSplitter:
+    """Cuts texts into passages of about equal length, so that none is a leftover of a few words.
+
+    Passages begin and end at words, unless a single word is longer than a passage. A title stands before each passage
+    of its text, `title: passage`, and counts.
+
+    Args:
+        tokenizer: Counts the tokens, and must be a fast one; without it, a token is counted as 3/4 of a word.
+        length: Tokens of a passage at most.
+        overlap: Tokens at the end of a passage that the next one repeats, at most.
+
+    Raises:
+        ValueError: The numbers are out of range, or the tokenizer is a slow one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None, length: int = 128, overlap: int = 0):
+        if length < 8:
+            raise ValueError(f"passage_length is {length}, expected at least 8 tokens; raise --passage_length.")
+        if not 0 <= overlap <= length // 2:
+            raise ValueError(
+                f"passage_overlap is {overlap}, expected 0 to {length // 2}, half a passage; adapt --passage_overlap."
+            )
+        if tokenizer is not None and not tokenizer.is_fast:
+            raise ValueError(
+                f"{tokenizer.name_or_path} has a slow tokenizer, which cannot say where its tokens stand in the text. "
+                f"Name another --tokenizer_name_or_path, or none to count words."
+            )
+        self.tokenizer = tokenizer
+        self.length = length
+        self.overlap = overlap
+
+    def __call__(self, title: str, text: str) -> list[str]:
+        """Cut one text.
+
+        Args:
+            title: Its title, or nothing.
+            text: The text.
+
+        Returns:
+            Passages; none for a text without words.
+        """
+        return self.split_many([(title, text)])[0]
+
+    def split_many(self, texts: Sequence[tuple[str, str]]) -> list[list[str]]:
+        """Cut many texts at once, which is faster.
+
+        Args:
+            texts: Pairs of a title, perhaps empty, and a text.
+
+        Returns:
+            The passages of each.
+        """
+        if not texts:
+            return []
+        leads = [f"{title.strip()}: " if title.strip() else "" for title, _ in texts]
+        bodies = [text for _, text in texts]
+        spans = self._spans(leads + bodies)
+        return [
+            [lead + passage for passage in self._cut(body, body_spans, len(lead_spans))]
+            for lead, body, lead_spans, body_spans in zip(
+                leads, bodies, spans[: len(texts)], spans[len(texts) :], strict=True
+            )
+        ]
+
+    def _spans(self, texts: list[str]) -> list[list[Span]]:
+        """The place of each token, or word, in its text."""
+        if self.tokenizer is None:
+            return [[match.span() for match in WORD.finditer(text)] for text in texts]
+        encoded = self.tokenizer(
+            texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+        )
+        return [[span for span in spans if span[1] > span[0]] for spans in encoded["offset_mapping"]]
+
+    def _cut(self, text: str, spans: list[Span], num_lead: int) -> list[str]:
+        scale = 1.0 if self.tokenizer is not None else WORDS_PER_TOKEN
+        length = max(int(self.length * scale), 1)
+        # A title that is half a passage long must leave room for the text.
+        length = max(length - num_lead, length // 2, 1)
+        overlap = min(int(self.overlap * scale), length // 2)
+        starts = [
+            index
+            for index, (start, _) in enumerate(spans)
+            if start == 0 or text[start].isspace() or text[start - 1].isspace()
+        ]
+        passages = []
+        start = 0
+        while start < len(spans):
+            remaining = len(spans) - start
+            count = max(math.ceil((remaining - overlap) / (length - overlap)), 1)
+            end = start + math.ceil((remaining - overlap) / count) + overlap if count > 1 else len(spans)
+            if end < len(spans):
+                word = bisect.bisect_right(starts, end) - 1
+                if word >= 0 and starts[word] > start + overlap:
+                    end = starts[word]
+            passage = text[spans[start][0] : spans[end - 1][1]].strip()
+            if passage:
+                passages.append(passage)
+            if end == len(spans):
+                break
+            word = bisect.bisect_left(starts, end - overlap)
+            start = starts[word] if word < len(starts) and starts[word] <= end else end - overlap
+        return passages
+
+
+def merge_lines(lines: Sequence[str] | itertools.chain, limit: int = 20_000):
+    """Join consecutive lines into longer texts, so that short ones do not become passages of their own.
+
+    Args:
+        lines: Lines; a blank one ends a text.
+        limit: Characters after which a text ends, so that a file without blank lines needs little memory.
+
+    Returns:
+        An iterator over texts.
+    """
+    merged: list[str] = []
+    size = 0
+    for line in lines:
+        line = line.strip()
+        if line:
+            merged.append(line)
+            size += len(line)
+        if merged and (not line or size >= limit):
+            yield "\n".join(merged)
+            merged, size = [], 0
+    if merged:
+        yield "\n".join(merged)
