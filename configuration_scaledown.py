@@ -22,6 +22,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 COMPRESSOR_TYPES = ("n_layers", "modernbert", "llm")
 WEIGHTS_FORMATS = ("full", "delta")
 SLOT_POOLINGS = ("memory_tokens", "span_mean")
+# Their first position is the one after the padding token's id.
+POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet")
 
 # The prompt of OSCAR (arXiv 2504.07109).
 DEFAULT_SYSTEM_PROMPT = (
@@ -129,11 +131,11 @@ class ScaleDownConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         # `PreTrainedConfig()` without arguments is called by transformers to find the values that differ from the
         # defaults, so a missing generator is an error of the model's constructor, not of this one.
+        self._validate_sizes()
         if self.generator_config is not None:
             self.generator_config = _as_config(self.generator_config, "generator_config")
             if self.compressor_config is not None:
                 self.compressor_config = _as_config(self.compressor_config, "compressor_config")
-            self._validate_sizes()
             if self.compressor_type == "n_layers":
                 saved = self.compressor_config
                 self.compressor_config = truncated_config(self.generator_config, self.num_compressor_layers)
@@ -220,7 +222,14 @@ class ScaleDownConfig(PreTrainedConfig):
                 f"compressor_type={self.compressor_type!r} needs a compressor_config; pass one, or use "
                 "ScaleDownModel.from_backbones(generator, compressor), which fills it in."
             )
+        if getattr(self.generator_config, "hidden_size_per_layer_input", 0):
+            raise ValueError(
+                f"{self.generator_config.model_type} looks tokens up again in every layer, which slots cannot serve; "
+                "choose a generator without hidden_size_per_layer_input."
+            )
         limit = getattr(self.compressor_config, "max_position_embeddings", None)
+        if limit is not None and self.compressor_config.model_type in POSITIONS_AFTER_PADDING:
+            limit -= self.compressor_config.pad_token_id + 1
         # Up to 4 tokens frame query and chunk (as in RoBERTa), one more asks for the reranking score.
         needed = self.max_query_length + self.chunk_length + self.num_memory_tokens + 5
         if limit is not None and needed > limit:

@@ -14,6 +14,7 @@
 """ScaleDown model: a query-dependent compressor in front of a causal language model (OSCAR, arXiv 2504.07109)."""
 
 import copy
+import difflib
 import hashlib
 import json
 import re
@@ -54,12 +55,12 @@ from transformers.utils import (
 
 try:
     from .configuration_scaledown import WEIGHTS_FORMATS, ScaleDownConfig
-    from .processing_scaledown import ScaleDownProcessor
+    from .processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
     from configuration_scaledown import WEIGHTS_FORMATS, ScaleDownConfig
-    from processing_scaledown import ScaleDownProcessor
+    from processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor
 
 logger = logging.get_logger(__name__)
 
@@ -498,7 +499,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         self.loss_type = "ForCausalLM"
         self.card_fields = {}
         self._processor = None
-        self._processor_arguments = {}
+        self._processor_arguments, self._processor_overrides = {}, {}
+        self._generator_samples = None
         self.post_init()
         if not with_generator:
             self._keys_to_ignore_on_load_unexpected.add(r"^generator\.")
@@ -738,6 +740,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if documents.memory_mask is not None:
             memory = memory[documents.memory_mask.to(memory.device)]
         memory = memory.reshape(-1, memory.shape[-1])  # (num_slots, hidden)
+        # Granite scales all embeddings it is given, and slots hold them as they are after that.
+        memory = memory / getattr(self.config.generator_config, "embedding_multiplier", 1.0)
         if memory.shape[0] != num_slots:
             raise ValueError(
                 f"The prompt has {num_slots} slots but the documents {memory.shape[0]} memory embeddings. Build both "
@@ -821,9 +825,12 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                     "ScaleDownProcessor.from_config(model.config, tokenizer)."
                 )
             # Whoever let this very file run has trusted the repository; otherwise its tokenizer runs no code either.
-            self.processor = ScaleDownProcessor.from_pretrained(
+            processor = ScaleDownProcessor.from_pretrained(
                 self.name_or_path, trust_remote_code=IS_REMOTE_CODE, **self._processor_arguments
             )
+            for name, value in self._processor_overrides.items():
+                setattr(processor, name, value)
+            self.processor = processor
         return self._processor
 
     @processor.setter
@@ -1040,7 +1047,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         """
         if isinstance(questions, str):
             raise TypeError("questions must be a list of strings.")
-        memory = compressed_documents
+        if questions:
+            self.processor.check_texts(questions, None)
+        memory = torch.as_tensor(compressed_documents)
         if memory.dim() != 3 or memory.shape[-1] != self.config.hidden_size:
             raise ValueError(
                 f"compressed_documents has shape {tuple(memory.shape)}, expected (n_docs, slots, "
@@ -1119,11 +1128,19 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
 
         Raises:
             ImportError: peft is not installed.
-            ValueError: the generator has LoRA layers already.
+            ValueError: the generator has LoRA layers already, or its own weights would be trained.
         """
         if self.config.lora_config is not None:
             raise ValueError("The generator has LoRA layers already; call merge_lora() before adding new ones.")
+        if lora_kwargs.get("modules_to_save") or lora_kwargs.get("bias", "none") != "none":
+            raise ValueError(
+                "modules_to_save and bias would train the generator's own weights, which stay frozen here; leave them "
+                "out and name linear layers in target_modules."
+            )
         settings = {**LORA_DEFAULTS, **lora_kwargs}
+        for name, value in settings.items():
+            if isinstance(value, set | frozenset):  # which JSON does not know
+                settings[name] = sorted(value)
         self._inject_lora(settings)
         self.generator.train(self.generator.training)  # the new layers start in training mode
         self.config.lora_config = settings
@@ -1238,6 +1255,12 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         """
         if config is not None and config_kwargs:
             raise ValueError(f"Pass either config or its fields, not both: got {', '.join(sorted(config_kwargs))}.")
+        unknown = sorted(config_kwargs.keys() - cls.config_class.__annotations__.keys())
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], cls.config_class.__annotations__, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise ValueError(f"from_backbones has no argument {unknown[0]}{hint}")
+        generator, compressor = _absolute(generator), _absolute(compressor)
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         generator_hub = _pinned(generator, {**hub, "revision": revision})
         settings = config.to_dict() if config is not None else config_kwargs
@@ -1262,7 +1285,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 f'{generator!r} is quantised; compressor_type="n_layers" trains a copy of its first layers and needs '
                 "them unquantised. Name the original checkpoint, and quantise it with load_in_4bit or load_in_8bit."
             )
-        config.generator_name_or_path = str(generator)
+        config.generator_name_or_path = generator
         config.generator_revision = generator_hub["revision"]
         config.generator_fingerprint = weights_fingerprint(generator, **generator_hub)
 
@@ -1303,6 +1326,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             with_backbone=with_backbone,
         )
         model._share_quantizer()
+        model._remember_generator()
         if with_generator:
             model.compressor.to(device=language_model.device)
         for name, parameter in model.compressor.named_parameters():
@@ -1349,7 +1373,11 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 does not hold the LoRA weights its configuration asks for.
             ImportError: quantisation without bitsandbytes, or unmerged LoRA without peft.
         """
+        # The processor and the card are read when they are needed, from wherever that is.
+        pretrained_model_name_or_path = _absolute(pretrained_model_name_or_path)
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        given = kwargs if config is None else config.to_dict()
+        overrides = {name: given[name] for name in PROCESSOR_FIELDS if name in given}
         kwargs.setdefault("use_safetensors", True)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
@@ -1372,7 +1400,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
             if pretrained_model_name_or_path is not None and kwargs.get("variant") is None:
                 model._check_lora(pretrained_model_name_or_path, hub)
-        model._processor_arguments = hub
+        model._processor_arguments, model._processor_overrides = hub, overrides
         model._share_quantizer()
         model._freeze()
         return (model, info) if wants_info else model
@@ -1412,6 +1440,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         model.generator = AutoModelForCausalLM.from_pretrained(
             generator_name, config=model.config.generator_config, use_safetensors=True, **generator_kwargs, **source
         )
+        model._remember_generator()
         if model.config.lora_config is not None:
             model._inject_lora(model.config.lora_config)
             lora = _read_tensors(name_or_path, model._check_lora(name_or_path, hub), hub)
@@ -1612,6 +1641,32 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 f'weights_format="delta" leaves out the generator\'s own weights, but {len(trainable)} of them are '
                 f'trainable ({trainable[0]}, …). Save with weights_format="full".'
             )
+        changed = self._changed_in_generator()
+        if changed:
+            raise ValueError(
+                f'weights_format="delta" leaves out the generator\'s own weights, but {len(changed)} of them are not '
+                f"those of {self.config.generator_name_or_path!r} any more ({changed[0]}, …). Save with "
+                'weights_format="full".'
+            )
+
+    def _remember_generator(self):
+        """Keeps a few values of every weight, so that a delta of a generator that was changed is noticed."""
+        if self.generator is not None:
+            self._generator_samples = _samples(self.generator)
+
+    def _changed_in_generator(self) -> list[str]:
+        if self._generator_samples is None:
+            return []
+        now, then = _samples(self.generator), self._generator_samples
+        # Between 16 and 32 bits values are rounded; a change that means something is larger.
+        return sorted(
+            name
+            for name in now.keys() | then.keys()
+            if name not in now
+            or name not in then
+            or now[name].shape != then[name].shape
+            or not torch.allclose(now[name], then[name], rtol=1e-2, atol=1e-5)
+        )
 
     def _write_card(self, folder: Path, weights_format: str):
         """Renders model_card.md to README.md, beside a copy of the template."""
@@ -1663,6 +1718,13 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
 # Weights of backbones
 
 
+def _absolute(name_or_path: str | None) -> str | None:
+    """A folder by its whole path, which stays right when the working directory changes; a name as it is."""
+    if name_or_path is None or not Path(name_or_path).is_dir():
+        return None if name_or_path is None else str(name_or_path)
+    return str(Path(name_or_path).resolve())
+
+
 def _pinned(name_or_path: str, hub: dict) -> dict:
     """The arguments with the revision made the commit it stands for now, so that all that is read goes together."""
     hub = {"revision": None, **hub}
@@ -1699,6 +1761,18 @@ def weights_fingerprint(name_or_path: str, **hub) -> str:
     for name in sorted(entries):
         digest.update(entries[name])
     return digest.hexdigest()
+
+
+def _samples(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Shape and some values of each weight but those of LoRA, and those that are quantised or spread over devices."""
+    samples = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or not parameter.is_floating_point() or hasattr(parameter, "full_tensor"):
+            continue
+        values = parameter.detach().reshape(-1)
+        values = values[:: max(1, values.numel() // FINGERPRINT_SAMPLES)].float().cpu()
+        samples[name.replace(".base_layer.", ".")] = torch.cat([values, torch.tensor(parameter.shape).float()])
+    return samples
 
 
 def _checkpoint_index(name_or_path: str, **hub) -> dict[str, str]:
@@ -1769,6 +1843,9 @@ def _greedy(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerB
     """A chat model's settings without its sampling: an answer from documents is not a matter of chance."""
     greedy = copy.deepcopy(generation_config)
     greedy.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+    # Answers are learned with the tokenizer's end token, which a configuration need not name.
+    ends = greedy.eos_token_id if isinstance(greedy.eos_token_id, list) else [greedy.eos_token_id]
+    greedy.eos_token_id = list(dict.fromkeys([*(end for end in ends if end is not None), tokenizer.eos_token_id]))
     if greedy.pad_token_id is None:
         pad_id = tokenizer.pad_token_id
         greedy.pad_token_id = tokenizer.eos_token_id if pad_id is None else pad_id

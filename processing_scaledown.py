@@ -46,6 +46,17 @@ _DOCUMENTS_MARK = "SCALEDOWN-DOCUMENTS-GO-HERE"
 _QUESTION_MARK = "SCALEDOWN-QUESTION-GOES-HERE"
 
 IGNORE_INDEX = -100
+# Fields of the configuration that the processor shares.
+PROCESSOR_FIELDS = (
+    "num_memory_tokens",
+    "compression_rate",
+    "chunk_length",
+    "max_query_length",
+    "system_prompt",
+    "user_prompt",
+    "closed_book_prompt",
+    "document_separator",
+)
 
 
 class ScaleDownProcessor(ProcessorMixin):
@@ -135,19 +146,7 @@ class ScaleDownProcessor(ProcessorMixin):
             tokenizer,
             compressor_tokenizer,
             max_prompt_length=getattr(config.generator_config, "max_position_embeddings", None),
-            **{
-                name: getattr(config, name)
-                for name in (
-                    "num_memory_tokens",
-                    "compression_rate",
-                    "chunk_length",
-                    "max_query_length",
-                    "system_prompt",
-                    "user_prompt",
-                    "closed_book_prompt",
-                    "document_separator",
-                )
-            },
+            **{name: getattr(config, name) for name in PROCESSOR_FIELDS},
         )
 
     @property
@@ -279,6 +278,7 @@ class ScaleDownProcessor(ProcessorMixin):
                 raise TypeError(f"questions[{i}] is {type(question).__name__}, expected a string.")
             if not question.strip():
                 raise ValueError(f"questions[{i}] is empty; pass the question's text.")
+            _check_encodable(question, f"questions[{i}]")
         for i, listed in enumerate(documents):
             if isinstance(listed, str):
                 raise TypeError(
@@ -292,6 +292,7 @@ class ScaleDownProcessor(ProcessorMixin):
                     raise TypeError(f"documents[{i}][{j}] is {type(document).__name__}, expected a string.")
                 if not document.strip():
                     raise ValueError(f"documents[{i}][{j}] is empty; leave it out or pass its text.")
+                _check_encodable(document, f"documents[{i}][{j}]")
         return list(questions), [list(listed) for listed in documents]
 
     def encode_documents(
@@ -430,11 +431,12 @@ class ScaleDownProcessor(ProcessorMixin):
         learned = [[] for _ in questions]
         if answers is not None:
             learned = self._encode_answers(answers, max_answer_length)
-        separator = _encode_as_text(self.tokenizer, [self.document_separator])[0] if self.document_separator else []
+        separator = _encode_continuations(self.tokenizer, [self.document_separator])[0]
         filler = self._slot_filler_id()
         frames = {closed_book: self._prompt_frame(closed_book) for closed_book in {not row for row in document_slots}}
         leads = [frames[not row][3] for row in document_slots]
-        encoded = _encode_as_text(self.tokenizer, [lead + text for lead, text in zip(leads, questions, strict=True)])
+        asked = [lead + text for lead, text in zip(leads, questions, strict=True)]
+        encoded = _encode_continuations(self.tokenizer, asked)
         prompts = []
         for i, row in enumerate(document_slots):
             before, between, after, _ = frames[not row]
@@ -451,10 +453,10 @@ class ScaleDownProcessor(ProcessorMixin):
             length = len(ids) + len(learned[i])
             if self.max_prompt_length is not None and length > self.max_prompt_length:
                 answer = f" and {len(learned[i])} tokens of answer" if answers is not None else ""
+                remedy = "Pass fewer documents or a higher compression_rate" if row else "Shorten the question"
                 raise ValueError(
                     f"questions[{i}] with its {len(row)} documents needs a prompt of {len(ids)} tokens "
-                    f"({sum(is_slot)} of them slots){answer}; the generator reads {self.max_prompt_length}. Pass fewer "
-                    "documents or a higher compression_rate."
+                    f"({sum(is_slot)} of them slots){answer}; the generator reads {self.max_prompt_length}. {remedy}."
                 )
             prompts.append((ids, is_slot))
         batch = self._pad_prompts(prompts, learned)
@@ -476,11 +478,14 @@ class ScaleDownProcessor(ProcessorMixin):
         # " Who" is one token for most vocabularies, " " and "Who" are two: the space goes with the question.
         stripped = between.rstrip(" ")
         lead = between[len(stripped) :]
-        segments = [self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, stripped, after)]
+        parts = (before, stripped, after)
+        segments = _encode_continuations(self.tokenizer, parts, as_text=False)
+        start = 1 if closed_book else 0  # nothing goes before it, so it continues nothing
+        segments[start] = self.tokenizer(parts[start], add_special_tokens=False)["input_ids"]
         if self.tokenizer.chat_template is None:
             first = self.tokenizer("a", return_special_tokens_mask=True)
             bos = first["input_ids"][: first["special_tokens_mask"].index(0)]
-            segments[1 if closed_book else 0][:0] = bos
+            segments[start][:0] = bos
         return (*segments, lead)
 
     def _render_prompt(self, closed_book: bool) -> str:
@@ -492,8 +497,11 @@ class ScaleDownProcessor(ProcessorMixin):
         settings = {"tokenize": False, "add_generation_prompt": True}
         try:
             text = self.tokenizer.apply_chat_template(messages, **settings)
+            refusal = None if self.system_prompt.strip() in text else "it leaves it out"
         except Exception as error:  # templates without a system role raise errors of their own choosing
-            logger.warning_once(f"The chat template takes no system message ({error}); it goes into the user's.")
+            refusal = error
+        if refusal is not None:
+            logger.warning_once(f"The chat template takes no system message ({refusal}); it goes into the user's.")
             messages = [{"role": "user", "content": f"{self.system_prompt}\n\n{user}"}]
             text = self.tokenizer.apply_chat_template(messages, **settings)
         marks = [_QUESTION_MARK] if closed_book else [_DOCUMENTS_MARK, _QUESTION_MARK]
@@ -558,6 +566,26 @@ def _encode_as_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> lis
     ]
 
 
+def _encode_continuations(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str] | tuple[str, ...], as_text: bool = True
+) -> list[list[int]]:
+    """Token ids of texts that go on from something: some tokenizers begin every text as if it were a new word."""
+
+    def encode(parts: list[str]) -> list[list[int]]:
+        if as_text:
+            return _encode_as_text(tokenizer, parts)
+        return tokenizer(parts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+    # Something is put before the text that does not merge with it, and its ids are taken off again.
+    before = ["a" if text[:1].isspace() else "\n" for text in texts]
+    starts = [encode([piece])[0] for piece in before]
+    whole = encode([piece + text for piece, text in zip(before, texts, strict=True)])
+    return [
+        ids[len(start) :] if ids[: len(start)] == start else encode([text])[0]
+        for ids, start, text in zip(whole, starts, texts, strict=True)
+    ]
+
+
 def _encode_without_added_tokens(tokenizer: PreTrainedTokenizerBase, text: str, control: set[int]) -> list[int]:
     """`split_special_tokens` leaves added tokens that are not marked special; here the vocabulary alone decides."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -591,6 +619,16 @@ def _pad(rows: list[list], value: int | bool, side: str) -> tuple[torch.Tensor, 
     else:
         padded, mask = zip(rows, gaps, strict=True), zip(ones, masks, strict=True)
     return torch.tensor([a + b for a, b in padded]), torch.tensor([a + b for a, b in mask])
+
+
+def _check_encodable(text: str, name: str):
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has half of a surrogate pair at character {error.start}, which is no text; remove it, for example "
+            'with text.encode("utf-8", "replace").decode("utf-8").'
+        ) from None
 
 
 def _check_answers(answers: str | list[str], num_questions: int) -> list[str]:

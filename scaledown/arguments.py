@@ -1,18 +1,18 @@
 """Arguments of `train.py`: dataclasses over a YAML recipe and the command line."""
 
+import argparse
 import difflib
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
-
-from configuration_scaledown import DEFAULT_SYSTEM_PROMPT
+from transformers.hf_argparser import string_to_bool
 
 
 @dataclass
@@ -31,12 +31,20 @@ class ModelArguments:
         default=None, metadata={"help": "Backbone of a modernbert or llm compressor; n_layers takes none."}
     )
     compressor_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the compressor."})
-    compressor_type: Literal["n_layers", "modernbert", "llm"] = field(
-        default="n_layers", metadata={"help": "n_layers, modernbert (any encoder) or llm (any small causal model)."}
+    compressor_type: Literal["n_layers", "modernbert", "llm"] | None = field(
+        default=None,
+        metadata={"help": "n_layers (the default), modernbert (any encoder) or llm (any small causal model)."},
     )
-    num_compressor_layers: int = field(default=8, metadata={"help": "Layers of the generator n_layers copies."})
-    num_memory_tokens: int = field(default=8, metadata={"help": "Memory embeddings per chunk at most."})
-    compression_rate: int = field(default=16, metadata={"help": "Document tokens per memory embedding."})
+    # Unset options take the configuration's defaults, or what the model that is continued has.
+    num_compressor_layers: int | None = field(
+        default=None, metadata={"help": "Layers of the generator n_layers copies; 8 by default."}
+    )
+    num_memory_tokens: int | None = field(
+        default=None, metadata={"help": "Memory embeddings per chunk at most; 8 by default."}
+    )
+    compression_rate: int | None = field(
+        default=None, metadata={"help": "Document tokens per memory embedding; 16 by default."}
+    )
     slot_pooling: Literal["memory_tokens", "span_mean"] | None = field(
         default=None,
         metadata={
@@ -44,23 +52,36 @@ class ModelArguments:
             "span_mean by default in two-stage training from backbones, memory_tokens otherwise."
         },
     )
-    chunk_length: int = field(default=128, metadata={"help": "Document tokens per chunk."})
-    max_query_length: int = field(default=128, metadata={"help": "Question tokens the compressor sees."})
-    enable_reranking: bool = field(default=True, metadata={"help": "Whether the compressor also scores relevance."})
-    reranking_loss_weight: float = field(default=0.05, metadata={"help": "Weight of the reranking loss."})
-    projector_hidden_size: int = field(default=8096, metadata={"help": "Width of the projector (modernbert, llm)."})
-    system_prompt: str = field(default=DEFAULT_SYSTEM_PROMPT, metadata={"help": "System prompt of the generator."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the generator's LoRA; 0 leaves the generator alone."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA."})
-    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout of LoRA."})
-    lora_target_modules: str = field(
-        default="all-linear", metadata={"help": "all-linear, or names such as q_proj,v_proj."}
+    chunk_length: int | None = field(default=None, metadata={"help": "Document tokens per chunk; 128 by default."})
+    max_query_length: int | None = field(
+        default=None, metadata={"help": "Question tokens the compressor sees; 128 by default."}
+    )
+    enable_reranking: bool | None = field(
+        default=None, metadata={"help": "Whether the compressor also scores relevance; true by default."}
+    )
+    reranking_loss_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the reranking loss; 0.05 by default."}
+    )
+    projector_hidden_size: int | None = field(
+        default=None, metadata={"help": "Width of the projector (modernbert, llm); 8096 by default."}
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System prompt of the generator; the paper's by default."}
+    )
+    lora_r: int | None = field(
+        default=None, metadata={"help": "Rank of the generator's LoRA, 16 by default; 0 leaves the generator alone."}
+    )
+    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of LoRA; 32 by default."})
+    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout of LoRA; 0.1 by default."})
+    lora_target_modules: str | None = field(
+        default=None, metadata={"help": "all-linear (the default), or names such as q_proj,v_proj."}
     )
     load_in_4bit: bool = field(default=False, metadata={"help": "Hold the frozen generator in 4 bits (bitsandbytes)."})
     load_in_8bit: bool = field(default=False, metadata={"help": "Hold the frozen generator in 8 bits (bitsandbytes)."})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, …"})
-    weights_format: Literal["full", "delta"] = field(
-        default="full", metadata={"help": "Checkpoints with every weight, or without the generator's own."}
+    weights_format: Literal["full", "delta"] | None = field(
+        default=None,
+        metadata={"help": "Checkpoints with every weight (full, the default), or without the generator's."},
     )
     merge_lora: bool = field(
         default=True, metadata={"help": "Merge LoRA into the saved model (weights_format=full): fastest inference."}
@@ -113,8 +134,10 @@ class DataArguments:
     def __post_init__(self):
         if self.train_file is None:
             raise ValueError("train_file is missing; name the records to learn from (prepare_data.py writes them).")
-        if self.compression_batch_size < 1:
-            raise ValueError(f"compression_batch_size={self.compression_batch_size} must be at least 1.")
+        for name in ("max_train_examples", "max_eval_examples", "compression_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
 
 
 @dataclass
@@ -215,14 +238,18 @@ def parse_arguments(
     classes = (ModelArguments, DataArguments, ScaleDownTrainingArguments)
     parser = HfArgumentParser(classes, prog="train.py", usage="%(prog)s [recipe.yaml] [--option value ...]")
     if argv and argv[0].endswith((".yaml", ".yml")):
-        parser.set_defaults(**_read_recipe(argv.pop(0), {f.name for c in classes for f in fields(c) if f.init}))
+        options = {f.name for c in classes for f in fields(c) if f.init}
+        parser.set_defaults(**_read_recipe(argv.pop(0), {a.dest: a for a in parser._actions if a.dest in options}))
     return parser.parse_args_into_dataclasses(args=argv)
 
 
-def _read_recipe(path: str, options: set[str]) -> dict:
+def _read_recipe(path: str, options: dict[str, argparse.Action]) -> dict:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist (looked from {Path.cwd()}); recipes/ holds those that ship.")
-    recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} is not a recipe: expected lines of the form `option: value`.")
     for name, value in recipe.items():
@@ -230,7 +257,21 @@ def _read_recipe(path: str, options: set[str]) -> dict:
             near = difflib.get_close_matches(str(name), options, n=1)
             hint = f"; did you mean {near[0]}?" if near else "; python train.py --help lists the options."
             raise ValueError(f"{path} sets {name}, which is not an option{hint}")
-        # YAML reads 1e-4 as a string, since it has no decimal point; argparse converts strings by the option's type.
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            recipe[name] = str(value)
+        recipe[name] = _option_value(path, name, value, options[name])
     return recipe
+
+
+def _option_value(path: str, name: str, value: Any, option: argparse.Action) -> Any:
+    """What YAML read, as argparse expects defaults: it converts strings, and checks nothing."""
+    is_switch = option.type is string_to_bool
+    if isinstance(value, bool) and not is_switch:  # YAML reads a bare no as false
+        value = "yes" if value else "no"
+    if is_switch and isinstance(value, str):
+        value = string_to_bool(value)
+    # YAML reads 1e-4 as a string, since it has no decimal point; argparse converts strings by the option's type.
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if option.choices is not None and value is not None and value not in option.choices:
+        listed = ", ".join(map(str, option.choices))
+        raise ValueError(f"{path} sets {name} to {value!r}; expected one of {listed}.")
+    return value

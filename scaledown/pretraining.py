@@ -6,7 +6,7 @@ import datasets
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
-from .passages import split_into_passages
+from .splitting import PassageSplitter
 
 FILE_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
@@ -84,7 +84,7 @@ def _load_texts(source, text_column, config, split, streaming):
 
 def _to_rows(batch: dict, tokenizer: PreTrainedTokenizerBase, passage_length: int, text_column: str) -> dict:
     text = "\n".join(text.strip() for text in batch[text_column] if isinstance(text, str) and text.strip())
-    passages = split_into_passages(text, tokenizer, passage_length)
+    passages = PassageSplitter(tokenizer, passage_length)("", text)
     rows = {"task": [], "text": [], "target": []}
     # Two passages that follow each other serve both tasks: the first is continued by the second, the second repeated.
     for first, second in zip(passages[::2], passages[1::2], strict=False):

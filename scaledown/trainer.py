@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer
+
+from .arguments import ScaleDownTrainingArguments
 
 PARTS_OF_LOSS = ("generation_loss", "reranking_loss")
 
@@ -27,7 +29,7 @@ class ScaleDownTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel,
-        args: TrainingArguments,
+        args: ScaleDownTrainingArguments,
         load_backbone: Callable[[], nn.Module] | None = None,
         **kwargs,
     ):
@@ -35,6 +37,8 @@ class ScaleDownTrainer(Trainer):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        if not isinstance(args, ScaleDownTrainingArguments):
+            raise TypeError(f"args must be ScaleDownTrainingArguments, got {type(args).__name__}.")
         if args.compressor_learning_rate is None:  # OSCAR, table 7
             args.compressor_learning_rate = 5e-5 if model.config.compressor_type == "n_layers" else 1e-4
         super().__init__(model=model, args=args, **kwargs)
@@ -90,11 +94,13 @@ class ScaleDownTrainer(Trainer):
         if model.training and self.args.world_size > 1:
             loss = loss + self._unused_as_zero(inputs, outputs)
         sums = self._sums["train" if model.training else "eval"]
+        # The Trainer averages a loss over questions, so its parts are averaged so too.
+        weight = 1 if model.training else inputs["input_ids"].shape[0]
         for name in PARTS_OF_LOSS:
             if outputs.get(name) is not None:
-                sums[name] += outputs[name].detach().float()
+                sums[name] += weight * outputs[name].detach().float()
         if not model.training:
-            sums["count"] += 1
+            sums["count"] += weight
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -154,7 +160,7 @@ class ScaleDownTrainer(Trainer):
         row = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=self.args.device) for value in row])
         rows = self.accelerator.gather(row.unsqueeze(0))  # (processes, values)
         sums.clear()
-        # In training each process holds its share of a step's loss, so shares add up; evaluation averages batches.
+        # In training each process holds its share of a step's loss, so shares add up; evaluation averages questions.
         shares = phase == "train" and self.args.average_tokens_across_devices
         count = rows[0, -1] if shares else rows[:, -1].sum()
         return {

@@ -14,8 +14,10 @@ from typing import Any
 import datasets
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_scaledown import ScaleDownModel, weights_fingerprint
 
@@ -35,6 +37,7 @@ CONFIG_ARGUMENTS = (
     "num_compressor_layers",
     "num_memory_tokens",
     "compression_rate",
+    "slot_pooling",
     "chunk_length",
     "max_query_length",
     "enable_reranking",
@@ -43,6 +46,14 @@ CONFIG_ARGUMENTS = (
     "system_prompt",
     "weights_format",
 )
+# What may change when a trained model is trained further; the others are built into its weights.
+CHANGEABLE = ("compression_rate", "max_query_length", "reranking_loss_weight", "system_prompt", "weights_format")
+LORA_ARGUMENTS = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+}
 RESULTS_NAME = "all_results.json"  # as the scripts of transformers name it
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 
@@ -195,26 +206,50 @@ def build_model(
         loading.update(quantization)
         # A quantised generator cannot be moved afterwards, so it is loaded where it will run.
         loading["device_map"] = {"": args.device.index or 0} if args.device.type == "cuda" else None
+    settings = {name: getattr(model_args, name) for name in CONFIG_ARGUMENTS}
+    settings = {name: value for name, value in settings.items() if value is not None}
     if model_args.model_name_or_path is not None:
-        model = ScaleDownModel.from_pretrained(model_args.model_name_or_path, revision=model_args.revision, **loading)
+        changes = {name: settings[name] for name in CHANGEABLE if name in settings and name != "weights_format"}
+        model = ScaleDownModel.from_pretrained(
+            model_args.model_name_or_path, revision=model_args.revision, **changes, **loading
+        )
+        model.config.weights_format = settings.get("weights_format", model.config.weights_format)
+        for name, value in settings.items():
+            if value != getattr(model.config, name):
+                raise ValueError(
+                    f"{name}={value} cannot be changed in a trained model: {model_args.model_name_or_path} has "
+                    f"{getattr(model.config, name)}. Leave it out, or start from backbones."
+                )
     else:
         model = ScaleDownModel.from_backbones(
             model_args.generator_name_or_path,
             model_args.compressor_name_or_path,
             revision=model_args.generator_revision,
             compressor_revision=model_args.compressor_revision,
-            slot_pooling=_slot_pooling(model_args, args),
+            **{**settings, "slot_pooling": _slot_pooling(model_args, args)},
             **loading,
-            **{name: getattr(model_args, name) for name in CONFIG_ARGUMENTS},
         )
-    if with_generator and model.config.lora_config is None and model_args.lora_r > 0:
-        model.add_lora(
-            r=model_args.lora_r,
-            lora_alpha=model_args.lora_alpha,
-            lora_dropout=model_args.lora_dropout,
-            target_modules=_target_modules(model_args.lora_target_modules),
-        )
+    if with_generator:
+        _add_lora(model, model_args)
     return model
+
+
+def _add_lora(model: ScaleDownModel, model_args: ModelArguments) -> None:
+    settings = {key: getattr(model_args, name) for name, key in LORA_ARGUMENTS.items()}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    if settings.get("r") == 0:
+        return
+    if "target_modules" in settings:
+        settings["target_modules"] = _target_modules(settings["target_modules"])
+    if model.config.lora_config is None:
+        model.add_lora(**settings)
+        return
+    for key, value in settings.items():
+        if value != model.config.lora_config.get(key):
+            raise ValueError(
+                f"The model's LoRA has {key}={model.config.lora_config.get(key)}, not {value}. Leave the option out, "
+                "or merge its LoRA first (model.merge_lora(), then save) to begin a new one."
+            )
 
 
 def finish(
@@ -365,7 +400,7 @@ def _checkpoint_to_resume(args: ScaleDownTrainingArguments) -> str | None:
         if not Path(args.resume_from_checkpoint).is_dir():
             raise FileNotFoundError(f"resume_from_checkpoint={args.resume_from_checkpoint} is not a folder.")
         return args.resume_from_checkpoint
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    checkpoint = _last_whole_checkpoint(folder)
     if (folder / RESULTS_NAME).is_file() or (checkpoint is None and (folder / "config.json").is_file()):
         raise FileExistsError(
             f"{folder} holds a finished model; choose another output_dir, or name it as model_name_or_path to train "
@@ -374,6 +409,22 @@ def _checkpoint_to_resume(args: ScaleDownTrainingArguments) -> str | None:
     if checkpoint is not None:
         logger.info("Going on from %s; choose another output_dir to start anew.", checkpoint)
     return checkpoint
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end."""
+    checkpoints = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
+    for path in sorted(checkpoints, key=lambda path: -int(path.name.split("-")[-1])):
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # the Trainer writes it last
+            for file in path.glob("*.safetensors"):
+                with safe_open(file, framework="pt"):
+                    pass
+        except (OSError, ValueError, SafetensorError) as error:
+            logger.warning("%s is not whole (%s); it is left aside.", path, error)
+        else:
+            return str(path)
+    return None
 
 
 def _target_modules(names: str) -> str | list[str]:
@@ -387,11 +438,21 @@ def _is_quantized(model: ScaleDownModel) -> bool:
 
 def _recorded_settings(*arguments: Any) -> dict[str, Any]:
     """Settings that differ from the defaults, for the card; paths and whom to report to are nobody's business."""
-    private = {"output_dir", "train_file", "eval_file", "logging_dir", "report_to", "hub_token", "run_name"}
+    private = {
+        "output_dir",
+        "train_file",
+        "eval_file",
+        "cache_dir",
+        "logging_dir",
+        "report_to",
+        "hub_token",
+        "run_name",
+    }
     settings = {}
     for group in arguments:
         for name, value in asdict(group).items():
             default = group.__dataclass_fields__[name].default
             if name not in private and value != default and isinstance(value, str | int | float | bool):
-                settings[name] = value
+                is_folder = name.endswith("_name_or_path") and Path(str(value)).exists()
+                settings[name] = Path(str(value)).name if is_folder else value
     return settings

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 import modeling_scaledown
 from folders import (
@@ -27,7 +27,7 @@ from folders import (
 )
 from modeling_scaledown import weights_fingerprint
 from scaledown import ScaleDownConfig, ScaleDownModel
-from tiny import ANSWERS, DOCUMENTS, ENCODERS, GENERATORS, QUESTIONS, build_model, build_tokenizer
+from tiny import ANSWERS, DOCUMENTS, ENCODERS, GENERATORS, QUESTIONS, SHAPE, build_model, build_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("n_layers", "modernbert", "llm")
@@ -537,3 +537,88 @@ def test_answers_are_decoded_greedily_whatever_the_chat_model_does(tmp_path):
     assert model.generation_config.temperature is None
     assert model.generation_config.eos_token_id == [1, 6]
     assert model.generation_config.pad_token_id == model.processor.tokenizer.pad_token_id
+
+
+# -- what is easily got wrong ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", [None, 5, [5, 7]])
+def test_generation_ends_at_the_end_token_that_answers_are_learned_with(named, tmp_path):
+    folder = save_generator(tmp_path)
+    settings = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": named}), encoding="utf-8")
+    model = from_backbones((folder, None))
+    ends = model.generation_config.eos_token_id
+    assert model.processor.tokenizer.eos_token_id in ends
+    assert set(ends) >= set(named if isinstance(named, list) else [named] if named else [])
+
+
+def test_a_misspelt_setting_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no argument num_memory_token; did you mean num_memory_tokens"):
+        from_backbones((save_generator(tmp_path), None), num_memory_token=2)
+
+
+@pytest.mark.parametrize("change", ["value", "shape"])
+def test_a_delta_of_a_changed_generator_is_refused(change, tmp_path):
+    model = from_backbones((save_generator(tmp_path / "generator"), None))
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "rounded", weights_format="delta")
+    if change == "value":
+        model.generator.model.norm.weight.data.add_(1.0)
+    else:
+        model.resize_token_embeddings(410)
+    with pytest.raises(ValueError, match=r"are not those of .* any more"):
+        model.save_pretrained(tmp_path / "delta", weights_format="delta")
+
+
+@pytest.mark.parametrize("setting", [{"modules_to_save": ["lm_head"]}, {"bias": "all"}])
+def test_lora_does_not_train_the_generators_own_weights(setting):
+    with pytest.raises(ValueError, match="stay frozen here"):
+        build_model().add_lora(**setting)
+
+
+def test_a_set_of_modules_can_be_saved(tmp_path):
+    model = from_backbones((save_generator(tmp_path / "generator"), None))
+    model.add_lora(target_modules={"v_proj", "q_proj"})
+    model.save_pretrained(tmp_path / "saved")
+    assert load_silently(tmp_path / "saved").config.lora_config["target_modules"] == ["q_proj", "v_proj"]
+
+
+def test_paths_stay_right_when_the_working_directory_changes(tmp_path, monkeypatch):
+    save_generator(tmp_path / "here" / "generator")
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    model = ScaleDownModel.from_backbones("generator", **SETTINGS)
+    model.save_pretrained("delta", weights_format="delta")
+    loaded = ScaleDownModel.from_pretrained("delta")
+    monkeypatch.chdir(tmp_path / "there")
+    assert isinstance(loaded.answer(QUESTIONS[0], DOCUMENTS[0], max_new_tokens=2), str)
+    loaded.save_pretrained("again", weights_format="delta")
+    assert ScaleDownModel.from_pretrained("again").processor.compression_rate == 8
+
+
+@pytest.mark.parametrize("by", ["field", "config"])
+def test_settings_given_at_loading_reach_the_processor(by, tmp_path):
+    from_backbones((save_generator(tmp_path / "generator"), None)).save_pretrained(tmp_path / "saved")
+    if by == "field":
+        model = ScaleDownModel.from_pretrained(tmp_path / "saved", compression_rate=32, system_prompt="Hallo.")
+    else:
+        config = ScaleDownConfig.from_pretrained(tmp_path / "saved", compression_rate=32, system_prompt="Hallo.")
+        model = ScaleDownModel.from_pretrained(tmp_path / "saved", config=config)
+    assert model.processor.compression_rate == model.config.compression_rate == 32
+    assert model.processor.system_prompt == "Hallo."
+
+
+def test_slots_of_a_generator_that_scales_embeddings_are_not_scaled_twice(tmp_path):
+    torch.manual_seed(1)
+    config = AutoConfig.for_model("granite", **SHAPE, embedding_multiplier=12.0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    model = from_backbones((tmp_path, None))
+    batch = model.processor(QUESTIONS[:1], DOCUMENTS[:1])
+    seen = []
+    model.generator.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        out = model(**batch)
+    torch.testing.assert_close(
+        seen[0][batch["slot_mask"]], out.memory_embeddings[out.memory_mask], rtol=1e-4, atol=1e-5
+    )

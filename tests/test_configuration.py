@@ -1,10 +1,11 @@
 """Settings: what is refused and how, what survives JSON, and that the defaults are the paper's."""
 
+import functools
 import inspect
 import json
 
 import pytest
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, LlamaConfig, RobertaConfig
 
 from configuration_scaledown import truncated_config
 from modeling_scaledown import LORA_DEFAULTS
@@ -154,3 +155,32 @@ def test_generation_reads_the_generators_side():
     assert config.get_text_config(decoder=True) is config.generator_config
     assert (config.vocab_size, config.hidden_size) == (400, 32)
     assert config.compressor_config.hidden_size == 24
+
+
+def test_wrong_values_are_refused_before_there_is_a_generator():
+    with pytest.raises(ValueError, match="compressor_type='foo' is unknown"):
+        ScaleDownConfig(compressor_type="foo")
+
+
+def test_roberta_begins_to_count_positions_after_its_padding():
+    settings = {"max_query_length": 24, "chunk_length": 32, "num_memory_tokens": 4}  # and 5 special tokens: 65
+    shape = {"hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 24}
+    for positions, fits in ((66, False), (67, True)):
+        encoder = RobertaConfig(**shape, vocab_size=400, pad_token_id=1, max_position_embeddings=positions)
+        make = functools.partial(
+            ScaleDownConfig,
+            generator_config=LlamaConfig(),
+            compressor_type="modernbert",
+            compression_rate=8,
+            compressor_config=encoder,
+        )
+        if fits:
+            make(**settings)
+        else:
+            with pytest.raises(ValueError, match="= 65 exceeds the compressor's 64 positions"):
+                make(**settings)
+
+
+def test_a_generator_that_looks_tokens_up_in_every_layer_is_refused():
+    with pytest.raises(ValueError, match="which slots cannot serve"):
+        ScaleDownConfig(generator_config=AutoConfig.for_model("gemma3n_text"))

@@ -7,7 +7,10 @@ import math
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from configuration_scaledown import DEFAULT_SYSTEM_PROMPT, DEFAULT_USER_PROMPT
 from processing_scaledown import _control_ids, _encode_without_added_tokens, _split_evenly
 from scaledown import ScaleDownProcessor
 from tiny import ANSWERS, CHAT_TEMPLATE, DOCUMENTS, QUESTIONS, build_config, build_tokenizer
@@ -626,3 +629,59 @@ def test_an_answer_past_the_context_is_refused(model):
     processor(QUESTIONS[0], DOCUMENTS[0])
     with pytest.raises(ValueError, match=r"questions\[0\] .* and \d+ tokens of answer; the generator reads"):
         processor(QUESTIONS[0], DOCUMENTS[0], answers=ANSWERS[1])
+
+
+# -- other people's tokenizers -----------------------------------------------------------------------------------------
+
+
+def test_a_template_that_leaves_the_system_message_out_gets_it_in_the_users():
+    tokenizer = copy.deepcopy(build_tokenizer())
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
+    )
+    processor = ScaleDownProcessor(tokenizer, system_prompt="Be brief.", chunk_length=32, num_memory_tokens=4)
+    text = tokenizer.decode(processor(QUESTIONS[0], DOCUMENTS[0])["input_ids"][0])
+    assert "<|user|>Be brief.\n\nBackground:" in text
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_parts_of_a_prompt_are_encoded_as_one_text_by_tokenizers_that_mark_beginnings(legacy):
+    """Llama's and Mistral's first tokenizers put a blank before every text they are given."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3}
+    characters = sorted(set("".join(QUESTIONS) + DEFAULT_SYSTEM_PROMPT + DEFAULT_USER_PROMPT + "[INST]/\n▁:aA"))
+    for text in (*characters, "▁▁", "Wh", "▁Wh", "[/", "▁[/"):
+        vocabulary.setdefault(text, len(vocabulary))
+    merges = [("▁", "▁"), ("W", "h"), ("▁", "Wh"), ("[", "/"), ("▁", "[/")]
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
+    if legacy:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}\n{% else %}"
+        "[INST] {{ m['content'] }} [/INST]{% endif %}{% endfor %}"
+    )
+    processor = ScaleDownProcessor(tokenizer, chunk_length=32, num_memory_tokens=4)
+    batch = processor.build_prompts(QUESTIONS[:1], [[]])
+    messages = [
+        {"role": "system", "content": DEFAULT_SYSTEM_PROMPT},
+        {"role": "user", "content": f"Question: {QUESTIONS[0]}"},
+    ]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert batch["input_ids"][0].tolist() == tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("where", ["question", "document"])
+def test_half_a_surrogate_pair_is_named(processor, where):
+    question, document = ("Who\ud800?", "A.") if where == "question" else ("Who?", "A\udc00")
+    name = r"questions\[0\]" if where == "question" else r"documents\[0\]\[0\]"
+    with pytest.raises(ValueError, match=f"{name} has half of a surrogate pair"):
+        processor([question], [[document]])
+
+
+def test_a_question_that_is_too_long_by_itself_is_to_be_shortened(processor):
+    processor = copy.copy(processor)
+    processor.max_prompt_length = 40
+    with pytest.raises(ValueError, match="Shorten the question"):
+        processor("Who? " * 40)

@@ -1,17 +1,20 @@
 """Joint training: what is learned, how it is logged, how a run goes on after it was stopped."""
 
+import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModel, AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from scaledown.arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments, parse_arguments
 from scaledown.collators import JointCollator
 from scaledown.trainer import ScaleDownTrainer
+from scaledown.training import build_model as build_model_for_training
 from scaledown.training import main, train
 from tiny import (
     ANSWERS,
@@ -444,3 +447,116 @@ def test_two_processes_train_with_partly_scored_data(backbones, tmp_path, scored
     results = json.loads((tmp_path / "out" / "all_results.json").read_text(encoding="utf-8"))
     assert ("eval_reranking_loss" in results) == bool(scored)
     assert results["train_loss"] > 0
+
+
+# -- going on from a trained model -------------------------------------------------------------------------------------
+
+
+def trained(backbones, folder, **settings):
+    model = build_model_for_training(model_arguments(backbones, **settings), training_arguments(folder))
+    model.save_pretrained(folder / "trained")
+    return {
+        "generator_name_or_path": None,
+        "compressor_name_or_path": None,
+        "model_name_or_path": str(folder / "trained"),
+    }
+
+
+@pytest.mark.parametrize("weights_format", ["full", "delta"])
+def test_settings_that_may_change_reach_model_processor_and_card(backbones, train_file, tmp_path, weights_format):
+    source = trained(backbones, tmp_path, weights_format=weights_format)
+    changes = {
+        "reranking_loss_weight": 5.0,
+        "compression_rate": 16,
+        "system_prompt": "Hallo.",
+        "weights_format": "delta",
+    }
+    arguments = ModelArguments(**source, **changes)
+    train(arguments, DataArguments(train_file=str(train_file)), training_arguments(tmp_path / "out"))
+    loaded = AutoModel.from_pretrained(tmp_path / "out")
+    for name, value in changes.items():
+        assert getattr(loaded.config, name) == value
+    assert loaded.processor.compression_rate == 16 and loaded.processor.system_prompt == "Hallo."
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "| reranking_loss_weight | 5 |" in card
+    assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_memory_tokens": 2}, "num_memory_tokens=2 cannot be changed in a trained model"),
+        ({"compressor_type": "llm"}, "compressor_type=llm cannot be changed"),
+        ({"lora_r": 64}, "LoRA has r=4, not 64"),
+    ],
+)
+def test_settings_that_cannot_change_are_refused(backbones, train_file, tmp_path, change, message):
+    source = trained(backbones, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        train(
+            ModelArguments(**source, **change), DataArguments(train_file=str(train_file)), training_arguments(tmp_path)
+        )
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("stage: pretraining", "sets stage to 'pretraining'; expected one of joint, pretrain"),
+        ("stage: [", "is not YAML"),
+        ("load_in_4bit: maybe", "[Tt]ruthy value expected"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_told(tmp_path, line, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(line + "\n", encoding="utf-8")
+    with pytest.raises((ValueError, argparse.ArgumentTypeError), match=message):
+        parse_arguments([str(path), "--generator_name_or_path", "x", "--train_file", "y"])
+
+
+def test_a_bare_no_in_a_recipe_is_the_word(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("save_strategy: no\neval_strategy: no\nmerge_lora: no\n", encoding="utf-8")
+    model_args, _, args = parse_arguments(
+        [str(path), "--generator_name_or_path", "x", "--train_file", "y", "--output_dir", str(tmp_path)]
+    )
+    assert args.save_strategy == "no" and args.eval_strategy == "no" and model_args.merge_lora is False
+
+
+@pytest.mark.parametrize("count", [0, -3])
+def test_a_number_of_examples_below_one_is_refused(count):
+    with pytest.raises(ValueError, match=f"max_train_examples={count} must be at least 1"):
+        DataArguments(train_file="x", max_train_examples=count)
+
+
+@pytest.mark.parametrize("damage", ["no state", "short weights"])
+def test_a_checkpoint_that_was_not_finished_is_left_aside(backbones, train_file, tmp_path, damage, caplog):
+    arguments = (model_arguments(backbones), DataArguments(train_file=str(train_file)))
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    train(*arguments, training_arguments(tmp_path / "whole", **settings))
+    for step in (1, 2):
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", tmp_path / "cut" / f"checkpoint-{step}")
+    if damage == "no state":
+        (tmp_path / "cut" / "checkpoint-2" / "trainer_state.json").unlink()
+    else:
+        weights = tmp_path / "cut" / "checkpoint-2" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    train(*arguments, training_arguments(tmp_path / "cut", **settings))
+    assert "checkpoint-2 is not whole" in caplog.text
+    expected = AutoModel.from_pretrained(tmp_path / "whole").state_dict()
+    for name, value in AutoModel.from_pretrained(tmp_path / "cut").state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_parts_of_the_evaluation_loss_add_up_when_batches_are_uneven(tmp_path):
+    model = build_model(lora=True, reranking_loss_weight=0.5)
+    trainer = build_trainer(model, tmp_path, per_device_eval_batch_size=2)
+    scored = [row for row in rows(2) if row["reranking_scores"] is not None]
+    metrics = trainer.evaluate(scored[:3])
+    expected = metrics["eval_generation_loss"] + 0.5 * metrics["eval_reranking_loss"]
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_plain_training_arguments_are_refused(tmp_path):
+    model = build_model(lora=True)
+    with pytest.raises(TypeError, match="must be ScaleDownTrainingArguments, got TrainingArguments"):
+        ScaleDownTrainer(model=model, args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
