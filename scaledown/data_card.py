@@ -58,7 +58,7 @@ def build_card(report: dict[str, Any], file_name: str) -> DatasetCard:
             [
                 (f"`{name}`", f"`{value}`")
                 for name, value in {**_source(report), **settings}.items()
-                if value not in (None, False)
+                if value is not None and value is not False
             ],
         ),
         "## Versions",

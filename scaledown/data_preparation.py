@@ -107,7 +107,7 @@ def format_report(report: dict[str, Any]) -> str:
         Lines of a name and a value each.
     """
     rows = [(name, report[name]) for name in ("source", "format", "config", "split") if name in report]
-    rows = [(name, value) for name, value in [*rows, *report["settings"].items()] if value not in (None, False)]
+    rows = [(n, value) for n, value in [*rows, *report["settings"].items()] if value is not None and value is not False]
     rows += report["counts"].items()
     for reason, dropped in report.get("dropped", {}).items():
         examples = ", ".join(dropped["examples"])
@@ -168,16 +168,10 @@ class _Preparation:
                 self._score(count)
             if self.arguments.teacher is not None:
                 self._answer(count)
-            # The output appears last: where it is, the report and the card are too.
-            records = self._finished_records(count)
-            with self._pending(self.arguments.output) as pending:
-                write_records(pending, records, overwrite=True)
-                report = self._report(source_counts)
-                self._write_beside(report)
+            return self._write(count, source_counts)
         finally:
             for journal in (self.documents, self.scores, self.answers):
                 journal.close()
-        return report
 
     def _read(self) -> tuple[Source, list[Question]]:
         arguments = self.arguments
@@ -400,14 +394,22 @@ class _Preparation:
                 f"{self.answers.path} tells why. Check the teacher, and delete {self.work.path} to ask again."
             )
 
-    def _pending(self, output: str) -> "_Pending":
-        return _Pending(Path(output))
-
-    def _write_beside(self, report: dict[str, Any]) -> None:
-        with atomic_writer(self.arguments.report_path, overwrite=True) as stream:
+    def _write(self, count: int, source_counts: dict[str, Any]) -> dict[str, Any]:
+        """Write the records, the report and the card in the work folder, and move them to their places when all are."""
+        arguments = self.arguments
+        pending = self.work.path / "pending"
+        # The names decide the form of the records.
+        output = pending / Path(arguments.output).name
+        write_records(output, self._finished_records(count), overwrite=True)
+        report = self._report(source_counts)
+        with atomic_writer(pending / arguments.report_path.name, overwrite=True) as stream:
             stream.write(json.dumps(report, ensure_ascii=False, indent=2).encode("utf-8") + b"\n")
-        with atomic_writer(self.arguments.card_path, overwrite=True) as stream:
-            stream.write(str(build_card(report, Path(self.arguments.output).name)).encode("utf-8"))
+        with atomic_writer(pending / arguments.card_path.name, overwrite=True) as stream:
+            stream.write(str(build_card(report, output.name)).encode("utf-8"))
+        # The records last: where they are, the others are too.
+        for path in (arguments.report_path, arguments.card_path, Path(arguments.output)):
+            (pending / path.name).replace(path)
+        return report
 
     def _source_counts(self, source: Source, questions: list[Question]) -> dict[str, Any]:
         counts = {
@@ -463,24 +465,6 @@ class _Preparation:
             settings["num_documents"] = arguments.documents_per_question
             settings["distractors"] = arguments.distractors
         return settings
-
-
-class _Pending:
-    """A file that takes its name when the block ends without an exception."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        # The suffix decides the form.
-        self._pending = path.with_name(f".pending.{path.name}")
-
-    def __enter__(self) -> Path:
-        return self._pending
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None:
-            self._pending.replace(self._path)
-        else:
-            self._pending.unlink(missing_ok=True)
 
 
 @dataclass

@@ -150,7 +150,8 @@ class BM25Index:
         indices = np.lib.format.open_memmap(folder / "indices.csc.index.npy", "w+", np.int32, (size,))
         np.save(folder / "indptr.csc.index.npy", starts)
         inverse = np.log(1 + (num_passages - frequencies + 0.5) / (frequencies + 0.5)).astype(np.float32)
-        mean_length = lengths.mean()
+        # A corpus without a word has no length to speak of.
+        mean_length = max(lengths.mean(), 1.0 / num_passages)
         places = starts[:-1].copy()
         first = 0
         for shard in tqdm(shards, desc="Writing the index", unit="shard", disable=None):

@@ -1,15 +1,16 @@
 """Cut long texts into passages of at most so many tokens."""
 
 import bisect
-import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 # A rule of thumb for English: where no tokenizer is named, 128 tokens are counted as 96 words.
 WORDS_PER_TOKEN = 0.75
+# Texts are cut again where a passage came out too long, each time into shorter ones.
+MAX_CUTS = 5
 WORD = re.compile(r"\S+")
 Span = tuple[int, int]
 
@@ -71,12 +72,28 @@ class PassageSplitter:
         leads = [f"{title.strip()}: " if title.strip() else "" for title, _ in texts]
         bodies = [text for _, text in texts]
         spans = self._spans(leads + bodies)
-        return [
-            [lead + passage for passage in self._cut(body, body_spans, len(lead_spans))]
-            for lead, body, lead_spans, body_spans in zip(
-                leads, bodies, spans[: len(texts)], spans[len(texts) :], strict=True
-            )
-        ]
+        lead_spans, body_spans = spans[: len(texts)], spans[len(texts) :]
+        passages: list[list[str]] = [[]] * len(texts)
+        lengths = dict.fromkeys(range(len(texts)), self.length)
+        for _ in range(MAX_CUTS):
+            for index, length in lengths.items():
+                cut = self._cut(bodies[index], body_spans[index], length, len(lead_spans[index]))
+                passages[index] = [leads[index] + passage for passage in cut]
+            if self.tokenizer is None:
+                break
+            # A word at the start of a passage may take more tokens than behind a blank.
+            excess = self._excess(passages, lengths)
+            lengths = {index: max(lengths[index] - tokens, 1) for index, tokens in excess.items()}
+            if not lengths:
+                break
+        return passages
+
+    def _excess(self, passages: list[list[str]], indices: Iterable[int]) -> dict[int, int]:
+        """How many tokens too long the longest passage of a text is, for texts that have such."""
+        indices = [index for index in indices if passages[index]]
+        spans = iter(self._spans([passage for index in indices for passage in passages[index]]))
+        longest = {index: max(len(next(spans)) for _ in passages[index]) for index in indices}
+        return {index: length - self.length for index, length in longest.items() if length > self.length}
 
     def _spans(self, texts: list[str]) -> list[list[Span]]:
         """The place of each token, or word, in its text."""
@@ -87,16 +104,18 @@ class PassageSplitter:
         )
         return [[span for span in spans if span[1] > span[0]] for spans in encoded["offset_mapping"]]
 
-    def _cut(self, text: str, spans: list[Span], num_lead: int) -> list[str]:
+    def _cut(self, text: str, spans: list[Span], length: int, num_lead: int) -> list[str]:
         scale = 1.0 if self.tokenizer is not None else WORDS_PER_TOKEN
-        length = max(int(self.length * scale), 1)
+        length = max(int(length * scale), 1)
         # A title that is half a passage long must leave room for the text.
         length = max(length - num_lead, length // 2, 1)
         overlap = min(int(self.overlap * scale), length // 2)
         starts = [
             index
             for index, (start, _) in enumerate(spans)
-            if start == 0 or text[start].isspace() or text[start - 1].isspace()
+            if (start == 0 or text[start].isspace() or text[start - 1].isspace())
+            # Several tokens may share a character of many bytes.
+            and (index == 0 or start >= spans[index - 1][1])
         ]
         passages = []
         start = 0
@@ -118,7 +137,7 @@ class PassageSplitter:
         return passages
 
 
-def merge_lines(lines: Sequence[str] | itertools.chain, limit: int = 20_000):
+def merge_lines(lines: Iterable[str], limit: int = 20_000) -> Iterator[str]:
     """Join consecutive lines into longer texts, so that short ones do not become passages of their own.
 
     Args:
