@@ -174,6 +174,14 @@ class ScaleDownTrainingArguments(TrainingArguments):
         default_factory=lambda: ["labels"], metadata={"help": "What a batch must hold to have a loss."}
     )
     prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation keeps the losses, not the logits."})
+    predict_with_generate: bool = field(
+        default=False, metadata={"help": "Evaluation also answers: exact_match, f1 and match beside the losses."}
+    )
+    generation_max_new_tokens: int = field(default=32, metadata={"help": "Length of these answers at most, in tokens."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."},
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
 
     def __post_init__(self):
@@ -192,7 +200,11 @@ class ScaleDownTrainingArguments(TrainingArguments):
                 "train.py does not shard the model (FSDP, DeepSpeed) yet. Start one process per device with torchrun, "
                 "each holding the whole model; load_in_4bit makes it smaller."
             )
+        if self.early_stopping_patience is not None:
+            self.load_best_model_at_end = True  # what was learned since then is what one does not want
         super().__post_init__()
+        if self.predict_with_generate and self.stage == "pretrain":
+            raise ValueError("predict_with_generate needs questions, and the stage pretrain has none; leave it out.")
 
     @property
     def n_gpu(self) -> int:

@@ -290,6 +290,15 @@ class CachedDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.plan.num_examples
 
+    @property
+    def lengths(self) -> list[int]:
+        """Slots of each example, by which a sampler can put those of like length together."""
+        lengths = []
+        for number in range(len(self.plan.shards)):
+            _, offsets, slot_offsets = self._open(number)
+            lengths += slot_offsets[offsets].diff().tolist()
+        return lengths
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(index)

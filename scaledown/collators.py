@@ -22,10 +22,12 @@ class JointCollator:
     Args:
         processor: The processor of the model that is trained, so that training sees the prompt of inference.
         max_answer_length: Answer tokens learned at most, end token included.
+        with_answers: Whether there is something to learn; without, the batch is what `generate` takes.
     """
 
     processor: ScaleDownProcessor
     max_answer_length: int = 128
+    with_answers: bool = True
 
     def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Build one batch.
@@ -40,16 +42,21 @@ class JointCollator:
             ValueError: A record does not fit the generator's context.
         """
         scores = [record.get("reranking_scores") for record in records]
+        learned = {}
+        if self.with_answers:
+            learned["answers"] = [record["answer"][0] for record in records]
+            learned["reranking_scores"] = scores if any(row is not None for row in scores) else None
         try:
             batch = self.processor(
                 [record["query"] for record in records],
                 [record["documents"] for record in records],
-                answers=[record["answer"][0] for record in records],
-                reranking_scores=scores if any(row is not None for row in scores) else None,
+                **learned,
                 max_answer_length=self.max_answer_length,
             )
         except ValueError as error:
             raise ValueError(f"{error} ({_ids(records)})") from error
+        if not self.with_answers:
+            return dict(batch)
         return {**batch, "logits_to_keep": num_answer_positions(batch["labels"])}
 
 
@@ -124,10 +131,12 @@ class GenerationCollator:
     Args:
         processor: The processor of the model that is trained.
         max_answer_length: Answer tokens learned at most, end token included.
+        with_answers: Whether there is something to learn; without, the batch is what `generate` takes.
     """
 
     processor: ScaleDownProcessor
     max_answer_length: int = 128
+    with_answers: bool = True
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Build one batch.
@@ -145,12 +154,14 @@ class GenerationCollator:
             prompts = self.processor.build_prompts(
                 [row["query"] for row in rows],
                 [row["document_slots"] for row in rows],
-                [row["answer"][0] for row in rows],
+                [row["answer"][0] for row in rows] if self.with_answers else None,
                 self.max_answer_length,
             )
         except ValueError as error:
             raise ValueError(f"{error} ({_ids(rows)})") from error
-        batch = {**prompts, "logits_to_keep": num_answer_positions(prompts["labels"])}
+        batch = dict(prompts)
+        if self.with_answers:
+            batch["logits_to_keep"] = num_answer_positions(prompts["labels"])
         if not any(row["document_slots"] for row in rows):
             return batch
         counts = [len(row["document_slots"]) for row in rows]
@@ -167,7 +178,7 @@ class GenerationCollator:
         batch["chunk_to_document"] = torch.cat(chunk_documents)
         batch["document_to_example"] = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
         scores = [row["reranking_scores"] for row in rows]
-        if any(row is not None for row in scores):
+        if self.with_answers and any(row is not None for row in scores):
             unknown = [[float("nan")] * count for count in counts]
             listed = [known if known is not None else nan for known, nan in zip(scores, unknown, strict=True)]
             batch["reranking_labels"] = torch.tensor([score for row in listed for score in row])

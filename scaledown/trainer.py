@@ -2,14 +2,20 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .arguments import ScaleDownTrainingArguments
+from .cache import CachedDataset
+from .metrics import ANSWER_METRICS
 
 PARTS_OF_LOSS = ("generation_loss", "reranking_loss")
 
@@ -109,13 +115,46 @@ class ScaleDownTrainer(Trainer):
             logs.update(self._drain("train"))
         super().log(logs, *args, **kwargs)
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """Run the `Trainer`'s loop, and add both parts of the loss to its metrics."""
+    def evaluation_loop(self, dataloader: DataLoader, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Run the `Trainer`'s loop, and add both parts of the loss, and on request the answers' metrics, to its own."""
         self._sums["eval"].clear()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         parts = self._drain("eval")
+        if self.args.predict_with_generate:
+            parts.update(self._answer_metrics(dataloader.dataset))
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in parts.items()})
         return output
+
+    @torch.no_grad()
+    def _answer_metrics(self, dataset: Dataset) -> dict[str, float]:
+        """Answer every question of the data, greedily, and compare with its gold answers."""
+        own = range(self.args.process_index, len(dataset), self.args.world_size)
+        batches = [own[i : i + self.args.eval_batch_size] for i in range(0, len(own), self.args.eval_batch_size)]
+        collator = replace(self.data_collator, with_answers=False)
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        sums = torch.zeros(len(ANSWER_METRICS) + 1)
+        for batch in tqdm(
+            batches, desc="Answering", disable=self.args.disable_tqdm or not self.is_world_process_zero()
+        ):
+            rows = [dataset[i] for i in batch]
+            inputs = self._prepare_inputs(collator(rows))
+            sequences = model.generate(
+                **inputs, max_new_tokens=self.args.generation_max_new_tokens, do_sample=False, use_cache=True
+            )
+            answers = collator.processor.decode_answers(sequences, inputs["input_ids"].shape[1])
+            for answer, row in zip(answers, rows, strict=True):
+                sums += torch.tensor([*(metric(answer, row["answer"]) for metric in ANSWER_METRICS.values()), 1.0])
+        sums = self.accelerator.gather(sums.to(self.args.device).unsqueeze(0)).sum(dim=0)  # (metrics + 1,)
+        return dict(zip(ANSWER_METRICS, (sums[:-1] / sums[-1]).tolist(), strict=True))
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        # The Trainer knows the lengths of rows only from a column of a `datasets.Dataset`.
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "group_by_length" and isinstance(dataset, CachedDataset):
+            group = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return LengthGroupedSampler(group, lengths=dataset.lengths)
+        return super()._get_train_sampler(train_dataset)
 
     def create_model_card(self, *args, **kwargs):
         """Leave the card to the model, which renders its own at every save."""

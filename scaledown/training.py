@@ -15,7 +15,7 @@ import datasets
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
-from transformers import set_seed
+from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -117,6 +117,8 @@ def train(
         processing_class=model.processor,
         load_backbone=load_backbone,
     )
+    if args.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     log_parameters(model)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if eval_data is not None:
@@ -335,6 +337,8 @@ def _prepare(model_args, data_args, args, with_backbone):
     data = _records(data_args)
     model = build_model(model_args, args, with_backbone=with_backbone)
     if args.stage == "joint":
+        if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            data["train"] = data["train"].map(_length, desc="Measuring lengths")
         collator = JointCollator(model.processor, data_args.max_answer_length)
         return data["train"], data.get("eval"), collator, model
     for name, records in data.items():
@@ -354,6 +358,11 @@ def _records(data_args: DataArguments) -> dict[str, datasets.Dataset]:
     if data_args.eval_file is not None:
         data["eval"] = _limit(load_records(data_args.eval_file), data_args.max_eval_examples)
     return data
+
+
+def _length(record: dict[str, Any]) -> dict[str, int]:
+    """Characters tell which records are of like length, and need no tokenizer."""
+    return {"length": len(record["query"]) + sum(map(len, record["documents"]))}
 
 
 def _limit(rows, limit: int | None):

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
+from scaledown import ScaleDownProcessor
 from scaledown.arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments, parse_arguments
-from scaledown.collators import JointCollator
+from scaledown.collators import GenerationCollator, JointCollator
 from scaledown.trainer import ScaleDownTrainer
 from scaledown.training import build_model as build_model_for_training
-from scaledown.training import main, train
+from scaledown.training import main, run, train
 from tiny import (
     ANSWERS,
     DOCUMENTS,
@@ -24,6 +26,7 @@ from tiny import (
     QUESTIONS,
     build_model,
     build_tokenizer,
+    randomize_lora,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -560,3 +563,104 @@ def test_plain_training_arguments_are_refused(tmp_path):
     model = build_model(lora=True)
     with pytest.raises(TypeError, match="must be ScaleDownTrainingArguments, got TrainingArguments"):
         ScaleDownTrainer(model=model, args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+
+
+# -- evaluation during training ----------------------------------------------------------------------------------------
+
+
+def answer_by_heart(monkeypatch, answers):
+    """The model answers as it is told, whatever it reads."""
+
+    def decode_answers(self, sequences, prompt_length=0):
+        taken = [answers[(decode_answers.count + i) % len(answers)] for i in range(len(sequences))]
+        decode_answers.count += len(sequences)
+        return taken
+
+    decode_answers.count = 0
+    monkeypatch.setattr(ScaleDownProcessor, "decode_answers", decode_answers)
+
+
+def test_evaluation_answers_and_compares(tmp_path, monkeypatch):
+    model = build_model(lora=True)
+    trainer = build_trainer(model, tmp_path, predict_with_generate=True, per_device_eval_batch_size=2)
+    answer_by_heart(monkeypatch, ["walter scott.", "In the Cévennes", "no idea"])
+    metrics = trainer.evaluate(rows())
+    assert metrics["eval_exact_match"] == pytest.approx(1 / 3)
+    assert metrics["eval_match"] == pytest.approx(1 / 3)
+    # "in cévennes" against "in cévennes 1006 kilometres": 2 of 2 and 2 of 4.
+    assert metrics["eval_f1"] == pytest.approx((1 + 2 * 2 / 6) / 3)
+    assert metrics["eval_loss"] > 0
+
+
+def test_answers_of_the_evaluation_are_those_of_inference(tmp_path, monkeypatch):
+    model = randomize_lora(build_model(lora=True))
+    given = []
+    original = ScaleDownProcessor.decode_answers
+
+    def decode_answers(self, *args):
+        given.extend(original(self, *args))
+        return given[-len(args[0]) :]
+
+    monkeypatch.setattr(ScaleDownProcessor, "decode_answers", decode_answers)
+    settings = {"predict_with_generate": True, "per_device_eval_batch_size": 2, "generation_max_new_tokens": 5}
+    build_trainer(model, tmp_path, **settings).evaluate(rows())
+    monkeypatch.undo()
+    assert given == model.answer(QUESTIONS, DOCUMENTS, max_new_tokens=5, do_sample=False)
+
+
+@pytest.mark.parametrize("stage", ["joint", "generate"])
+def test_the_best_checkpoint_is_kept_and_training_stops_early(backbones, train_file, tmp_path, stage):
+    settings = {
+        "two_stage": stage == "generate",
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 12,
+        # So high that the loss grows at once; the first steps are the best.
+        "learning_rate": 100.0,
+        "compressor_learning_rate": 100.0,
+        "warmup_steps": 0,
+        "early_stopping_patience": 2,
+        "metric_for_best_model": "generation_loss",
+        "greater_is_better": False,
+    }
+    data = DataArguments(train_file=str(train_file), eval_file=str(train_file))
+    arguments = model_arguments(backbones, "modernbert", merge_lora=False)
+    args = training_arguments(tmp_path / "out", **settings)
+    metrics = run(arguments, data, args)
+    losses = {}
+    for file in (tmp_path / "out").glob("checkpoint-*/trainer_state.json"):
+        for line in json.loads(file.read_text(encoding="utf-8"))["log_history"]:
+            if "eval_loss" in line:
+                losses[line["step"]] = line["eval_generation_loss"]
+    assert len(losses) < 12
+    best = min(losses, key=losses.get)
+    assert metrics["eval_generation_loss"] == pytest.approx(losses[best], rel=1e-4)
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    for name, value in load_file(tmp_path / "out" / f"checkpoint-{best}" / "model.safetensors").items():
+        assert torch.equal(saved[name], value), name
+
+
+def test_answers_are_not_asked_for_where_there_are_no_questions(tmp_path):
+    with pytest.raises(ValueError, match="needs questions"):
+        training_arguments(tmp_path, stage="pretrain", predict_with_generate=True)
+
+
+@pytest.mark.parametrize("stage", ["joint", "generate"])
+def test_questions_of_like_length_come_together(backbones, train_file, tmp_path, stage, monkeypatch):
+    seen = []
+    kind = JointCollator if stage == "joint" else GenerationCollator
+    original = kind.__call__
+
+    def call(self, records):
+        seen.append([len(record["query"]) for record in records])
+        return original(self, records)
+
+    monkeypatch.setattr(kind, "__call__", call)
+    settings = {"train_sampling_strategy": "group_by_length", "num_train_epochs": 1, "max_steps": -1}
+    args = training_arguments(tmp_path / "out", two_stage=stage == "generate", **settings)
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = 4, 3
+    run(model_arguments(backbones), DataArguments(train_file=str(train_file)), args)
+    assert sorted(length for batch in seen for length in batch) == sorted(len(q) for q in QUESTIONS * 4)
+    assert any(len(set(batch)) == 1 for batch in seen)

@@ -1,0 +1,71 @@
+"""Metrics of answers, normalised as SQuAD's official evaluation does (Rajpurkar et al., arXiv 1606.05250)."""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize_answer(text: str) -> str:
+    """Lower the case and take off punctuation, articles and superfluous white space.
+
+    Args:
+        text: An answer.
+
+    Returns:
+        Its normal form.
+    """
+    return " ".join(ARTICLES.sub(" ", text.lower().translate(WITHOUT_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """Tell whether a prediction is one of the answers.
+
+    Args:
+        prediction: What the model wrote.
+        answers: Gold answers.
+
+    Returns:
+        1 or 0.
+    """
+    return float(normalize_answer(prediction) in {normalize_answer(answer) for answer in answers})
+
+
+def f1(prediction: str, answers: Sequence[str]) -> float:
+    """Compare words, each as often as it occurs, with the answer that fits best.
+
+    Args:
+        prediction: What the model wrote.
+        answers: Gold answers.
+
+    Returns:
+        The harmonic mean of precision and recall, from 0 to 1.
+    """
+    return max(_f1(normalize_answer(prediction).split(), normalize_answer(answer).split()) for answer in answers)
+
+
+def match(prediction: str, answers: Sequence[str]) -> float:
+    """Tell whether an answer is a part of the prediction: the "accuracy" of OSCAR (arXiv 2504.07109).
+
+    Args:
+        prediction: What the model wrote.
+        answers: Gold answers.
+
+    Returns:
+        1 or 0.
+    """
+    normalized = [normalize_answer(answer) for answer in answers]
+    return float(any(answer in normalize_answer(prediction) for answer in normalized if answer))
+
+
+ANSWER_METRICS = {"exact_match": exact_match, "f1": f1, "match": match}
+
+
+def _f1(predicted: list[str], gold: list[str]) -> float:
+    if not predicted or not gold:
+        return float(predicted == gold)
+    common = (Counter(predicted) & Counter(gold)).total()
+    return 2 * common / (len(predicted) + len(gold))
