@@ -1443,7 +1443,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         model._remember_generator()
         if model.config.lora_config is not None:
             model._inject_lora(model.config.lora_config)
-            lora = _read_tensors(name_or_path, model._check_lora(name_or_path, hub), hub)
+            lora = read_tensors(name_or_path, model._check_lora(name_or_path, hub), hub)
             for name, tensor in lora.items():
                 # Beside quantised layers PEFT makes 16-bit ones, which would round what was trained in 32.
                 parameter = model.get_parameter(name)
@@ -1457,7 +1457,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         """Files of the LoRA weights; transformers does not report it when they are missing."""
         if self.config.lora_config is None or self.generator is None:
             return {}
-        found = {name: file for name, file in _checkpoint_index(name_or_path, **hub).items() if "lora_" in name}
+        found = {name: file for name, file in checkpoint_index(name_or_path, **hub).items() if "lora_" in name}
         expected = {f"generator.{name}" for name, _ in self.generator.named_parameters() if "lora_" in name}
         if set(found) != expected:
             raise ValueError(
@@ -1531,6 +1531,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         }
         quantization = getattr(self.config, "quantization_config", None)
         self.config.weights_format = weights_format
+        # FSDP gives the model a class of its own, whose code is not the one to save.
+        wrapped_class = type(self)
+        self.__class__ = next(c for c in wrapped_class.__mro__ if not c.__module__.startswith("torch."))
         try:
             if weights_format == "delta":
                 names = self.state_dict() if state_dict is None else state_dict
@@ -1540,6 +1543,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 self.config.__dict__.pop("quantization_config", None)  # what is saved is not quantised
             super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
         finally:
+            self.__class__ = wrapped_class
             self.config.weights_format = previous
             self._keys_to_ignore_on_save = set()
             if quantization is not None:
@@ -1655,7 +1659,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             self._generator_samples = _samples(self.generator)
 
     def _changed_in_generator(self) -> list[str]:
-        if self._generator_samples is None:
+        # Of weights that are spread over devices, no process has all.
+        is_spread = any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in self.generator.parameters())
+        if self._generator_samples is None or is_spread:
             return []
         now, then = _samples(self.generator), self._generator_samples
         # Between 16 and 32 bits values are rounded; a change that means something is larger.
@@ -1747,7 +1753,7 @@ def weights_fingerprint(name_or_path: str, **hub) -> str:
     Raises:
         ValueError: there are no safetensors weights.
     """
-    weight_map = _checkpoint_index(name_or_path, **hub)
+    weight_map = checkpoint_index(name_or_path, **hub)
     digest = hashlib.sha256()
     shard, opened = None, None
     entries = {}
@@ -1764,10 +1770,10 @@ def weights_fingerprint(name_or_path: str, **hub) -> str:
 
 
 def _samples(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Shape and some values of each weight but those of LoRA, and those that are quantised or spread over devices."""
+    """Shape and some values of each weight but those of LoRA, and those that are quantised."""
     samples = {}
     for name, parameter in model.named_parameters():
-        if "lora_" in name or not parameter.is_floating_point() or hasattr(parameter, "full_tensor"):
+        if "lora_" in name or not parameter.is_floating_point():
             continue
         values = parameter.detach().reshape(-1)
         values = values[:: max(1, values.numel() // FINGERPRINT_SAMPLES)].float().cpu()
@@ -1775,7 +1781,7 @@ def _samples(model: nn.Module) -> dict[str, torch.Tensor]:
     return samples
 
 
-def _checkpoint_index(name_or_path: str, **hub) -> dict[str, str]:
+def checkpoint_index(name_or_path: str, **hub) -> dict[str, str]:
     """File of each tensor of a safetensors checkpoint, sharded or not; where both are, transformers reads one file."""
     single = cached_file(name_or_path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **hub)
     if single is not None:
@@ -1796,7 +1802,7 @@ def _remove_stale_weights(folder: Path):
     (folder / (SAFE_WEIGHTS_NAME if is_sharded else SAFE_WEIGHTS_INDEX_NAME)).unlink(missing_ok=True)
 
 
-def _read_tensors(name_or_path: str, weight_map: dict[str, str], hub: dict) -> dict[str, torch.Tensor]:
+def read_tensors(name_or_path: str, weight_map: dict[str, str], hub: dict) -> dict[str, torch.Tensor]:
     """The tensors named, from the shards that hold them and no others."""
     tensors = {}
     for shard in sorted(set(weight_map.values())):
@@ -1820,7 +1826,7 @@ def _load_first_layers(name_or_path: str, config: PreTrainedConfig, loading: dic
     layer = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
     final_norm = re.compile(rf"(?:^|\.)(?:{'|'.join(FINAL_NORM_NAMES)})\.(?:weight|bias)$")
     wanted, cut_off = {}, {}
-    for name, shard in _checkpoint_index(name_or_path, **hub).items():
+    for name, shard in checkpoint_index(name_or_path, **hub).items():
         match = layer.search(name)
         if name.startswith("lm_head."):
             continue
@@ -1829,7 +1835,7 @@ def _load_first_layers(name_or_path: str, config: PreTrainedConfig, loading: dic
             cut_off[name] = torch.ones(config.compressor_config.hidden_size)
         elif match is None or int(match.group(1)) < config.num_compressor_layers:
             wanted[name] = shard
-    tensors = {**_read_tensors(name_or_path, wanted, hub), **cut_off}
+    tensors = {**read_tensors(name_or_path, wanted, hub), **cut_off}
     # AutoModel itself wants a name; the class it stands for takes tensors.
     backbone_class = AutoModel._model_mapping[type(config.compressor_config)]
     backbone, info = backbone_class.from_pretrained(

@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -158,6 +157,13 @@ class ScaleDownTrainingArguments(TrainingArguments):
     two_stage: bool = field(
         default=False, metadata={"help": "Run the stages compress and generate, one after the other."}
     )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Only tell what the run would train, how much memory it needs and how many tokens a step has; no "
+            "weights are read."
+        },
+    )
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the generator's LoRA."})
     compressor_learning_rate: float | None = field(
         default=None,
@@ -194,11 +200,6 @@ class ScaleDownTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor} is not supported: the loss is the model's own, "
                 "with the reranking loss in it. Leave it at 0."
-            )
-        if self.fsdp or self.deepspeed or os.environ.get("ACCELERATE_USE_FSDP") == "true":
-            raise ValueError(
-                "train.py does not shard the model (FSDP, DeepSpeed) yet. Start one process per device with torchrun, "
-                "each holding the whole model; load_in_4bit makes it smaller."
             )
         if self.early_stopping_patience is not None:
             self.load_best_model_at_end = True  # what was learned since then is what one does not want

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from modeling_scaledown import checkpoint_index, read_tensors
 
 from .arguments import ScaleDownTrainingArguments
 from .cache import CachedDataset
@@ -48,9 +53,26 @@ class ScaleDownTrainer(Trainer):
         if args.compressor_learning_rate is None:  # OSCAR, table 7
             args.compressor_learning_rate = 5e-5 if model.config.compressor_type == "n_layers" else 1e-4
         super().__init__(model=model, args=args, **kwargs)
+        if self.is_sharded:
+            if args.predict_with_generate:
+                raise ValueError(
+                    "predict_with_generate does not work with FSDP or DeepSpeed, which bring a model together for its "
+                    "forward pass only; evaluate the losses, and the answers afterwards."
+                )
+            without = next((i for i, row in enumerate(self.train_dataset) if not row.get("documents", True)), None)
+            if without is not None:
+                raise ValueError(
+                    f"Record {without} has no documents. With FSDP or DeepSpeed every process must run the compressor "
+                    "in every step; leave such records out, or use one whole model per device (accelerate/ddp.yaml)."
+                )
         self._load_backbone = load_backbone
         self._num_scored_examples = None
         self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no process holds the whole model."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer over four groups: compressor and generator, each with and without weight decay.
@@ -221,6 +243,34 @@ class ScaleDownTrainer(Trainer):
         model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
         if self._load_backbone is not None:
             model.compressor.backbone = None
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # The Trainer's own would write all weights a second time, as a pickle.
+        save_fsdp_optimizer(
+            self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
+        )
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            self._load_spread(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            self._load_spread(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _load_spread(self, folder: str) -> None:
+        """Each process takes its own parts of an ordinary checkpoint's weights."""
+        weights = read_tensors(folder, checkpoint_index(folder), {})
+        set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if self.model.config.weights_format == "delta":

@@ -123,8 +123,12 @@ def train(
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if eval_data is not None:
         metrics.update(trainer.evaluate())
+    if trainer.is_sharded:
+        trainer.save_model()  # by all processes, each of which holds a part
     if args.should_save:
-        if load_backbone is not None:
+        if trainer.is_sharded:
+            model = ScaleDownModel.from_pretrained(args.output_dir)
+        elif load_backbone is not None:
             model.compressor.backbone = load_backbone()
         num_examples = len(train_data) if hasattr(train_data, "__len__") else None
         finish(model, model_args, data_args, args, metrics, num_examples)
@@ -216,27 +220,50 @@ def build_model(
             model_args.model_name_or_path, revision=model_args.revision, **changes, **loading
         )
         model.config.weights_format = settings.get("weights_format", model.config.weights_format)
-        for name, value in settings.items():
-            if value != getattr(model.config, name):
-                raise ValueError(
-                    f"{name}={value} cannot be changed in a trained model: {model_args.model_name_or_path} has "
-                    f"{getattr(model.config, name)}. Leave it out, or start from backbones."
-                )
+        check_settings(settings, model.config, model_args.model_name_or_path)
     else:
         model = ScaleDownModel.from_backbones(
             model_args.generator_name_or_path,
             model_args.compressor_name_or_path,
             revision=model_args.generator_revision,
             compressor_revision=model_args.compressor_revision,
-            **{**settings, "slot_pooling": _slot_pooling(model_args, args)},
+            **{**settings, "slot_pooling": choose_slot_pooling(model_args, args)},
             **loading,
         )
     if with_generator:
-        _add_lora(model, model_args)
+        add_lora(model, model_args)
     return model
 
 
-def _add_lora(model: ScaleDownModel, model_args: ModelArguments) -> None:
+def check_settings(settings: dict[str, Any], config: Any, name_or_path: str) -> None:
+    """Check that a trained model has the settings asked for.
+
+    Args:
+        settings: Fields of the configuration.
+        config: The model's configuration.
+        name_or_path: The model's, for the message.
+
+    Raises:
+        ValueError: It has others.
+    """
+    for name, value in settings.items():
+        if value != getattr(config, name):
+            raise ValueError(
+                f"{name}={value} cannot be changed in a trained model: {name_or_path} has {getattr(config, name)}. "
+                "Leave it out, or start from backbones."
+            )
+
+
+def add_lora(model: ScaleDownModel, model_args: ModelArguments) -> None:
+    """Add the LoRA layers asked for, or check that those a trained model has are they.
+
+    Args:
+        model: The model; it is changed.
+        model_args: The settings of LoRA.
+
+    Raises:
+        ValueError: The model has LoRA layers with other settings.
+    """
     settings = {key: getattr(model_args, name) for name, key in LORA_ARGUMENTS.items()}
     settings = {key: value for key, value in settings.items() if value is not None}
     if settings.get("r") == 0:
@@ -313,7 +340,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
 
     def command() -> str:
-        metrics = run(*parse_arguments(argv))
+        arguments = parse_arguments(argv)
+        if arguments[-1].dry_run:
+            from .dry_run import dry_run  # which builds on this module
+
+            return dry_run(*arguments)
+        metrics = run(*arguments)
         return "\n".join(f"{name:<28} {metrics[name]:.6g}" for name in sorted(metrics))
 
     return run_command(command)
@@ -388,7 +420,19 @@ def _backbone_source(model_args: ModelArguments) -> tuple[str, str | None]:
     return model_args.generator_name_or_path, model_args.generator_revision
 
 
-def _slot_pooling(model_args: ModelArguments, args: ScaleDownTrainingArguments) -> str:
+def choose_slot_pooling(model_args: ModelArguments, args: ScaleDownTrainingArguments) -> str:
+    """Say what the slots of a model from backbones are: what was asked for, or what the stage can train.
+
+    Args:
+        model_args: May name a `slot_pooling`.
+        args: Its `stage` decides.
+
+    Returns:
+        A value of the configuration's `slot_pooling`.
+
+    Raises:
+        ValueError: The stage cannot train what was asked for.
+    """
     frozen = args.stage in ("compress", "generate")
     if frozen and model_args.slot_pooling == "memory_tokens":
         raise ValueError(
