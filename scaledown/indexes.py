@@ -130,12 +130,12 @@ class BM25Index:
         tokens = tokenize(self._passages[rows.start : rows.stop]["text"], self._stemmer)
         # A text without words has one empty stem.
         tokens = [[stem for stem in stems if stem] for stems in tokens]
-        ids = [vocabulary.setdefault(stem, len(vocabulary)) for stems in tokens for stem in stems]
+        lengths = np.asarray([*map(len, tokens)], dtype=np.uint32)
+        stream_of_ids = (vocabulary.setdefault(stem, len(vocabulary)) for stems in tokens for stem in stems)
+        ids = np.fromiter(stream_of_ids, dtype=np.uint32, count=int(lengths.sum()))
         _write_json(new_words, list(vocabulary)[known:])
         with atomic_writer(path, overwrite=True) as stream:
-            np.savez(
-                stream, ids=np.asarray(ids, dtype=np.uint32), lengths=np.asarray([*map(len, tokens)], dtype=np.uint32)
-            )
+            np.savez(stream, ids=ids, lengths=lengths)
         return path
 
     def _write_scores(self, folder: Path, shards: list[Path], frequencies: np.ndarray, lengths: np.ndarray) -> None:

@@ -1,6 +1,5 @@
 """Cut long texts into passages of at most so many tokens."""
 
-import bisect
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -74,14 +73,17 @@ class PassageSplitter:
         spans = self._spans(leads + bodies)
         lead_spans, body_spans = spans[: len(texts)], spans[len(texts) :]
         passages: list[list[str]] = [[]] * len(texts)
-        lengths = dict.fromkeys(range(len(texts)), self.length)
-        for _ in range(MAX_CUTS):
+        # Room for the first word of a passage, which may take one token more than behind a blank.
+        lengths = dict.fromkeys(range(len(texts)), self.length - (self.tokenizer is not None))
+        for attempt in range(MAX_CUTS):
             for index, length in lengths.items():
-                cut = self._cut(bodies[index], body_spans[index], length, len(lead_spans[index]))
+                num_lead, num_body = len(lead_spans[index]), len(body_spans[index])
+                if attempt == 0 and num_lead + num_body <= self.length:
+                    length = self.length  # the whole text is one passage
+                cut = self._cut(bodies[index], body_spans[index], length, num_lead)
                 passages[index] = [leads[index] + passage for passage in cut]
             if self.tokenizer is None:
                 break
-            # A word at the start of a passage may take more tokens than behind a blank.
             excess = self._excess(passages, lengths)
             lengths = {index: max(lengths[index] - tokens, 1) for index, tokens in excess.items()}
             if not lengths:
@@ -91,8 +93,12 @@ class PassageSplitter:
     def _excess(self, passages: list[list[str]], indices: Iterable[int]) -> dict[int, int]:
         """How many tokens too long the longest passage of a text is, for texts that have such."""
         indices = [index for index in indices if passages[index]]
-        spans = iter(self._spans([passage for index in indices for passage in passages[index]]))
-        longest = {index: max(len(next(spans)) for _ in passages[index]) for index in indices}
+        texts = [passage for index in indices for passage in passages[index]]
+        if not texts:
+            return {}
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        counts = map(len, encoded["input_ids"])
+        longest = {index: max(next(counts) for _ in passages[index]) for index in indices}
         return {index: length - self.length for index, length in longest.items() if length > self.length}
 
     def _spans(self, texts: list[str]) -> list[list[Span]]:
@@ -110,31 +116,35 @@ class PassageSplitter:
         # A title that is half a passage long must leave room for the text.
         length = max(length - num_lead, length // 2, 1)
         overlap = min(int(self.overlap * scale), length // 2)
-        starts = [
-            index
-            for index, (start, _) in enumerate(spans)
-            if (start == 0 or text[start].isspace() or text[start - 1].isspace())
-            # Several tokens may share a character of many bytes.
-            and (index == 0 or start >= spans[index - 1][1])
-        ]
         passages = []
         start = 0
         while start < len(spans):
             remaining = len(spans) - start
             count = max(math.ceil((remaining - overlap) / (length - overlap)), 1)
             end = start + math.ceil((remaining - overlap) / count) + overlap if count > 1 else len(spans)
-            if end < len(spans):
-                word = bisect.bisect_right(starts, end) - 1
-                if word >= 0 and starts[word] > start + overlap:
-                    end = starts[word]
+            word = end
+            while word > start + overlap and not _begins_word(text, spans, word):
+                word -= 1
+            # A single word longer than a passage is cut.
+            end = word if word > start + overlap else end
             passage = text[spans[start][0] : spans[end - 1][1]].strip()
             if passage:
                 passages.append(passage)
             if end == len(spans):
                 break
-            word = bisect.bisect_left(starts, end - overlap)
-            start = starts[word] if word < len(starts) and starts[word] <= end else end - overlap
+            start = end - overlap
+            while start < end and not _begins_word(text, spans, start):
+                start += 1
         return passages
+
+
+def _begins_word(text: str, spans: list[Span], index: int) -> bool:
+    """Whether a token is the first of a word; the end of the text counts as one."""
+    if index in (0, len(spans)):
+        return True
+    start = spans[index][0]
+    # Several tokens may share a character of many bytes.
+    return (text[start].isspace() or text[start - 1].isspace()) and start >= spans[index - 1][1]
 
 
 def merge_lines(lines: Iterable[str], limit: int = 20_000) -> Iterator[str]:

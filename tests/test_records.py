@@ -219,3 +219,25 @@ def test_loading_reports_the_broken_line_itself(tmp_path):
     path = write_lines(tmp_path / "data.jsonl", RECORD, {"query": "q"})
     with pytest.raises(RecordError, match="line 2: found"):
         load_records(path)
+
+
+def test_parquet_is_read_and_validated_like_json_lines(tmp_path):
+    full = {**RECORD, "id": "x", "gold_answers": ["Ada"], "reranking_scores": [1.0, -2.5], "positives": [0]}
+    rows = [full, {"query": "q", "documents": [], "answer": ["a"]}]
+    lines, table = tmp_path / "data.jsonl", tmp_path / "data.parquet"
+    write_records(lines, rows)
+    assert write_records(table, rows) == 2
+    assert list(read_records(table)) == list(read_records(lines)) == list(load_records(table))
+    # Written by somebody else, without our schema, and under another name.
+    datasets.Dataset.from_list([{**full, "answer": "Ada", "extra": 5}]).to_parquet(tmp_path / "other")
+    assert next(read_records(tmp_path / "other")) == {**full, "answer": ["Ada"]}
+    datasets.Dataset.from_list([full, {**full, "reranking_scores": [1.0]}]).to_parquet(tmp_path / "wrong.parquet")
+    with pytest.raises(RecordError, match=r"wrong.parquet, row 1: found 1 \"reranking_scores\"; expected 2"):
+        load_records(tmp_path / "wrong.parquet")
+    data = table.read_bytes()
+    table.write_bytes(data[: len(data) // 2])
+    with pytest.raises(RecordError, match="damaged Parquet"):
+        list(read_records(table))
+    with pytest.raises(RecordError, match="no records to write"):
+        write_records(tmp_path / "none.parquet", [])
+    assert not (tmp_path / "none.parquet").exists()
