@@ -27,8 +27,10 @@ from .splitting import PassageSplitter, merge_lines
 
 logger = logging.getLogger(__name__)
 
-# Texts cut at once; and passages after which a new shard begins: the work a kill can cost.
+# Texts cut at once, and their characters, since every token of them is held; and passages after which a new shard
+# begins, the work a kill can cost.
 TEXTS_PER_BATCH = 256
+CHARACTERS_PER_BATCH = 500_000
 PASSAGES_PER_SHARD = 16_384
 SCHEMA = pa.schema({"text": pa.string()})
 # A title and a text.
@@ -191,7 +193,7 @@ def _write_shard(
     folder: Path, number: int, texts: Texts, splitter: PassageSplitter, progress: tqdm
 ) -> dict[str, int] | None:
     """Write the next shard; None where no text is left."""
-    batch = list(itertools.islice(texts, TEXTS_PER_BATCH))
+    batch = _next_batch(texts)
     if not batch:
         return None
     counts = {"texts": 0, "passages": 0, "empty": 0}
@@ -209,9 +211,18 @@ def _write_shard(
             progress.update(len(batch))
             if counts["passages"] >= PASSAGES_PER_SHARD:
                 break
-            batch = list(itertools.islice(texts, TEXTS_PER_BATCH))
+            batch = _next_batch(texts)
     _write_json(folder / f"passages-{number:05d}.json", counts)
     return counts
+
+
+def _next_batch(texts: Texts) -> list[tuple[str, str]]:
+    batch: list[tuple[str, str]] = []
+    size = 0
+    while len(batch) < TEXTS_PER_BATCH and size < CHARACTERS_PER_BATCH and (text := next(texts, None)) is not None:
+        batch.append(text)
+        size += len(text[1])
+    return batch
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from tiny_teachers import save_dense, save_reranker, save_splade, save_teacher
 
 from scaledown.data_preparation import PreparationArguments, main, prepare
 from scaledown.document_choice import keep_best
+from scaledown.preparation_arguments import parse_arguments
 from scaledown.records import load_records, read_records
 from scaledown.reranking_teacher import RerankingTeacher
 
@@ -284,6 +287,14 @@ def test_an_output_that_exists_is_refused_before_the_work(tmp_path, questions, c
     with pytest.raises(FileExistsError, match=r"card.md already exists"):
         prepare(arguments)
     assert not (tmp_path / "o.jsonl.work").exists()
+
+
+def test_commands_in_the_guide_are_understood(monkeypatch):
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if "prepare_data" in line]
+    assert len(commands) >= 6
+    for command in commands:
+        parse_arguments(shlex.split(command)[2:])
 
 
 # Memory
