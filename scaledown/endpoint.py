@@ -144,7 +144,7 @@ class EndpointTeacher:
                 if written and len(journal) < count:
                     self._tell_pace((time.perf_counter() - start) / written, run, count - len(journal))
                 await self._work(client, run, missing)
-        journal.append([], sync=True)
+        journal.sync()
         self._keep_refusals(run, final=True)
         left = sum(1 for _ in journal.missing(count))
         if left:

@@ -144,6 +144,23 @@ def test_bad_corpora_are_refused_with_place_and_remedy(tmp_path, name, content, 
     assert not list(tmp_path.glob("out/*.tmp"))
 
 
+def test_a_data_set_on_the_hub_is_streamed_and_read_on(monkeypatch):
+    rows = [{"title": "T", "text": f"Text {index}."} for index in range(5)]
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_list(rows).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    read = CorpusReader("owner/name", config="en", split="full", revision="abc")
+    assert list(read(skip=3)) == [("T", "Text 3."), ("T", "Text 4.")]
+    assert asked == [(("owner/name", "en"), {"split": "full", "revision": "abc", "streaming": True})]
+    monkeypatch.undo()
+    with pytest.raises(SourceError, match=r"owner/name: is no local file or folder, .* Check --corpus, "):
+        list(CorpusReader("owner/name")())
+
+
 def test_a_missing_corpus_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         texts_of(tmp_path / "no.txt")
