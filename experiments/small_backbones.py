@@ -106,7 +106,9 @@ def main() -> int:
     def command() -> str:
         (args,) = HfArgumentParser(BackboneArguments).parse_args_into_dataclasses(look_for_args_file=False)
         set_seed(args.seed)
-        texts = datasets.load_dataset("text", data_files=args.text, split="train").filter(lambda row: row["text"].strip())
+        texts = datasets.load_dataset("text", data_files=args.text, split="train").filter(
+            lambda row: row["text"].strip()
+        )
         texts = texts.shuffle(seed=args.seed).select(range(min(args.max_lines, len(texts))))
         tokenizer = train_tokenizer(texts[: min(len(texts), 20000)]["text"], args.vocab_size)
         tokenizer.add_special_tokens({"mask_token": "<mask>"})
@@ -138,7 +140,13 @@ def main() -> int:
             num_hidden_layers=4,
         )
         train(
-            AutoModelForMaskedLM.from_config(encoder), rows, tokenizer, folder / "encoder", args.encoder_steps, True, args
+            AutoModelForMaskedLM.from_config(encoder),
+            rows,
+            tokenizer,
+            folder / "encoder",
+            args.encoder_steps,
+            True,
+            args,
         )
         return f"generator and encoder in {folder}"
 
