@@ -222,15 +222,20 @@ class EncodingIndex:
         k = min(k, len(self._passages))
         best = [np.empty(0, dtype=np.int64)] * len(queries)
         best_scores = [np.empty(0, dtype=np.float32)] * len(queries)
+        # The k-th best score so far; most shards have nothing above it, so that most of the sorting is saved.
+        least = np.full(len(queries), -np.inf, dtype=np.float32)
         for number, rows in enumerate(blocks(len(self._passages), ENCODED_PER_SHARD)):
             scores = self._scores(encoded, self._open(self._path(number)))
-            for query, row in enumerate(scores):
+            for query in np.flatnonzero(scores.max(axis=1) > least):
+                row = scores[query]
                 found = top_indices(row, k)
                 # What was found before comes first, so that equal scores keep the order of the passages.
                 merged = np.concatenate([best_scores[query], row[found]])
                 order = top_indices(merged, k)
                 best[query] = np.concatenate([best[query], found + rows.start])[order]
                 best_scores[query] = merged[order]
+                if len(order) == k:
+                    least[query] = merged[order[-1]]
         return best
 
     def _build(self) -> None:

@@ -5,6 +5,7 @@ import datasets
 import numpy as np
 import pytest
 import Stemmer
+import torch
 from sentence_transformers import SentenceTransformer, SparseEncoder
 from tiny_teachers import save_dense, save_splade
 
@@ -26,6 +27,7 @@ def _small_shards(monkeypatch):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
+    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models")
     return {"splade": save_splade(folder / "splade"), "dense": save_dense(folder / "dense"), "bm25": ""}
 
@@ -53,8 +55,9 @@ def test_search_over_shards_finds_what_a_search_over_all_finds(tmp_path, models,
     for k in (1, 5, 30, 99):
         for found, scores in zip(index.search(QUESTIONS, k), expected, strict=True):
             assert len(found) == len(set(found.tolist())) == min(k, len(TEXTS))
-            assert np.all(np.diff(scores[found]) <= 1e-5)
-            np.testing.assert_allclose(scores[found], np.sort(scores)[::-1][:k], rtol=1e-5, atol=1e-6)
+            # The sums of both are taken in another order.
+            assert np.all(np.diff(scores[found]) <= 1e-5 * np.abs(scores).max())
+            np.testing.assert_allclose(scores[found], np.sort(scores)[::-1][:k], rtol=1e-4, atol=1e-6)
     # Opened again, nothing is encoded, and the answers are the same.
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
     again = open_index(retriever, tmp_path / "i", PASSAGES, models[retriever])

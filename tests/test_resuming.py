@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from chat_server import ChatServer, Reply, completion, question_of
 from tiny_teachers import save_dense, save_reranker, save_splade, save_teacher
 
@@ -41,6 +42,7 @@ def _small_steps(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
+    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models")
     return {
         "splade": save_splade(folder / "splade"),
