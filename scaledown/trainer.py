@@ -1,5 +1,6 @@
 """The Hugging Face `Trainer` with what joint training of compressor and generator adds to it."""
 
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -67,6 +68,7 @@ class ScaleDownTrainer(Trainer):
                 )
         self._load_backbone = load_backbone
         self._num_scored_examples = None
+        self._waited, self._logged_at = 0.0, time.perf_counter()
         self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
 
     @property
@@ -106,7 +108,9 @@ class ScaleDownTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Fetch the micro-batches of one step, and count the questions with teacher scores among them."""
+        started = time.perf_counter()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._waited += time.perf_counter() - started
         count = sum(_count_scored_examples(batch) for batch in batches)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(torch.tensor([count], device=device)).sum().item()
@@ -132,9 +136,12 @@ class ScaleDownTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Log what the `Trainer` logs, and the generation and the reranking loss beside their weighted sum."""
+        """Log what the `Trainer` logs, and both parts of the loss, and the share of the time spent waiting for data."""
         if "loss" in logs:
             logs.update(self._drain("train"))
+            now = time.perf_counter()
+            logs["data_wait"] = self._waited / (now - self._logged_at)
+            self._waited, self._logged_at = 0.0, now
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, dataloader: DataLoader, *args, metric_key_prefix: str = "eval", **kwargs):

@@ -1,0 +1,26 @@
+"""train.py with two-stage training as it is often done, as a control: what is cached never learned anything.
+
+Memory embeddings are random, the projector and the reranking head stay as they were drawn; only LoRA learns.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scaledown import training
+
+build_model = training.build_model
+
+
+def build_untrained(*args, **kwargs):
+    """The model with a compressor that does not learn."""
+    model = build_model(*args, **kwargs)
+    model.compressor.requires_grad_(False)
+    return model
+
+
+if __name__ == "__main__":
+    training.build_model = build_untrained
+    training._slot_pooling = lambda model_args, args: "memory_tokens"
+    sys.exit(training.main())
