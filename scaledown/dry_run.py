@@ -5,6 +5,7 @@ training is traced there (`scaledown.tracing`).
 """
 
 import math
+import os
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -38,7 +39,7 @@ class Memory:
     Args:
         weights: Of all parts, in the types they are held in.
         gradients: Of what is trained, in 32 bits; twice where processes exchange them.
-        optimizer: The optimizer's state.
+        optimizer: The optimizer's state. These three are a device's share where the model is spread over several.
         activations: What else is alive at the peak: activations, copies for mixed precision, logits, inputs.
     """
 
@@ -139,7 +140,8 @@ def estimate(model_args: ModelArguments, data_args: DataArguments, args: ScaleDo
     if args.optim.value not in OPTIMIZER_BYTES and "8bit" not in args.optim.value:
         notes.append(f"the state of optim={args.optim.value} is not known and taken to be AdamW's")
     if args.world_size > 1:
-        notes.append(f"each of {args.world_size} devices is taken to hold the whole model")
+        share = "a share of the model, but for the layer at work" if _num_shards(args) > 1 else "the whole model"
+        notes.append(f"each of {args.world_size} devices is taken to hold {share}")
     return StageEstimate(
         args.stage,
         model.config.compressor_type,
@@ -308,8 +310,20 @@ def _training_memory(
     inputs = accumulation * sum(v.nbytes for v in reading.largest.values() if isinstance(v, torch.Tensor))
     update = gradients + (4 * count if args.optim.value == "adamw_torch" else 0)  # which is not fused
     activations = max(traced + inputs, update) - gradients
-    exchanged = gradients if args.world_size > 1 else 0  # buckets of DistributedDataParallel
-    return Memory(storage_bytes(model), gradients + exchanged, _optimizer_bytes(learned, args.optim.value), activations)
+    shards = _num_shards(args)
+    exchanged = gradients if args.world_size > shards else 0  # buckets of DistributedDataParallel
+    return Memory(
+        storage_bytes(model) // shards,
+        gradients // shards + exchanged,
+        _optimizer_bytes(learned, args.optim.value) // shards,
+        activations,
+    )
+
+
+def _num_shards(args: ScaleDownTrainingArguments) -> int:
+    """Devices the model is spread over: all with FSDP and DeepSpeed, else each has its own."""
+    by_launcher = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+    return args.world_size if args.fsdp or args.deepspeed or by_launcher else 1
 
 
 def _optimizer_bytes(parameters: list[nn.Parameter], optim: str) -> int:
@@ -355,7 +369,7 @@ def _render_memory(found: StageEstimate) -> list[str]:
     for name in ("weights", "gradients", "optimizer", "activations", "total"):
         sizes = [getattr(found.memory[on], name) for on in columns]
         label = {"optimizer": "optimizer state", "total": "all, at the peak"}.get(name, name)
-        lines.append(f"{label:<26}" + "".join(f"{format_size(size):>20}" for size in sizes))
+        lines.append(f"{label:<26}" + "".join(f"{format_size(size) if size else '–':>20}" for size in sizes))
     if len(columns) > 1:
         lines.append(f"(first column: as set, gradient_checkpointing={str(found.checkpointing).lower()})")
     return [*lines, *_render_fit(found)]

@@ -173,9 +173,10 @@ class FusedKernels(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
-            query, key, value = (*args, *(kwargs[n] for n in ("query", "key", "value") if n in kwargs))[:3]
+            names = ("query", "key", "value", "attn_mask")
+            query, key, value, mask = [*args[:4], *(kwargs.get(name) for name in names[len(args) :])]
             if query.is_meta:
-                return _Attention.apply(query, key, value)
+                return _Attention.apply(query, key, value, mask)
         if func is functional.linear and hasattr(args[1], QUANTIZED_BYTES):
             output = _QuantizedLinear.apply(args[0], args[1])
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
@@ -187,16 +188,18 @@ class _Attention(torch.autograd.Function):
     """Fused attention keeps its inputs, its output and a number per query; never the matrix of weights."""
 
     @staticmethod
-    def forward(ctx, query, key, value):
+    def forward(ctx, query, key, value, mask):
+        if mask is not None and mask.dtype == torch.bool:  # of which it makes what is added to the weights
+            mask = query.new_empty(mask.shape)
         output = torch.empty_like(query[..., :1].expand(*query.shape[:-1], value.shape[-1]))
         logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, output, logsumexp)
+        ctx.save_for_backward(query, key, value, mask, output, logsumexp)
         return output
 
     @staticmethod
     def backward(ctx, grad):
         query, key, value, *_ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
 class _QuantizedLinear(torch.autograd.Function):

@@ -6,13 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 from transformers import set_seed
 
 import configuration_scaledown
 import modeling_scaledown
 import processing_scaledown
-from scaledown.arguments import parse_arguments
 from scaledown.records import read_records
 from tiny import build_model
 
@@ -55,13 +53,3 @@ def test_record_in_the_readme_is_in_the_format(tmp_path):
     (tmp_path / "records.jsonl").write_text(line, encoding="utf-8")
     (record,) = read_records(tmp_path / "records.jsonl")
     assert record["answer"] == [json.loads(line)["answer"]]
-
-
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_are_understood_and_every_option_is_explained(recipe, tmp_path):
-    options = ["--generator_name_or_path", "g", "--train_file", "t.jsonl", "--use_cpu", "true"]
-    parse_arguments([str(recipe), *options, "--output_dir", str(tmp_path)])
-    settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    for line in recipe.read_text(encoding="utf-8").splitlines():
-        name = line.split(":")[0]
-        assert name not in settings or "#" in line, f"{name} has no comment"
