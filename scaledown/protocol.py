@@ -81,6 +81,8 @@ def read_sample(
     }
     collate = collators[args.stage]
     random.Random(0).shuffle(rows)
+    if args.stage == "joint" and args.train_sampling_strategy != "random":  # the longest may meet in one batch
+        rows.sort(key=lambda row: -sum(map(len, row["documents"])))
     batches = [collate(rows[i : i + size]) for i in range(0, max(len(rows) - size + 1, 1), size)]
     reading.largest = max(batches, key=lambda batch: _cost(batch, config))
     counted = sum(batch["input_ids"].shape[0] for batch in batches)

@@ -10,7 +10,15 @@ import pytest
 import torch
 from peak_memory import ENVIRONMENT
 from test_training import rows, training_arguments
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, ModernBertConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    MistralConfig,
+    ModernBertConfig,
+)
 
 from folders import ROOT, from_backbones, save_backbones
 from scaledown import dry_run as module
@@ -300,3 +308,20 @@ def test_the_estimate_is_within_15_percent_of_a_run(middling, case, checkpointin
         f"{case}, checkpointing {checkpointing}: {measured / 1e6:.0f} MB measured, {needed.total / 1e6:.0f} estimated"
     )
     assert needed.total == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, size", [("t4-modernbert-two-stage", 16), ("a100-40gb", 40)])
+def test_recipes_for_a_card_fit_it(name, size, monkeypatch, tmp_path):
+    ids = {key: SHAPE[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    mistral = MistralConfig(vocab_size=32000, max_position_embeddings=32768, sliding_window=None, **ids)
+    mistral.save_pretrained(tmp_path / "generator")
+    build_tokenizer().save_pretrained(tmp_path / "generator")
+    ModernBertConfig(cls_token_id=0, sep_token_id=1, **ids).save_pretrained(tmp_path / "encoder")
+    build_tokenizer(pair=True).save_pretrained(tmp_path / "encoder")
+    argv = [str(ROOT / "recipes" / f"{name}.yaml"), "--generator_name_or_path", str(tmp_path / "generator")]
+    if "modernbert" in name:
+        argv += ["--compressor_name_or_path", str(tmp_path / "encoder")]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    report = dry_run(*parse_arguments([*argv, "--train_file", "nowhere", "--output_dir", str(tmp_path / "out")]))
+    assert f"{size} GB: NO" not in report and report.count(f"{size} GB: yes") == report.count("Stage ")
