@@ -294,7 +294,7 @@ def test_the_estimate_is_within_15_percent_of_a_run(middling, case, checkpointin
     if case != "n_layers":
         argv += ["--compressor_type", "modernbert", "--compressor_name_or_path", str(middling / "encoder")]
     if case == "generate":
-        argv += ["--two_stage", "true"]
+        argv += ["--two_stage", "true", "--per_device_train_batch_size", "4"]
     command = [sys.executable, str(ROOT / "tests" / "peak_memory.py"), *argv]
     done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
