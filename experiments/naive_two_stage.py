@@ -22,5 +22,5 @@ def build_untrained(*args, **kwargs):
 
 if __name__ == "__main__":
     training.build_model = build_untrained
-    training._slot_pooling = lambda model_args, args: "memory_tokens"
+    training.choose_slot_pooling = lambda model_args, args: "memory_tokens"
     sys.exit(training.main())

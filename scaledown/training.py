@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from transformers import EarlyStoppingCallback, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -72,6 +73,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: ScaleDownTra
     Raises:
         FileExistsError, FileNotFoundError, ValueError: As in `train` and `compress`.
     """
+    if args.dry_run:
+        raise ValueError("dry_run is told by scaledown.dry_run.dry_run, which train.py calls; run() trains.")
     metrics = {}
     for stage in ("compress", "generate") if args.two_stage else (args.stage,):
         args.stage = stage
@@ -214,6 +217,7 @@ def build_model(
         loading["device_map"] = {"": args.device.index or 0} if args.device.type == "cuda" else None
     settings = {name: getattr(model_args, name) for name in CONFIG_ARGUMENTS}
     settings = {name: value for name, value in settings.items() if value is not None}
+    unset_hf_deepspeed_config()  # so that weights are spread when all are there: LoRA and memory embeddings read them
     if model_args.model_name_or_path is not None:
         changes = {name: settings[name] for name in CHANGEABLE if name in settings and name != "weights_format"}
         model = ScaleDownModel.from_pretrained(
@@ -232,6 +236,8 @@ def build_model(
         )
     if with_generator:
         add_lora(model, model_args)
+    if args.deepspeed_plugin is not None:
+        args.deepspeed_plugin.set_deepspeed_weakref()
     return model
 
 
