@@ -1,17 +1,14 @@
 """Arguments of `train.py`: dataclasses over a YAML recipe and the command line."""
 
-import argparse
-import difflib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.hf_argparser import string_to_bool
+
+from .recipes import expand_recipe
 
 
 @dataclass
@@ -179,6 +176,10 @@ class ScaleDownTrainingArguments(TrainingArguments):
     label_names: list[str] | None = field(
         default_factory=lambda: ["labels"], metadata={"help": "What a batch must hold to have a loss."}
     )
+    # Every process gives every weight a gradient, if need be of 0, so that none is waited for in vain.
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Must stay off: no weight is left without a gradient."}
+    )
     prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation keeps the losses, not the logits."})
     predict_with_generate: bool = field(
         default=False, metadata={"help": "Evaluation also answers: exact_match, f1 and match beside the losses."}
@@ -208,6 +209,17 @@ class ScaleDownTrainingArguments(TrainingArguments):
             )
         if self.early_stopping_patience is not None:
             self.load_best_model_at_end = True  # what was learned since then is what one does not want
+            self.restore_callback_states_from_checkpoint = True  # patience goes on where it was
+        if self.accelerator_config is None:
+            # Streamed rows of several processes differ in length, and one process could not deal them out.
+            self.accelerator_config = {"dispatch_batches": False}
+        if self.two_stage and self.stage == "pretrain":
+            raise ValueError("two_stage runs the stages compress and generate, so stage=pretrain contradicts it.")
+        learns_from_cache = self.two_stage or self.stage == "generate"
+        if self.train_sampling_strategy != "random" and self.stage == "pretrain":
+            raise ValueError(f"train_sampling_strategy={self.train_sampling_strategy}: passages are of one length.")
+        if self.train_sampling_strategy == "batch_rebalance" and learns_from_cache:
+            raise ValueError("train_sampling_strategy=batch_rebalance does not work on a cache; use group_by_length.")
         super().__post_init__()
         if self.predict_with_generate and self.stage == "pretrain":
             raise ValueError("predict_with_generate needs questions, and the stage pretrain has none; leave it out.")
@@ -255,41 +267,4 @@ def parse_arguments(
     argv = list(sys.argv[1:] if argv is None else argv)
     classes = (ModelArguments, DataArguments, ScaleDownTrainingArguments)
     parser = HfArgumentParser(classes, prog="train.py", usage="%(prog)s [recipe.yaml] [--option value ...]")
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        options = {f.name for c in classes for f in fields(c) if f.init}
-        parser.set_defaults(**_read_recipe(argv.pop(0), {a.dest: a for a in parser._actions if a.dest in options}))
-    return parser.parse_args_into_dataclasses(args=argv)
-
-
-def _read_recipe(path: str, options: dict[str, argparse.Action]) -> dict:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist (looked from {Path.cwd()}); recipes/ holds those that ship.")
-    try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} is not a recipe: expected lines of the form `option: value`.")
-    for name, value in recipe.items():
-        if name not in options:
-            near = difflib.get_close_matches(str(name), options, n=1)
-            hint = f"; did you mean {near[0]}?" if near else "; python train.py --help lists the options."
-            raise ValueError(f"{path} sets {name}, which is not an option{hint}")
-        recipe[name] = _option_value(path, name, value, options[name])
-    return recipe
-
-
-def _option_value(path: str, name: str, value: Any, option: argparse.Action) -> Any:
-    """What YAML read, as argparse expects defaults: it converts strings, and checks nothing."""
-    is_switch = option.type is string_to_bool
-    if isinstance(value, bool) and not is_switch:  # YAML reads a bare no as false
-        value = "yes" if value else "no"
-    if is_switch and isinstance(value, str):
-        value = string_to_bool(value)
-    # YAML reads 1e-4 as a string, since it has no decimal point; argparse converts strings by the option's type.
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
-    if option.choices is not None and value is not None and value not in option.choices:
-        listed = ", ".join(map(str, option.choices))
-        raise ValueError(f"{path} sets {name} to {value!r}; expected one of {listed}.")
-    return value
+    return parser.parse_args_into_dataclasses(args=expand_recipe(parser, argv), look_for_args_file=False)

@@ -12,8 +12,6 @@ import importlib.metadata
 import json
 import logging
 import platform
-import re
-import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +32,7 @@ from .endpoint import EMPTY_ANSWER, EndpointTeacher
 from .formats import OWN_DOCUMENTS
 from .indexes import Index, open_index
 from .journal import WorkFolder, blocks, run_in_batches
+from .metrics import normalize_answer
 from .preparation_arguments import PreparationArguments, parse_arguments
 from .questions import Question, Source
 from .readers import read_source
@@ -48,7 +47,6 @@ logger = logging.getLogger(__name__)
 NUM_EXAMPLE_IDS = 5
 # Records scored together, their pairs sorted by length: the work a kill can cost.
 RECORDS_PER_SCORING = 64
-PUNCTUATION_REMOVAL = str.maketrans("", "", string.punctuation)
 GO_ON = "What is done so far is kept in {}; free space, and the same command goes on."
 
 
@@ -78,20 +76,21 @@ def prepare(arguments: PreparationArguments) -> dict[str, Any]:
         with explained_disk_errors(arguments.corpus_dir, GO_ON.format(arguments.corpus_dir)):
             return _prepare_corpus(arguments)
     # Before the work, not after it. A run that goes on may find what it had written itself.
-    if not (arguments.work_path / WorkFolder.SETTINGS).exists():
-        for path in (arguments.output, arguments.report_path, arguments.card_path):
+    begun = arguments.work_path / WorkFolder.SETTINGS
+    for path in map(Path, (arguments.output, arguments.report_path, arguments.card_path)):
+        if not (begun.exists() and path.is_file() and path.stat().st_mtime >= begun.stat().st_mtime):
             check_is_writable(path, arguments.overwrite)
     with explained_disk_errors(arguments.output, GO_ON.format(arguments.work_path)):
         work = WorkFolder(arguments.work_path, arguments.fingerprint)
-        try:
-            with work.locked():
+        with work.locked():
+            try:
                 report = _Preparation(arguments, work).run()
-        except (ValueError, OSError):
-            # A run that was refused before it had done anything leaves nothing behind.
-            journals = work.path.glob("*.jsonl")
-            if not any(path.stat().st_size for path in journals) and not (work.path / "corpus").exists():
-                work.remove()
-            raise
+            except (ValueError, OSError):
+                # A run that was refused before it had done anything leaves nothing behind.
+                journals = work.path.glob("*.jsonl")
+                if not any(path.stat().st_size for path in journals) and not (work.path / "corpus").exists():
+                    work.remove()
+                raise
         if not arguments.dry_run:
             work.remove()
     return report
@@ -551,8 +550,8 @@ class _AnswerMatcher:
         if text not in self._texts:
             if len(self._texts) >= self.CACHED:
                 self._texts.clear()
-            self._texts[text] = f" {_normalize(text)} "
-        normalized = (_normalize(answer) for answer in answers)
+            self._texts[text] = f" {normalize_answer(text)} "
+        normalized = (normalize_answer(answer) for answer in answers)
         return any(f" {answer} " in self._texts[text] for answer in normalized if answer not in ("", "yes", "no"))
 
 
@@ -612,8 +611,3 @@ def _versions(arguments: PreparationArguments) -> dict[str, str]:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in dict.fromkeys(names)},
     }
-
-
-def _normalize(text: str) -> str:
-    text = text.lower().translate(PUNCTUATION_REMOVAL)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())

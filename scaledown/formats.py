@@ -160,6 +160,9 @@ def _add_squad_question(
         collector.drop("empty_passage", identifier)
     else:
         answers = _squad_answers(qa, location)
+        if not answers and ("answers" in qa or "answer" in qa):  # how `datasets` has SQuAD 2's unanswerable ones
+            collector.drop("unanswerable", identifier)
+            return
         collector.add_question(identifier, get_field(qa, "question", str, location), answers, [passage], [])
 
 

@@ -1,6 +1,5 @@
 """Arguments of `prepare_data.py`: one dataclass over a YAML recipe and the command line."""
 
-import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -8,12 +7,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from transformers import HfArgumentParser
 
 from .devices import DTYPES
 from .formats import FORMATS, Columns
 from .indexes import DEFAULT_MODELS, RETRIEVERS
+from .recipes import expand_recipe
 from .reranking_teacher import DEFAULT_RERANKER
 from .sources import describe_source
 
@@ -184,6 +183,11 @@ class PreparationArguments:
             raise ValueError("top_k is given without a corpus; name one with --corpus, or use --num_documents.")
         if self.corpus is None and self.corpus_dir is not None:
             raise ValueError("corpus_dir is given without a corpus; name the one it belongs to with --corpus.")
+        if self.corpus_dir is not None and Path(self.corpus).resolve() in (
+            Path(self.corpus_dir).resolve(),
+            *Path(self.corpus_dir).resolve().parents,
+        ):
+            raise ValueError(f"corpus_dir is {self.corpus_dir}, inside the corpus itself; name a folder elsewhere.")
         if self.corpus is not None and self.num_documents is not None:
             raise ValueError(
                 "num_documents chooses from the source's own passages and corpus replaces them; use --top_k with a "
@@ -335,32 +339,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> PreparationArguments:
         usage="%(prog)s [recipe.yaml] --source SOURCE --output FILE [--option value ...]",
         description="Turn a data set into the project's records, with documents, scores and answers of teachers.",
     )
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        argv = [*_recipe_options(argv[0]), *argv[1:]]
-    (arguments,) = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    (arguments,) = parser.parse_args_into_dataclasses(args=expand_recipe(parser, argv), look_for_args_file=False)
     return arguments
-
-
-def _recipe_options(path: str) -> list[str]:
-    """A recipe as options of the command line, so that both are read in the same way."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist (looked from {Path.cwd()}); check the path of the recipe.")
-    try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} is not a recipe: expected lines of the form `option: value`.")
-    names = [item.name for item in fields(PreparationArguments)]
-    options = []
-    for name, value in recipe.items():
-        if name not in names:
-            near = difflib.get_close_matches(str(name), names, n=1)
-            hint = f"; did you mean {near[0]}?" if near else "; python prepare_data.py --help lists the options."
-            raise ValueError(f"{path} sets {name}, which is not an option{hint}")
-        if value is not None:
-            options += [f"--{name}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
-    return options
 
 
 def _describe_model(name: str | None) -> Any:

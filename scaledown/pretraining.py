@@ -54,7 +54,10 @@ def load_pretraining_data(
         **({} if streaming else {"desc": "Cutting passages"}),
     )
     if not streaming and len(rows) == 0:
-        raise ValueError(f"{source} holds no text in its column {text_column!r}; name another file or column.")
+        raise ValueError(
+            f"{source} holds fewer than two passages of {passage_length} tokens in its column {text_column!r}; name "
+            "another file or column."
+        )
     return rows
 
 

@@ -173,8 +173,7 @@ def as_texts(value: Any, location: str) -> list[str]:
     """Texts, from one text, a list of texts or nothing."""
     if value is None:
         return []
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list) and all(isinstance(text, str) for text in value):
-        return value
+    listed = value if isinstance(value, list) else [value]
+    if all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in listed):
+        return [str(item) for item in listed]  # a column of years is a column of numbers
     raise SourceError(f"{location}: found {str(value)[:60]}; expected a text or a list of texts. Correct the file.")

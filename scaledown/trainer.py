@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate.utils import save_fsdp_optimizer
 from torch import nn
@@ -60,16 +61,22 @@ class ScaleDownTrainer(Trainer):
                     "predict_with_generate does not work with FSDP or DeepSpeed, which bring a model together for its "
                     "forward pass only; evaluate the losses, and the answers afterwards."
                 )
-            without = next((i for i, row in enumerate(self.train_dataset) if not row.get("documents", True)), None)
-            if without is not None:
-                raise ValueError(
-                    f"Record {without} has no documents. With FSDP or DeepSpeed every process must run the compressor "
-                    "in every step; leave such records out, or use one whole model per device (accelerate/ddp.yaml)."
-                )
+            self._check_every_record_has_documents()
         self._load_backbone = load_backbone
         self._num_scored_examples = None
         self._waited, self._logged_at = 0.0, time.perf_counter()
         self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
+
+    def _check_every_record_has_documents(self) -> None:
+        records = getattr(self.train_dataset, "records", self.train_dataset)  # those behind a cache
+        if not isinstance(records, datasets.Dataset) or "documents" not in records.column_names:
+            return
+        for i, documents in enumerate(records["documents"]):
+            if not documents:
+                raise ValueError(
+                    f"Record {i} has no documents. With FSDP or DeepSpeed every process must run the compressor in "
+                    "every step; leave such records out, or use one whole model per device (accelerate/ddp.yaml)."
+                )
 
     @property
     def is_sharded(self) -> bool:
@@ -120,6 +127,8 @@ class ScaleDownTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the loss of a micro-batch as its share of the whole step's, and keep its two parts for the log."""
+        if not model.training:  # evaluation averages batches, whatever is computed elsewhere at the same time
+            num_items_in_batch = None
         if model.training and num_items_in_batch is not None and "reranking_labels" in inputs:
             inputs = {**inputs, "num_scored_examples": self._num_scored_examples}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)

@@ -28,7 +28,7 @@ from .collators import GenerationCollator, JointCollator, PretrainingCollator
 from .command_line import run_command
 from .compression import cache_fingerprint, compress_records
 from .pretraining import load_pretraining_data
-from .records import load_records
+from .records import atomic_writer, load_records
 from .trainer import ScaleDownTrainer
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ LORA_ARGUMENTS = {
     "lora_target_modules": "target_modules",
 }
 RESULTS_NAME = "all_results.json"  # as the scripts of transformers name it
+RUN_NAME = "run.json"  # the settings of a run that is under way, or over
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 
 
@@ -104,7 +105,7 @@ def train(
         FileNotFoundError: There is no such data or checkpoint.
         ValueError: Arguments that contradict each other, or data that breaks the format.
     """
-    checkpoint = _checkpoint_to_resume(args)
+    checkpoint = _checkpoint_to_resume(model_args, data_args, args)
     if args.eval_strategy != "no" and data_args.eval_file is None:
         raise ValueError(f"eval_strategy={args.eval_strategy.value} needs data to evaluate on; set eval_file.")
     set_seed(args.seed)
@@ -453,21 +454,45 @@ def _load_backbone(model_args: ModelArguments, args: ScaleDownTrainingArguments)
     return build_model(model_args, args, with_generator=False).compressor.backbone
 
 
-def _checkpoint_to_resume(args: ScaleDownTrainingArguments) -> str | None:
+def _checkpoint_to_resume(model_args, data_args, args: ScaleDownTrainingArguments) -> str | None:
     folder = Path(args.output_dir)
     if args.resume_from_checkpoint is not None:
         if not Path(args.resume_from_checkpoint).is_dir():
             raise FileNotFoundError(f"resume_from_checkpoint={args.resume_from_checkpoint} is not a folder.")
         return args.resume_from_checkpoint
-    checkpoint = _last_whole_checkpoint(folder)
-    if (folder / RESULTS_NAME).is_file() or (checkpoint is None and (folder / "config.json").is_file()):
+    started, settings = folder / RUN_NAME, _run_settings(model_args, data_args, args)
+    begun = started.is_file()
+    if (folder / RESULTS_NAME).is_file() or (not begun and (folder / "config.json").is_file()):
         raise FileExistsError(
             f"{folder} holds a finished model; choose another output_dir, or name it as model_name_or_path to train "
             "it further."
         )
-    if checkpoint is not None:
+    PartialState().wait_for_everyone()  # until all have looked
+    checkpoint = _last_whole_checkpoint(folder)
+    if begun and checkpoint is not None:
+        before = json.loads(started.read_text(encoding="utf-8"))
+        changed = [f"{n} was {before.get(n)} and is {v}" for n, v in settings.items() if before.get(n) != v]
+        if changed:
+            raise ValueError(
+                f"{folder} holds an unfinished run of other settings: {'; '.join(changed)}. Go back to those, choose "
+                "another output_dir, or delete the folder to start anew."
+            )
         logger.info("Going on from %s; choose another output_dir to start anew.", checkpoint)
+    if args.should_save:
+        with atomic_writer(started, overwrite=True) as stream:
+            stream.write(json.dumps(settings, indent=1).encode("utf-8") + b"\n")
     return checkpoint
+
+
+def _run_settings(model_args, data_args, args) -> dict[str, Any]:
+    """What must be the same for a run to go on; how it is spread over devices and how long it runs may change."""
+    names = ("stage", "seed", "learning_rate", "compressor_learning_rate", "lr_scheduler_type", "weight_decay")
+    settings = {**asdict(model_args), **{name: getattr(args, name) for name in names}}
+    for name in ("train_file", "max_train_examples", "max_answer_length"):
+        settings[name] = getattr(data_args, name)
+    if Path(data_args.train_file).is_file():
+        settings["bytes of train_file"] = Path(data_args.train_file).stat().st_size
+    return json.loads(json.dumps(settings, default=str))
 
 
 def _last_whole_checkpoint(folder: Path) -> str | None:

@@ -121,3 +121,8 @@ def load_silently(folder: Path, **kwargs) -> ScaleDownModel:
 def files(folder: Path) -> set[str]:
     """Paths of all files, relative to the folder."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def options(settings: dict) -> list[str]:
+    """Settings as a command line has them; those that are `None` are left out."""
+    return [part for name, value in settings.items() if value is not None for part in (f"--{name}", str(value))]

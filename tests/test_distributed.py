@@ -10,7 +10,7 @@ import torch
 import yaml
 from test_training import rows
 
-from folders import ROOT, files, load_silently, outputs, save_backbones
+from folders import ROOT, files, load_silently, options, outputs, save_backbones
 
 CONFIGS = ROOT / "recipes" / "accelerate"
 SETTINGS = {
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 def train(folder, output, kind, how, **settings):
     """Run train.py; `how` is one, ddp or fsdp. Returns its losses by step."""
     compressor = {"n_layers": None, "modernbert": folder / "encoder", "llm": folder / "llm"}[kind]
-    options = {
+    arguments = {
         **SETTINGS,
         "generator_name_or_path": folder / "generator",
         "compressor_name_or_path": compressor,
@@ -68,8 +68,7 @@ def train(folder, output, kind, how, **settings):
         environment["ACCELERATE_USE_FSDP"] = "true"
         for name, value in fsdp.items():
             environment[name.upper()] = str(value).lower() if isinstance(value, bool) else str(value)
-    command += [str(ROOT / "train.py")]
-    command += [part for k, v in options.items() if v is not None for part in (f"--{k}", str(v))]
+    command += [str(ROOT / "train.py"), *options(arguments)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     last = max((output / "checkpoint-4", output / "checkpoint-2"), key=lambda path: path.exists())

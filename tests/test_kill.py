@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from test_training import rows
 
-from folders import ROOT, save_backbones
+from folders import ROOT, options, save_backbones
 
 SETTINGS = {
     "compressor_type": "modernbert",
@@ -48,15 +48,14 @@ def folder(tmp_path_factory):
 
 
 def start(folder, output, **settings):
-    options = {
+    arguments = {
         **SETTINGS,
         "generator_name_or_path": folder / "generator",
         "compressor_name_or_path": folder / "encoder",
         "output_dir": output,
         **settings,
     }
-    command = [sys.executable, str(ROOT / "train.py")]
-    command += [part for k, v in options.items() if v is not None for part in (f"--{k}", str(v))]
+    command = [sys.executable, str(ROOT / "train.py"), *options(arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 

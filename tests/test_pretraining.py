@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from test_training import training_arguments
 
-from folders import load_silently, save_backbones
+from folders import ROOT, load_silently, options, save_backbones
 from scaledown import ScaleDownModel
 from scaledown.arguments import DataArguments, ModelArguments
 from scaledown.collators import INSTRUCTIONS, PretrainingCollator
@@ -66,7 +68,7 @@ def test_files_of_other_kinds(text, kind, tmp_path):
     [
         ("text.txt", {"text_column": "body"}, "has the columns text, not 'body'; set text_column"),
         ("text.docx", {}, "none of the endings"),
-        ("empty.txt", {}, "holds no text"),
+        ("empty.txt", {}, "fewer than two passages"),
         ("missing.txt", {}, "does not exist"),
     ],
 )
@@ -134,3 +136,28 @@ def test_streaming_needs_a_number_of_steps(text, tmp_path, capsys):
     argv += ["--chunk_length", "32", "--max_query_length", "24", "--num_memory_tokens", "4"]
     assert main(argv) == 2
     assert "max_steps" in capsys.readouterr().err
+
+
+def test_two_processes_read_one_stream(text, tmp_path):
+    save_backbones(tmp_path / "backbones")
+    arguments = {
+        "stage": "pretrain",
+        "streaming": True,
+        "train_file": text,
+        "generator_name_or_path": tmp_path / "backbones" / "generator",
+        "num_compressor_layers": 2,
+        "chunk_length": 32,
+        "max_query_length": 24,
+        "num_memory_tokens": 4,
+        "compression_rate": 8,
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "use_cpu": True,
+        "report_to": "none",
+        "output_dir": tmp_path / "out",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "train.py"), *options(arguments)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]

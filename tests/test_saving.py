@@ -491,7 +491,7 @@ def test_card_says_what_is_known(tmp_path):
         "# tiny-scaledown",
         "| Chunk length | 32 tokens; longer documents become several chunks |",
         "| Compression rate | one embedding per 8 tokens |",
-        "| Embeddings per chunk | at most 4 |",
+        "| Embeddings per chunk | at most 4, read at memory embeddings behind the chunk |",
         "| Weights format | full |",
         "| LoRA | rank 4, not merged |",
         f"| Parameters | {model.num_parameters():,}, of which compressor {compressor:,} |",

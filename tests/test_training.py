@@ -1,17 +1,16 @@
 """Joint training: what is learned, how it is logged, how a run goes on after it was stopped."""
 
-import argparse
 import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
+from folders import ROOT, options
 from scaledown import ScaleDownProcessor
 from scaledown.arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments, parse_arguments
 from scaledown.collators import GenerationCollator, JointCollator
@@ -29,7 +28,6 @@ from tiny import (
     randomize_lora,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 SCORES = [[2.0, -1.0], None, [0.5, 1.0, -3.0]]
 
 
@@ -411,15 +409,23 @@ def test_a_record_that_does_not_fit_is_named(model):
 
 
 @pytest.mark.parametrize(
-    "option, message", [({"label_smoothing_factor": 0.1}, "label_smoothing"), ({"fsdp": "full_shard"}, "torchrun")]
+    "settings, message",
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing"),
+        ({"two_stage": True, "stage": "pretrain"}, "contradicts"),
+        ({"stage": "pretrain", "train_sampling_strategy": "group_by_length"}, "passages are of one length"),
+        ({"two_stage": True, "train_sampling_strategy": "batch_rebalance"}, "does not work on a cache"),
+    ],
 )
-def test_what_is_not_supported_is_refused_at_once(tmp_path, option, message):
+def test_what_is_not_supported_is_refused_at_once(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
-        training_arguments(tmp_path, **option)
+        training_arguments(tmp_path, **settings)
 
 
+@pytest.mark.parametrize("stage", ["joint", "generate"])
 @pytest.mark.parametrize("scored", [0, 1], ids=["no scores", "scores of one question only"])
-def test_two_processes_train_with_partly_scored_data(backbones, tmp_path, scored):
+def test_two_processes_train_with_partly_scored_data(backbones, tmp_path, scored, stage):
+    """One question has no documents either, and is the only one of its micro-batch."""
     records = [
         {"query": row["query"], "documents": row["documents"], "answer": row["answer"]} for row in rows(repeat=2)
     ]
@@ -429,7 +435,7 @@ def test_two_processes_train_with_partly_scored_data(backbones, tmp_path, scored
         del records[0]["reranking_scores"]
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    options = {
+    arguments = {
         "generator_name_or_path": backbones / "generator",
         "num_compressor_layers": 2,
         "max_query_length": 24,
@@ -438,13 +444,13 @@ def test_two_processes_train_with_partly_scored_data(backbones, tmp_path, scored
         "max_steps": 3,
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_checkpointing": True,
+        "two_stage": stage == "generate",
         "logging_steps": 1,
         "use_cpu": True,
         "output_dir": tmp_path / "out",
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "train.py"), *(part for k, v in options.items() for part in (f"--{k}", str(v)))]
+    command += [str(ROOT / "train.py"), *options(arguments)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "out" / "all_results.json").read_text(encoding="utf-8"))
@@ -506,13 +512,13 @@ def test_settings_that_cannot_change_are_refused(backbones, train_file, tmp_path
     [
         ("stage: pretraining", "sets stage to 'pretraining'; expected one of joint, pretrain"),
         ("stage: [", "is not YAML"),
-        ("load_in_4bit: maybe", "[Tt]ruthy value expected"),
+        ("load_in_4bit: maybe", "sets load_in_4bit to 'maybe'; expected true or false"),
     ],
 )
 def test_mistakes_in_a_recipe_are_told(tmp_path, line, message):
     path = tmp_path / "recipe.yaml"
     path.write_text(line + "\n", encoding="utf-8")
-    with pytest.raises((ValueError, argparse.ArgumentTypeError), match=message):
+    with pytest.raises(ValueError, match=message):
         parse_arguments([str(path), "--generator_name_or_path", "x", "--train_file", "y"])
 
 
@@ -664,3 +670,62 @@ def test_questions_of_like_length_come_together(backbones, train_file, tmp_path,
     run(model_arguments(backbones), DataArguments(train_file=str(train_file)), args)
     assert sorted(length for batch in seen for length in batch) == sorted(len(q) for q in QUESTIONS * 4)
     assert any(len(set(batch)) == 1 for batch in seen)
+
+
+def test_patience_goes_on_where_it_was(backbones, train_file, tmp_path):
+    settings = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 8,
+        "learning_rate": 100.0,
+        "compressor_learning_rate": 100.0,
+        "warmup_steps": 0,
+        "early_stopping_patience": 3,
+    }
+    arguments = (model_arguments(backbones), DataArguments(train_file=str(train_file), eval_file=str(train_file)))
+    run(*arguments, training_arguments(tmp_path / "whole", **settings))
+    last = len(list((tmp_path / "whole").glob("checkpoint-*")))
+    assert last < 8
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for path in [tmp_path / "cut" / "all_results.json", *(tmp_path / "cut").glob(f"checkpoint-{last}")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    # The checkpoints name the best one by its path.
+    for file in (tmp_path / "cut").glob("checkpoint-*/trainer_state.json"):
+        file.write_text(file.read_text("utf-8").replace(str(tmp_path / "whole"), str(tmp_path / "cut")), "utf-8")
+    run(*arguments, training_arguments(tmp_path / "cut", **settings))
+    assert len(list((tmp_path / "cut").glob("checkpoint-*"))) == last
+
+
+def test_a_run_that_was_killed_while_it_saved_its_only_model_starts_anew(backbones, train_file, tmp_path):
+    arguments = (model_arguments(backbones), DataArguments(train_file=str(train_file)))
+    train(*arguments, training_arguments(tmp_path / "out"))
+    (tmp_path / "out" / "model.safetensors").unlink()
+    (tmp_path / "out" / "all_results.json").unlink()
+    train(*arguments, training_arguments(tmp_path / "out"))
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_somebody_elses_model_is_not_overwritten(backbones, train_file, tmp_path):
+    build_model().save_pretrained(tmp_path / "out")
+    with pytest.raises(FileExistsError, match="holds a finished model"):
+        train(
+            model_arguments(backbones), DataArguments(train_file=str(train_file)), training_arguments(tmp_path / "out")
+        )
+
+
+@pytest.mark.parametrize("change", ["lora_r", "train_file", "learning_rate"])
+def test_a_run_goes_on_with_its_own_settings_only(backbones, train_file, tmp_path, change):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    data = DataArguments(train_file=str(train_file))
+    train(model_arguments(backbones), data, training_arguments(tmp_path / "out", **settings))
+    (tmp_path / "out" / "all_results.json").unlink()
+    model = model_arguments(backbones, **({"lora_r": 8} if change == "lora_r" else {}))
+    if change == "train_file":
+        train_file.write_text(train_file.read_text(encoding="utf-8") * 2, encoding="utf-8")
+    if change == "learning_rate":
+        settings["learning_rate"] = 5.0
+    name = {"train_file": "bytes of train_file"}.get(change, change)
+    with pytest.raises(ValueError, match=f"unfinished run of other settings: {name} was"):
+        train(model, data, training_arguments(tmp_path / "out", **settings))

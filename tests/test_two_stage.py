@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load
 from test_training import rows, training_arguments
 
-from folders import ROOT, from_backbones, load_silently, outputs, save_backbones, save_generator
+from folders import ROOT, from_backbones, load_silently, options, outputs, save_backbones, save_generator
 from scaledown import ScaleDownModel, cache, compression
 from scaledown.arguments import DataArguments, ModelArguments
 from scaledown.cache import CachedDataset, CacheError, missing_shards, open_plan, parse_size
@@ -405,7 +405,7 @@ def test_workers_read_the_cache(backbones, data, tmp_path):
 
 def test_two_processes_run_both_stages(backbones, data, tmp_path):
     generator, _ = backbones["n_layers"]
-    options = {
+    arguments = {
         **SETTINGS,
         "generator_name_or_path": generator,
         "train_file": data,
@@ -419,7 +419,7 @@ def test_two_processes_run_both_stages(backbones, data, tmp_path):
         "output_dir": tmp_path / "out",
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "train.py"), *(part for k, v in options.items() for part in (f"--{k}", str(v)))]
+    command += [str(ROOT / "train.py"), *options(arguments)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     load_silently(tmp_path / "out")
