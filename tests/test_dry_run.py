@@ -235,7 +235,7 @@ def test_a_generator_in_4_bits_weighs_what_bitsandbytes_makes_of_it(backbones, w
 
 @pytest.fixture(scope="module")
 def middling(tmp_path_factory):
-    """Backbones of 56 and 16 million parameters, and questions with documents of many lengths."""
+    """Backbones of 56 and 22 million parameters, and questions with documents of many lengths."""
     folder = tmp_path_factory.mktemp("middling")
     ids = {name: SHAPE[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     generator = LlamaConfig(
