@@ -207,7 +207,7 @@ def test_a_plain_table_needs_no_names(tmp_path):
         ("a.parquet", "PAR1 and no more", RecordError, "damaged Parquet"),
         ("a.jsonl", '{"question": "q", "paragraph": 5}', SourceError, "line 1: found paragraph 5; expected a string"),
         ("a.jsonl", '{"query": "q", "passages": 5, "answers": []}', SourceError, "line 1, passages: found 5"),
-        ("a.jsonl", '{"question": "q", "possible_answers": true}', SourceError, "found True; expected a text or a list"),
+        ("a.jsonl", '{"question": "q", "possible_answers": true}', SourceError, "found True; expected a text"),
         ("a.jsonl", '{"body": "q", "exact_answer": 5}', SourceError, "found the answer 5"),
         ("a.jsonl", '{"query": "q", "passages": {"passage_text": ["a"], "is_selected": []}}', SourceError, "lengths"),
     ],
