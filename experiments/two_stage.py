@@ -99,7 +99,16 @@ def commands(args: ComparisonArguments, kind: str, method: str, seed: int, folde
         "disable_tqdm": True,
         "seed": seed,
     }
-    questions = ["--train_file", str(facts / "train.jsonl"), "--max_steps", str(args.steps), *options(training)]
+    # One epoch, so that stage 1 compresses no more than joint training does.
+    needed = ["--max_train_examples", str(32 * args.steps)]
+    questions = [
+        "--train_file",
+        str(facts / "train.jsonl"),
+        *needed,
+        "--max_steps",
+        str(args.steps),
+        *options(training),
+    ]
     train = [sys.executable, str(ROOT / "train.py")]
     last = ["--output_dir", str(folder / "model")]
     if method == "joint":

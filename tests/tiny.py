@@ -1,5 +1,6 @@
 """Builders of tiny models, shared by the tests."""
 
+import copy
 import functools
 
 import torch
@@ -38,9 +39,14 @@ CHAT_TEMPLATE = (
 SPECIAL_TOKENS = ["<s>", "</s>", "<pad>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 
-@functools.cache
 def build_tokenizer(chat: bool = True, pair: bool = False) -> PreTrainedTokenizerFast:
     """A byte-level BPE of 400 tokens; `pair` gives it the frame of an encoder."""
+    # A processor that is saved notes its name in its tokenizers, where the next test must not find it.
+    return copy.deepcopy(_build_tokenizer(chat, pair))
+
+
+@functools.cache
+def _build_tokenizer(chat: bool, pair: bool) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
