@@ -18,7 +18,7 @@ write any shard, and a run that was stopped goes on with those that are missing.
 import functools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -339,11 +339,6 @@ def format_size(num_bytes: int) -> str:
     """Render a number of bytes, such as 12.3 GB."""
     unit = next((unit for unit in reversed(UNITS) if num_bytes >= UNITS[unit]), "KB")
     return f"{num_bytes / UNITS[unit]:.1f} {unit}"
-
-
-def shares(parts: Sequence[Any], process_index: int, num_processes: int) -> Iterator[Any]:
-    """Deal parts out to processes in turn."""
-    return iter(parts[process_index::num_processes])
 
 
 def _is_whole(path: Path, shard: Shard, plan: CachePlan) -> bool:

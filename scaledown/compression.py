@@ -21,7 +21,6 @@ from .cache import (
     make_plan,
     missing_shards,
     open_plan,
-    shares,
     write_plan,
     write_shard,
 )
@@ -142,7 +141,7 @@ def compress_records(
     wait_for_everyone()
     if len(missing) < len(plan.shards):
         logger.info("%d of %d shards are there already.", len(plan.shards) - len(missing), len(plan.shards))
-    own = list(shares(missing, process_index, num_processes))
+    own = missing[process_index::num_processes]
     if own:
         _write_shards(load_model(), processor, records, folder, plan, own, batch_size, num_workers)
     wait_for_everyone()

@@ -11,11 +11,10 @@ from pathlib import Path
 import datasets
 import pyarrow.parquet as pq
 import pytest
-import torch
 import yaml
 from chat_server import ChatServer, Reply, completion, question_of
 from huggingface_hub import DatasetCard
-from tiny_teachers import save_dense, save_reranker, save_splade, save_teacher
+from tiny_teachers import save_all
 
 from scaledown.data_preparation import PreparationArguments, main, prepare
 from scaledown.document_choice import keep_best
@@ -34,14 +33,7 @@ def _private_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models")
-    return {
-        "splade": save_splade(folder / "splade"),
-        "dense": save_dense(folder / "dense"),
-        "reranker": save_reranker(folder / "reranker"),
-        "teacher": save_teacher(folder / "teacher"),
-    }
+    return save_all(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

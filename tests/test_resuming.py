@@ -9,9 +9,8 @@ from pathlib import Path
 
 import datasets
 import pytest
-import torch
 from chat_server import ChatServer, Reply, completion, question_of
-from tiny_teachers import save_dense, save_reranker, save_splade, save_teacher
+from tiny_teachers import save_all
 
 from scaledown import corpus, data_preparation, endpoint, indexes
 from scaledown.data_preparation import PreparationArguments, main, prepare
@@ -42,14 +41,7 @@ def _small_steps(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models")
-    return {
-        "splade": save_splade(folder / "splade"),
-        "dense": save_dense(folder / "dense"),
-        "reranker": save_reranker(folder / "reranker"),
-        "teacher": save_teacher(folder / "teacher"),
-    }
+    return save_all(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

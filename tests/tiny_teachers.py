@@ -38,6 +38,17 @@ def save_teacher(folder: Path, chat: bool = True) -> str:
     return str(folder)
 
 
+def save_all(folder: Path) -> dict[str, str]:
+    """One of each, the same in every process."""
+    torch.manual_seed(0)
+    return {
+        "splade": save_splade(folder / "splade"),
+        "dense": save_dense(folder / "dense"),
+        "reranker": save_reranker(folder / "reranker"),
+        "teacher": save_teacher(folder / "teacher"),
+    }
+
+
 def _save(model: torch.nn.Module, folder: Path, pair: bool) -> str:
     model.save_pretrained(folder)
     build_tokenizer(pair=pair).save_pretrained(folder)
