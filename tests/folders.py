@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -126,3 +128,11 @@ def files(folder: Path) -> set[str]:
 def options(settings: dict) -> list[str]:
     """Settings as a command line has them; those that are `None` are left out."""
     return [part for name, value in settings.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+def train_with_two_processes(arguments: dict, folder: Path):
+    """Runs train.py in two CPU processes; fails with what they wrote last."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "train.py"), *options(arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -2,14 +2,12 @@
 
 import gzip
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from test_training import training_arguments
 
-from folders import ROOT, load_silently, options, save_backbones
+from folders import load_silently, save_backbones, train_with_two_processes
 from scaledown import ScaleDownModel
 from scaledown.arguments import DataArguments, ModelArguments
 from scaledown.collators import INSTRUCTIONS, PretrainingCollator
@@ -157,7 +155,4 @@ def test_two_processes_read_one_stream(text, tmp_path):
         "report_to": "none",
         "output_dir": tmp_path / "out",
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "train.py"), *options(arguments)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_with_two_processes(arguments, tmp_path)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
-from folders import ROOT, options
+from folders import ROOT, train_with_two_processes
 from scaledown import ScaleDownProcessor
 from scaledown.arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments, parse_arguments
 from scaledown.collators import GenerationCollator, JointCollator
@@ -449,10 +449,7 @@ def test_two_processes_train_with_partly_scored_data(backbones, tmp_path, scored
         "use_cpu": True,
         "output_dir": tmp_path / "out",
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "train.py"), *options(arguments)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_with_two_processes(arguments, tmp_path)
     results = json.loads((tmp_path / "out" / "all_results.json").read_text(encoding="utf-8"))
     assert ("eval_reranking_loss" in results) == bool(scored)
     assert results["train_loss"] > 0

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +10,14 @@ import torch
 from safetensors.torch import load
 from test_training import rows, training_arguments
 
-from folders import ROOT, from_backbones, load_silently, options, outputs, save_backbones, save_generator
+from folders import (
+    from_backbones,
+    load_silently,
+    outputs,
+    save_backbones,
+    save_generator,
+    train_with_two_processes,
+)
 from scaledown import ScaleDownModel, cache, compression
 from scaledown.arguments import DataArguments, ModelArguments
 from scaledown.cache import CachedDataset, CacheError, missing_shards, open_plan, parse_size
@@ -418,8 +423,5 @@ def test_two_processes_run_both_stages(backbones, data, tmp_path):
         "report_to": "none",
         "output_dir": tmp_path / "out",
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "train.py"), *options(arguments)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_with_two_processes(arguments, tmp_path)
     load_silently(tmp_path / "out")
