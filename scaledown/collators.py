@@ -39,7 +39,8 @@ class JointCollator:
             The batch; documents of all rows lie behind one another, so rows may differ in their number.
 
         Raises:
-            ValueError: A record does not fit the generator's context.
+            ValueError: A record does not fit the generator's context, or the compressor's tokenizer leaves nothing of
+                a document.
         """
         scores = [record.get("reranking_scores") for record in records]
         learned = {}
@@ -115,10 +116,16 @@ class CompressionCollator:
 
         Returns:
             The chunk keys of `ScaleDownProcessor.__call__`; empty when no record has documents.
+
+        Raises:
+            ValueError: The compressor's tokenizer leaves nothing of a document.
         """
-        return self.processor.encode_documents(
-            [record["query"] for record in records], [record["documents"] for record in records]
-        )
+        try:
+            return self.processor.encode_documents(
+                [record["query"] for record in records], [record["documents"] for record in records]
+            )
+        except ValueError as error:
+            raise ValueError(f"{error} ({_ids(records)})") from error
 
 
 @dataclass

@@ -36,7 +36,7 @@ from .metrics import normalize_answer
 from .preparation_arguments import PreparationArguments, parse_arguments
 from .questions import Question, Source
 from .readers import read_source
-from .records import atomic_writer, check_is_writable, explained_disk_errors, write_records
+from .records import atomic_writer, check_is_writable, explained_disk_errors, is_blank, write_records
 from .reranking_teacher import RerankingTeacher
 from .splitting import PassageSplitter
 
@@ -376,7 +376,7 @@ class _Preparation:
             gold = record.get("gold_answers") or record.get("answer") or []
             if self.arguments.teacher is not None:
                 result = self.answers[index]
-                if "refused" in result or not result["answer"]:
+                if "refused" in result or is_blank(result["answer"]):
                     empty = result.get("refused", EMPTY_ANSWER) == EMPTY_ANSWER
                     reason = "empty_teacher_answer" if empty else "refused_by_teacher"
                     self.dropped.setdefault(reason, []).append(record["id"])

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from .answer_teacher import TeacherError, duration
 from .journal import Journal
 from .prompts import build_messages
+from .records import is_blank
 
 logger = logging.getLogger(__name__)
 
@@ -319,7 +320,7 @@ def _read_reply(text: str) -> dict[str, Any]:
         raise _RetryError(f"the reply is no chat completion: {text[:120]}")
     with contextlib.suppress(UnicodeEncodeError):
         (content or "").encode("utf-8")
-        if (content or "").strip():
+        if not is_blank(content or ""):
             return {
                 "answer": content.strip(),
                 "cut": finish == "length",

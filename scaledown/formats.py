@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .questions import QuestionCollector, SourceError, as_mapping, as_rows, as_texts, get_field, get_identifier
-from .records import normalize_record
+from .records import is_blank, normalize_record
 
 FORMATS = ("squad", "hotpotqa", "nq", "triviaqa", "msmarco", "popqa", "bioasq", "columns", "records")
 # Here the source itself says which documents belong to a question, so they are kept unless others are asked for.
@@ -192,7 +192,7 @@ def _add_hotpotqa(collector: QuestionCollector, element: dict[str, Any], locatio
         # Sentences carry their own leading blanks. The title goes in front because it names the entity, which the
         # paragraph itself often calls only "he" or "the film", and which leads from one paragraph to the other.
         text = "".join(sentences).strip()
-        passage = collector.add_passage(f"{title}: {text}") if text else None
+        passage = collector.add_passage(f"{title}: {text}") if not is_blank(text) else None
         if passage is not None:
             passages.setdefault(str(title), []).append(passage)
     query = get_field(element, "question", str, location)
@@ -236,7 +236,7 @@ def _add_nq(collector: QuestionCollector, element: dict[str, Any], location: str
     answers = element.get("original_nq_answers" if original else "answers", element.get("answer"))
     # The original lists one list of spans per annotator.
     answers = list(_strings(answers, location))
-    passage = collector.add_passage(_titled(title, text) if text else "")
+    passage = collector.add_passage(_titled(title, text) if not is_blank(text) else "")
     if passage is None:
         collector.drop("empty_passage", identifier)
     else:
@@ -318,21 +318,21 @@ def _add_columns(
             f"{location}: found the keys {', '.join(map(str, element)) or '(none)'}; expected a column with the "
             f"question. Name it with --question_column."
         )
-    answers = [text for text in as_texts(_decoded(answer), f"{location}, answer") if text.strip()]
-    texts = [text for text in as_texts(_decoded(documents), f"{location}, documents") if text.strip()]
+    answers = [text for text in as_texts(_decoded(answer), f"{location}, answer") if not is_blank(text)]
+    texts = [text for text in as_texts(_decoded(documents), f"{location}, documents") if not is_blank(text)]
     record = {"query": str(question), "documents": texts, "answer": answers}
     identifier = default_id if identifier in (None, "") else str(identifier)
-    if str(question).strip():
-        _add_record(collector, {**record, "id": identifier}, location, default_id)
-    else:
+    if is_blank(str(question)):
         collector.drop("empty_question", identifier)
+    else:
+        _add_record(collector, {**record, "id": identifier}, location, default_id)
 
 
 def _add_record(collector: QuestionCollector, element: dict[str, Any], location: str, default_id: str) -> None:
     answer = element.get("answer")
     if isinstance(answer, str) or (isinstance(answer, list) and all(isinstance(text, str) for text in answer)):
         # An empty answer is no answer: the question is dropped and counted, not refused with its whole file.
-        element = {**element, "answer": [text for text in as_texts(answer, location) if text.strip()]}
+        element = {**element, "answer": [text for text in as_texts(answer, location) if not is_blank(text)]}
     record = normalize_record(element, location, default_id, require_answer=False)
     # The format has no empty documents, so the pool holds every one of them.
     documents = [collector.add_passage(document) for document in record["documents"]]

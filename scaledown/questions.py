@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .records import is_blank
+
 # Takes a title, perhaps empty, and a long text, and returns passages.
 Splitter = Callable[[str, str], list[str]]
 
@@ -79,10 +81,10 @@ class QuestionCollector:
 
     def add_passage(self, text: str) -> str | None:
         """Put a passage into the pool; returns the pool's text of it, None for an empty one."""
+        if is_blank(text):
+            return None
         # Copies that differ only in white space are one passage: a distractor must not repeat the gold passage.
         words = " ".join(text.split())
-        if not words:
-            return None
         if not self.keep_pool:
             return text.strip()
         key = hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=16).digest()
@@ -102,10 +104,10 @@ class QuestionCollector:
         record: dict[str, Any] | None = None,
     ) -> None:
         """Keep a question, or drop it with a reason."""
-        answers = list(dict.fromkeys(answer.strip() for answer in answers if answer.strip()))
+        answers = list(dict.fromkeys(answer.strip() for answer in answers if not is_blank(answer)))
         if identifier in self._ids:
             self.drop("duplicate_id", identifier)
-        elif not query.strip():
+        elif is_blank(query):
             self.drop("empty_question", identifier)
         elif not answers and self.require_answer:
             self.drop("no_answer", identifier)

@@ -18,6 +18,7 @@ import math
 import os
 import secrets
 import shutil
+import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -32,6 +33,9 @@ GZIP_MAGIC = b"\x1f\x8b"
 XZ_MAGIC = b"\xfd7zXZ\x00"
 PARQUET_MAGIC = b"PAR1"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+# White space, controls, invisible format characters, private use, and marks without a letter to stand on: of these
+# alone a tokenizer may leave nothing.
+BLANK_CATEGORIES = {"Zs", "Zl", "Zp", "Cc", "Cf", "Co", "Mn", "Mc", "Me"}
 # Large enough for Parquet to compress well, small enough not to matter for memory.
 PARQUET_ROWS = 1000
 _TEXT = datasets.Value("string")
@@ -259,6 +263,11 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
             ) from error
 
 
+def is_blank(text: str) -> bool:
+    """Whether a text has no character that can be seen, so that a tokenizer may find no token in it."""
+    return all(unicodedata.category(character) in BLANK_CATEGORIES for character in text)
+
+
 def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
     """Read a JSON Lines file without regard to what its lines hold.
 
@@ -444,9 +453,10 @@ def _text(value: Any, name: str, location: str) -> str:
             "a non-empty string",
             "Put the text in quotes, or drop the entry.",
         )
-    if not value.strip():
+    if is_blank(value):
+        found = "invisible characters only" if value.strip() else "an empty string"
         raise _record_error(
-            location, f'"{name}": an empty string', "a non-empty string", "Fill in the text, or drop the entry."
+            location, f'"{name}": {found}', "a non-empty string", "Fill in the text, or drop the entry."
         )
     try:
         value.encode("utf-8")

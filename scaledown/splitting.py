@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from .records import is_blank
+
 # A rule of thumb for English: where no tokenizer is named, 128 tokens are counted as 96 words.
 WORDS_PER_TOKEN = 0.75
 # Texts are cut again where a passage came out too long, each time into shorter ones.
@@ -128,7 +130,7 @@ class PassageSplitter:
             # A single word longer than a passage is cut.
             end = word if word > start + overlap else end
             passage = text[spans[start][0] : spans[end - 1][1]].strip()
-            if passage:
+            if not is_blank(passage):
                 passages.append(passage)
             if end == len(spans):
                 break

@@ -39,6 +39,10 @@ def test_words_are_cut_into_passages_of_about_equal_length(num_words, overlap):
     )
 
 
+def test_a_text_that_cannot_be_seen_has_no_passage():
+    assert PassageSplitter(length=128)("Title", "\u200b \ufeff") == []
+
+
 @pytest.mark.parametrize("overlap", [0, 10])
 def test_tokens_are_counted_by_the_tokenizer_and_words_stay_whole(overlap):
     tokenizer = build_tokenizer()

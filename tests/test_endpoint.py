@@ -66,7 +66,7 @@ FAILURES = {
     "usage that is no number": Reply(body={**completion("x"), "usage": {"prompt_tokens": "many"}}),
     "null": Reply(body="null"),
     "nothing": Reply(body=""),
-    "empty answer": Reply(body=completion("  ")),
+    "empty answer": Reply(body=completion(" \u200b")),
     "no answer": Reply(body=completion(None)),
     "half a surrogate pair": Reply(body='{"choices": [{"message": {"content": "\\ud800"}}]}'),
 }

@@ -244,6 +244,20 @@ def test_an_empty_answer_among_records_is_a_counted_skip(tmp_path):
     assert report["dropped"] == {"no_answer": {"count": 2, "examples": ["y", "z"]}}
 
 
+def test_what_cannot_be_seen_is_empty(tmp_path):
+    invisible = "\u200b\ufeff \u200d"
+    rows = [
+        {"question": "q", "answer": "a", "documents": ["d", invisible]},
+        {"question": invisible, "answer": "a", "documents": ["d"]},
+        {"question": "q", "answer": invisible, "documents": ["d"]},
+    ]
+    source = read_source(write(tmp_path / "in.jsonl", "\n".join(map(json.dumps, rows))))
+    assert [question.candidates for question in source.questions] == [["d"]]
+    assert source.dropped == {"empty_question": ["1"], "no_answer": ["2"]}
+    squad = {"id": "s", "question": "q", "context": invisible, "answers": {"text": ["a"], "answer_start": [0]}}
+    assert read_source(write(tmp_path / "squad.jsonl", squad)).dropped == {"empty_passage": ["s"]}
+
+
 def test_questions_without_passages_ask_for_a_corpus(tmp_path):
     path = write(tmp_path / "in.jsonl", {"question": "q", "possible_answers": '["a"]'})
     with pytest.raises(ValueError, match=r"too_few_passages 1.* retrieve from a --corpus"):

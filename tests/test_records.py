@@ -68,6 +68,8 @@ BROKEN = [
     ({**RECORD, "query": " \n"}, '"query": an empty string'),
     ({**RECORD, "documents": "d"}, '"documents": a string, d'),
     ({**RECORD, "documents": ["d", ""]}, r'"documents\[1\]": an empty string'),
+    ({**RECORD, "documents": ["d", "\u200b\ufeff \u0301\x00"]}, r'"documents\[1\]": invisible characters only'),
+    ({**RECORD, "answer": "\u200b"}, '"answer.*invisible characters only'),
     ({**RECORD, "documents": ["d", None]}, r'"documents\[1\]": null'),
     ({**RECORD, "answer": ""}, '"answer.*an empty string'),
     ({**RECORD, "answer": []}, "non-empty list"),

@@ -8,12 +8,13 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import normalizers
 from transformers import AutoModel, AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from folders import ROOT, train_with_two_processes
 from scaledown import ScaleDownProcessor
 from scaledown.arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments, parse_arguments
-from scaledown.collators import GenerationCollator, JointCollator
+from scaledown.collators import CompressionCollator, GenerationCollator, JointCollator
 from scaledown.trainer import ScaleDownTrainer
 from scaledown.training import build_model as build_model_for_training
 from scaledown.training import main, run, train
@@ -406,6 +407,15 @@ def test_a_record_that_does_not_fit_is_named(model):
     long = {**rows()[0], "id": "the-long-one", "documents": ["word " * 5000]}
     with pytest.raises(ValueError, match=r"questions\[1\] .*ids first, the-long-one"):
         JointCollator(model.processor)([{**rows()[0], "id": "first"}, long])
+
+
+def test_a_document_the_tokenizer_leaves_nothing_of_is_named():
+    model = build_model("modernbert")
+    model.processor.compressor_tokenizer.backend_tokenizer.normalizer = normalizers.Replace("🪿", "")
+    records = [{**rows()[0], "id": "first"}, {**rows()[1], "id": "goose", "documents": ["🪿"]}]
+    for collator in (JointCollator, CompressionCollator):
+        with pytest.raises(ValueError, match=r"documents\[1\]\[0\] has no token .*ids first, goose"):
+            collator(model.processor)(records)
 
 
 @pytest.mark.parametrize(
