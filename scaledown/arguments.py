@@ -7,8 +7,11 @@ from typing import Literal
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from .recipes import expand_recipe
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass
@@ -221,6 +224,8 @@ class ScaleDownTrainingArguments(TrainingArguments):
         if self.train_sampling_strategy == "batch_rebalance" and learns_from_cache:
             raise ValueError("train_sampling_strategy=batch_rebalance does not work on a cache; use group_by_length.")
         super().__post_init__()
+        for name in set(self.report_to).intersection(TRACKERS).difference(get_available_reporting_integrations()):
+            raise ValueError(f"report_to={name} needs {name}, which is not installed: pip install {name}.")
         if self.predict_with_generate and self.stage == "pretrain":
             raise ValueError("predict_with_generate needs questions, and the stage pretrain has none; leave it out.")
 

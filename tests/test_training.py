@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import normalizers
 from transformers import AutoModel, AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
@@ -576,6 +577,32 @@ def test_plain_training_arguments_are_refused(tmp_path):
     model = build_model(lora=True)
     with pytest.raises(TypeError, match="must be ScaleDownTrainingArguments, got TrainingArguments"):
         ScaleDownTrainer(model=model, args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+
+
+# -- reports to others -------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_gets_what_the_log_has(tmp_path):
+    trainer = build_trainer(build_model(lora=True), tmp_path, report_to="tensorboard")
+    trainer.train()
+    trainer.evaluate(rows())
+    (folder,) = (tmp_path / "runs").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    logs = [line for line in trainer.state.log_history if "loss" in line]
+    for name in ("loss", "generation_loss", "reranking_loss", "data_wait", "learning_rate"):
+        scalars = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
+        assert scalars == [(line["step"], pytest.approx(line[name])) for line in logs], name
+    assert {"eval/loss", "eval/generation_loss", "eval/reranking_loss"} <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_that_is_not_installed_is_told_before_anything_is_loaded(tmp_path, monkeypatch, name):
+    argv = ["--generator_name_or_path", "x", "--train_file", "y", "--output_dir", str(tmp_path), "--report_to", name]
+    monkeypatch.setattr("scaledown.arguments.get_available_reporting_integrations", lambda: ["tensorboard"])
+    with pytest.raises(ValueError, match=f"report_to={name} needs {name}.*pip install {name}"):
+        parse_arguments(argv)
+    monkeypatch.setattr("scaledown.arguments.get_available_reporting_integrations", lambda: [name])
+    assert parse_arguments(argv)[-1].report_to == [name]
 
 
 # -- evaluation during training ----------------------------------------------------------------------------------------
