@@ -5,7 +5,7 @@
 
 `documents` may be empty (closed book). The first `answer` is the one that is learned; where a teacher wrote it, the
 data set's own are `gold_answers`. `reranking_scores` are a teacher's, one per document. `positives` are the indices of
-the documents known to hold the answer; absent means unknown. Other keys are ignored.
+the documents known to hold the answer; absent means unknown. Other keys are ignored, unless a reader asks for them.
 """
 
 import contextlib
@@ -56,13 +56,16 @@ class RecordError(ValueError):
     """A record that breaks the format; the message names the file, the line, the finding and the remedy."""
 
 
-def read_records(path: str | os.PathLike, require_answer: bool = True) -> Iterator[dict[str, Any]]:
+def read_records(
+    path: str | os.PathLike, require_answer: bool = True, keep_other_keys: bool = False
+) -> Iterator[dict[str, Any]]:
     """Read and validate a file of records, one record at a time.
 
     Args:
         path: A JSON Lines file in UTF-8, plain or compressed with gzip or xz, or a Parquet file; the content decides,
             not the name. Blank lines are skipped.
         require_answer: Whether a record without an answer is an error; otherwise its `answer` is an empty list.
+        keep_other_keys: Whether keys that are not the format's come along, such as `answer_kind`.
 
     Returns:
         An iterator over dicts with the keys `id` (str, by default the zero-based index of the line), `query` (str),
@@ -74,7 +77,7 @@ def read_records(path: str | os.PathLike, require_answer: bool = True) -> Iterat
         RecordError: A line breaks the format, or the file holds no record (raised while iterating).
     """
     check_is_file(path)
-    return _generate_records(str(path), require_answer)
+    return _generate_records(str(path), require_answer, keep_other_keys=keep_other_keys)
 
 
 def load_records(
@@ -360,7 +363,11 @@ def normalize_record(record: Any, location: str, default_id: str, require_answer
 
 
 def _generate_records(
-    path: str, require_answer: bool, size: int | None = None, mtime_ns: int | None = None
+    path: str,
+    require_answer: bool,
+    size: int | None = None,
+    mtime_ns: int | None = None,
+    keep_other_keys: bool = False,
 ) -> Iterator[dict[str, Any]]:
     empty = True
     if is_parquet(path):
@@ -369,7 +376,8 @@ def _generate_records(
         rows = ((f"line {number}", number - 1, value) for number, value in read_json_lines(path))
     for place, index, value in rows:
         empty = False
-        yield normalize_record(value, f"{path}, {place}", str(index), require_answer)
+        record = normalize_record(value, f"{path}, {place}", str(index), require_answer)
+        yield {**value, **record} if keep_other_keys else record
     if empty:
         raise RecordError(f"{path}: found no records, expected one JSON object per line; check what wrote the file.")
 
