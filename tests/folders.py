@@ -1,6 +1,7 @@
 """Backbones on disk and comparisons of whole models, shared by the tests of saving and loading."""
 
 import contextlib
+import json
 import logging
 import subprocess
 import sys
@@ -31,6 +32,8 @@ SETTINGS = {
     "projector_hidden_size": 40,
     "system_prompt": "Answer.",
 }
+# Options of train.py for the same, with a small LoRA.
+TRAINING_SETTINGS = {**SETTINGS, "lora_r": 4, "lora_dropout": 0.0}
 
 
 def save_generator(
@@ -123,6 +126,13 @@ def load_silently(folder: Path, **kwargs) -> ScaleDownModel:
 def files(folder: Path) -> set[str]:
     """Paths of all files, relative to the folder."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    """Records as a file has them: a line each, without what is `None`."""
+    present = [{key: value for key, value in row.items() if value is not None} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in present), encoding="utf-8")
+    return path
 
 
 def options(settings: dict) -> list[str]:

@@ -10,18 +10,11 @@ import torch
 import yaml
 from test_training import rows
 
-from folders import ROOT, files, load_silently, options, outputs, save_backbones
+from folders import ROOT, TRAINING_SETTINGS, files, load_silently, options, outputs, save_backbones, write_rows
 
 CONFIGS = ROOT / "recipes" / "accelerate"
 SETTINGS = {
-    "num_compressor_layers": 2,
-    "num_memory_tokens": 4,
-    "compression_rate": 8,
-    "chunk_length": 32,
-    "max_query_length": 24,
-    "projector_hidden_size": 40,
-    "lora_r": 4,
-    "lora_dropout": 0,
+    **TRAINING_SETTINGS,
     "max_steps": 4,
     "per_device_train_batch_size": 2,
     "learning_rate": 1e-2,
@@ -39,8 +32,7 @@ def folder(tmp_path_factory):
     """Backbones, and records of which some have scores."""
     folder = tmp_path_factory.mktemp("distributed")
     save_backbones(folder)
-    listed = [{key: value for key, value in row.items() if value is not None} for row in rows(repeat=6)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed), encoding="utf-8")
+    write_rows(folder / "train.jsonl", rows(repeat=6))
     return folder
 
 

@@ -20,7 +20,7 @@ from transformers import (
     ModernBertConfig,
 )
 
-from folders import ROOT, from_backbones, save_backbones
+from folders import ROOT, TRAINING_SETTINGS, from_backbones, save_backbones, write_rows
 from scaledown import dry_run as module
 from scaledown.arguments import DataArguments, ModelArguments, parse_arguments
 from scaledown.collators import JointCollator
@@ -32,16 +32,7 @@ from tiny import DOCUMENTS, SHAPE, build_tokenizer
 
 KINDS = ("n_layers", "modernbert", "llm")
 STAGES = ("joint", "pretrain", "compress", "generate")
-SETTINGS = {
-    "num_compressor_layers": 2,
-    "num_memory_tokens": 4,
-    "compression_rate": 8,
-    "chunk_length": 32,
-    "max_query_length": 40,
-    "projector_hidden_size": 40,
-    "lora_r": 4,
-    "lora_dropout": 0.0,
-}
+SETTINGS = {**TRAINING_SETTINGS, "max_query_length": 40}
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +57,7 @@ def without_weights(backbones, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    listed = [{key: value for key, value in row.items() if value is not None} for row in rows(repeat=5)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in listed), encoding="utf-8")
-    return path
+    return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", rows(repeat=5))
 
 
 def model_arguments(folders, kind, **settings) -> ModelArguments:

@@ -1,6 +1,5 @@
 """Killed at any moment, every stage goes on with the same command, and ends where an uninterrupted run ends."""
 
-import json
 import os
 import random
 import signal
@@ -13,16 +12,12 @@ import torch
 from safetensors.torch import load_file
 from test_training import rows
 
-from folders import ROOT, options, save_backbones
+from folders import ROOT, TRAINING_SETTINGS, options, save_backbones, write_rows
 
 SETTINGS = {
+    **TRAINING_SETTINGS,
     "compressor_type": "modernbert",
-    "num_memory_tokens": 4,
-    "compression_rate": 8,
-    "chunk_length": 32,
-    "max_query_length": 24,
-    "projector_hidden_size": 40,
-    "lora_r": 4,
+    "lora_dropout": 0.1,  # what is random goes on too
     "max_steps": 8,
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 1,
@@ -40,8 +35,7 @@ SETTINGS = {
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kill")
     save_backbones(folder)
-    listed = [{key: value for key, value in row.items() if value is not None} for row in rows(repeat=10)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed), encoding="utf-8")
+    write_rows(folder / "train.jsonl", rows(repeat=10))
     words = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (folder / "train.txt").write_text(words, encoding="utf-8")
     return folder

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tokenizers import normalizers
 from transformers import AutoModel, AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
-from folders import ROOT, train_with_two_processes
+from folders import ROOT, TRAINING_SETTINGS, train_with_two_processes, write_rows
 from scaledown import ScaleDownProcessor
 from scaledown.arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments, parse_arguments
 from scaledown.collators import CompressionCollator, GenerationCollator, JointCollator
@@ -40,10 +40,7 @@ def rows(repeat: int = 1) -> list[dict]:
 
 @pytest.fixture
 def train_file(tmp_path):
-    path = tmp_path / "train.jsonl"
-    lines = [json.dumps({k: v for k, v in row.items() if v is not None}) for row in rows(repeat=4)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return write_rows(tmp_path / "train.jsonl", rows(repeat=4))
 
 
 @pytest.fixture(scope="module")
@@ -87,16 +84,8 @@ def model_arguments(backbones, compressor_type="n_layers", **settings) -> ModelA
         "generator_name_or_path": str(backbones / "generator"),
         "compressor_name_or_path": None if compressor_type == "n_layers" else str(backbones / "encoder"),
         "compressor_type": compressor_type,
-        "num_compressor_layers": 2,
-        "num_memory_tokens": 4,
-        "compression_rate": 8,
-        "chunk_length": 32,
-        "max_query_length": 24,
-        "projector_hidden_size": 16,
-        "lora_r": 4,
-        "lora_dropout": 0.0,
     }
-    return ModelArguments(**{**defaults, **settings})
+    return ModelArguments(**{**TRAINING_SETTINGS, **defaults, **settings})
 
 
 def parameters(model) -> dict[str, torch.Tensor]:
@@ -444,8 +433,7 @@ def test_two_processes_train_with_partly_scored_data(backbones, tmp_path, scored
     records[1]["documents"] = []
     if not scored:
         del records[0]["reranking_scores"]
-    path = tmp_path / "train.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    path = write_rows(tmp_path / "train.jsonl", records)
     arguments = {
         "generator_name_or_path": backbones / "generator",
         "num_compressor_layers": 2,

@@ -11,12 +11,14 @@ from safetensors.torch import load
 from test_training import rows, training_arguments
 
 from folders import (
+    TRAINING_SETTINGS,
     from_backbones,
     load_silently,
     outputs,
     save_backbones,
     save_generator,
     train_with_two_processes,
+    write_rows,
 )
 from scaledown import ScaleDownModel, cache, compression
 from scaledown.arguments import DataArguments, ModelArguments
@@ -29,16 +31,6 @@ from tiny import QUESTIONS
 from tiny import build_model as build_tiny_model
 
 KINDS = ("n_layers", "modernbert", "llm")
-SETTINGS = {
-    "num_compressor_layers": 2,
-    "num_memory_tokens": 4,
-    "compression_rate": 8,
-    "chunk_length": 32,
-    "max_query_length": 24,
-    "projector_hidden_size": 40,
-    "lora_r": 4,
-    "lora_dropout": 0.0,
-}
 
 
 @pytest.fixture(scope="module")
@@ -49,18 +41,16 @@ def backbones(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Records with and without scores, one without documents, in a file."""
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    listed = [{key: value for key, value in row.items() if value is not None} for row in rows(repeat=3)]
+    listed = rows(repeat=3)
     listed[4:4] = [{"query": "Who wrote Waverley?", "documents": [], "answer": "Scott"}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in listed), encoding="utf-8")
-    return path
+    return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", listed)
 
 
 def model_arguments(backbones, kind, **settings) -> ModelArguments:
     generator, compressor = backbones[kind]
     compressor = str(compressor) if compressor is not None else None
     names = {"generator_name_or_path": str(generator), "compressor_name_or_path": compressor, "compressor_type": kind}
-    return ModelArguments(**{**SETTINGS, **names, **settings})
+    return ModelArguments(**{**TRAINING_SETTINGS, **names, **settings})
 
 
 def data_arguments(data, **settings) -> DataArguments:
@@ -411,7 +401,7 @@ def test_workers_read_the_cache(backbones, data, tmp_path):
 def test_two_processes_run_both_stages(backbones, data, tmp_path):
     generator, _ = backbones["n_layers"]
     arguments = {
-        **SETTINGS,
+        **TRAINING_SETTINGS,
         "generator_name_or_path": generator,
         "train_file": data,
         "max_shard_size": "2KB",
