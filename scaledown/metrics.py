@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
+WORD = re.compile(r"[^\W_]+")
 WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -61,6 +62,20 @@ def match(prediction: str, answers: Sequence[str]) -> float:
     return float(any(answer in normalize_answer(prediction) for answer in normalized if answer))
 
 
+def rouge_l(prediction: str, answers: Sequence[str]) -> float:
+    """Compare the longest common subsequence of words with the answer that fits best (Lin, 2004), without stemming.
+
+    Args:
+        prediction: What the model wrote.
+        answers: Gold answers.
+
+    Returns:
+        The harmonic mean of precision and recall, from 0 to 1.
+    """
+    predicted = WORD.findall(prediction.lower())
+    return max(_rouge_l(predicted, WORD.findall(answer.lower())) for answer in answers)
+
+
 ANSWER_METRICS = {"exact_match": exact_match, "f1": f1, "match": match}
 
 
@@ -69,3 +84,13 @@ def _f1(predicted: list[str], gold: list[str]) -> float:
         return float(predicted == gold)
     common = (Counter(predicted) & Counter(gold)).total()
     return 2 * common / (len(predicted) + len(gold))
+
+
+def _rouge_l(predicted: list[str], gold: list[str]) -> float:
+    lengths = [0] * (len(gold) + 1)  # of common subsequences of what was read of `predicted` with each start of `gold`
+    for word in predicted:
+        diagonal = 0
+        for i, other in enumerate(gold, start=1):
+            longest = diagonal + 1 if word == other else max(lengths[i], lengths[i - 1])
+            diagonal, lengths[i] = lengths[i], longest
+    return 2 * lengths[-1] / (len(predicted) + len(gold)) if lengths[-1] else 0.0

@@ -1,0 +1,129 @@
+"""95 % intervals by resampling (Efron and Tibshirani, 1993), the same for equal seeds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+LEVEL = (2.5, 97.5)
+# Resamples drawn at a time, so that memory does not grow with their number.
+DRAWN_AT_ONCE = 100
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its interval.
+
+    Args:
+        value: The value; None where it is not defined.
+        low, high: Ends of the 95 % interval; None where there is none.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Resamples questions.
+
+    Two columns of one length are resampled alike, which makes their comparison a paired one.
+
+    Args:
+        resamples: How often.
+        seed: Decides them.
+    """
+
+    resamples: int = 1000
+    seed: int = 0
+
+    def mean(self, values: Sequence[float]) -> Estimate:
+        """Estimate a mean.
+
+        Args:
+            values: One value per question; NaN is left out.
+
+        Returns:
+            The mean with its interval.
+        """
+        column = np.asarray(values, dtype=np.float64)
+        column = column[~np.isnan(column)]
+        if len(column) == 0:
+            return Estimate(None)
+        return _estimate(column.mean(), self._sums(column[:, None])[:, 0] / len(column), len(column))
+
+    def difference(self, values: Sequence[float], reference: Sequence[float]) -> Estimate:
+        """Estimate how much higher a mean is than another.
+
+        Args:
+            values, reference: One value per question; questions where either is NaN are left out.
+
+        Returns:
+            The difference of the means with its paired interval.
+        """
+        pairs = _pairs(values, reference)
+        return self.mean(pairs[:, 0] - pairs[:, 1])
+
+    def ratio(
+        self, values: Sequence[float], reference: Sequence[float], clusters: Sequence[int] | None = None
+    ) -> Estimate:
+        """Estimate how many times another mean a mean is.
+
+        Args:
+            values, reference: One value per question; questions where either is NaN are left out.
+            clusters: What is resampled as a whole, such as batches that were timed; questions by default.
+
+        Returns:
+            The ratio of the means with its paired interval; no value where the other mean is 0.
+        """
+        pairs = _pairs(values, reference)
+        totals = pairs.sum(axis=0)
+        if len(pairs) == 0 or totals[1] == 0:
+            return Estimate(None)
+        pairs = pairs if clusters is None else _clustered(pairs, clusters)
+        sums = self._sums(pairs)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return _estimate(totals[0] / totals[1], sums[:, 0] / sums[:, 1], len(pairs))
+
+    def clustered_mean(self, values: Sequence[float], clusters: Sequence[int]) -> Estimate:
+        """Estimate a mean of values that belong together in groups.
+
+        Args:
+            values: One value per question.
+            clusters: The group of each question, resampled as a whole.
+
+        Returns:
+            The mean with its interval.
+        """
+        return self.ratio(values, np.ones(len(values)), clusters)
+
+    def _sums(self, columns: np.ndarray) -> np.ndarray:
+        """Sums of resampled rows: (n, k) in, (resamples, k) out."""
+        generator = np.random.default_rng(self.seed)
+        n = len(columns)
+        sums = [
+            generator.multinomial(n, np.full(n, 1 / n), size=min(DRAWN_AT_ONCE, self.resamples - start)) @ columns
+            for start in range(0, self.resamples, DRAWN_AT_ONCE)
+        ]
+        return np.concatenate(sums)
+
+
+def _pairs(values: Sequence[float], reference: Sequence[float]) -> np.ndarray:
+    pairs = np.stack([np.asarray(values, dtype=np.float64), np.asarray(reference, dtype=np.float64)], axis=1)
+    return pairs[~np.isnan(pairs).any(axis=1)]
+
+
+def _clustered(pairs: np.ndarray, clusters: Sequence[int]) -> np.ndarray:
+    groups = np.unique(np.asarray(clusters), return_inverse=True)[1]
+    sums = np.zeros((groups.max() + 1, pairs.shape[1]))
+    np.add.at(sums, groups, pairs)
+    return sums
+
+
+def _estimate(value: float, resampled: np.ndarray, n: int) -> Estimate:
+    resampled = resampled[np.isfinite(resampled)]
+    if n < 2 or len(resampled) == 0:  # one alone tells nothing about others
+        return Estimate(float(value))
+    low, high = np.percentile(resampled, LEVEL)
+    return Estimate(float(value), float(low), float(high))

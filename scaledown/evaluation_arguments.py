@@ -1,0 +1,196 @@
+"""Arguments of `evaluate.py`."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from transformers import HfArgumentParser
+
+from .devices import DTYPES
+from .formats import FORMATS
+from .systems import BASELINES
+
+DEFAULT_BASELINES = "full_text,no_documents"
+
+
+@dataclass
+class EvaluationArguments:
+    """What to measure, on which questions, against what, and where to write.
+
+    Raises:
+        ValueError: A number out of range, a name there is not, or options that contradict each other.
+    """
+
+    model: str | None = field(default=None, metadata={"help": "The ScaleDown model: a folder, or a name on the Hub."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
+    generator: str | None = field(
+        default=None,
+        metadata={
+            "help": "The original generator, which reads whole documents. By default the model's own without its LoRA; "
+            "a model whose LoRA was merged has none to take off."
+        },
+    )
+    generator_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the generator."})
+
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Questions: records as prepare_data.py writes them, a file of SQuAD, HotpotQA, Natural Questions "
+            "or another data set prepare_data.py reads, or a data set's name on the Hub."
+        },
+    )
+    format: Literal[FORMATS] | None = field(
+        default=None, metadata={"help": "The data's format; told from its content by default."}
+    )
+    config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
+    split: str | None = field(default=None, metadata={"help": "Split of a data set on the Hub."})
+    data_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a data set."})
+    limit: int | None = field(
+        default=None, metadata={"help": "Questions to ask, a sample decided by the seed; all by default."}
+    )
+    num_documents: int | None = field(
+        default=None,
+        metadata={
+            "help": "Documents per question. Of records the first distinct ones are kept, those in `positives` "
+            "before others. For other formats so many are chosen, 5 by default, as prepare_data.py does."
+        },
+    )
+    too_long: Literal["error", "skip"] = field(
+        default="error",
+        metadata={
+            "help": "What to do about a question whose prompt exceeds the generator's context in any of the systems "
+            "compared: stop, or leave it out everywhere and count it."
+        },
+    )
+    group_by: str | None = field(
+        default=None,
+        metadata={"help": "Fields of the records to break the metrics down by, such as answer_kind,hops."},
+    )
+
+    baselines: str = field(
+        default=DEFAULT_BASELINES,
+        metadata={"help": f"What to compare with, separated by commas, or none: {', '.join(BASELINES)}."},
+    )
+    compression_rate: int | None = field(
+        default=None, metadata={"help": "Document tokens per slot; the model's own by default."}
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "Length of an answer at most, in tokens."})
+    batch_size: str = field(
+        default="auto",
+        metadata={"help": "Questions at a time; auto starts at 32 (8 on a CPU) and is halved when memory runs out."},
+    )
+    dtype: Literal[DTYPES] = field(
+        default="auto",
+        metadata={"help": "Type of the weights; auto is bfloat16 where the GPU computes in it, float32 on a CPU."},
+    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the generator; its LoRA stays unmerged."})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, mps …"})
+    seed: int = field(default=0, metadata={"help": "Decides the sample, the random baselines and the intervals."})
+    resamples: int = field(default=1000, metadata={"help": "Resamples of the bootstrap behind each 95 % interval."})
+
+    judge: str | None = field(
+        default=None, metadata={"help": "Have answers judged by this model behind an OpenAI-compatible endpoint."}
+    )
+    judge_url: str | None = field(default=None, metadata={"help": "The endpoint, such as http://localhost:8000/v1."})
+    judge_api_key_env: str | None = field(
+        default=None, metadata={"help": "Environment variable that holds the endpoint's key."}
+    )
+    judge_against: str | None = field(
+        default=None,
+        metadata={"help": "Also have each answer compared with that of these baselines, separated by commas."},
+    )
+    judge_concurrency: int = field(default=16, metadata={"help": "Requests under way at once."})
+    judge_max_tokens: int = field(default=32, metadata={"help": "Length of a judgement at most, in tokens."})
+    judge_cache: str = field(
+        default="runs/judge_cache", metadata={"help": "Folder of judgements, which no run asks for again."}
+    )
+
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "A new folder; by default runs/evaluation/MODEL-DATA-TIME. It is never overwritten."},
+    )
+    update_card: bool = field(
+        default=False, metadata={"help": "Write the results into the card (README.md) of the model's folder."}
+    )
+    compare: list[str] | None = field(
+        default=None, metadata={"nargs": "+", "help": "Folders of earlier runs to put into one report with this one."}
+    )
+
+    def __post_init__(self):
+        self._check_names()
+        for name in ("limit", "num_documents", "compression_rate", "max_new_tokens", "judge_concurrency", "resamples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1; correct --{name}.")
+        if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size) > 0):
+            raise ValueError(f"batch_size is {self.batch_size!r}, expected auto or a number of at least 1.")
+        if (self.judge is None) != (self.judge_url is None):
+            raise ValueError("a judge needs both its name and its endpoint; pass --judge and --judge_url.")
+        if self.judge_against is not None and self.judge is None:
+            raise ValueError("judge_against needs a judge; pass --judge and --judge_url, or leave it out.")
+        if self.update_card and not (self.model and Path(self.model).is_dir()):
+            raise ValueError(
+                f"update_card needs a model in a local folder to write its README.md, and {self.model} is none; load "
+                "the model, save it with save_pretrained, and evaluate that folder."
+            )
+        if self.output_dir is not None and Path(self.output_dir).exists():
+            raise FileExistsError(
+                f"{self.output_dir} already exists; results are never overwritten. Name a new folder."
+            )
+
+    def _check_names(self) -> None:
+        if self.model is None and self.compare is None:
+            raise ValueError("model is missing; pass --model and --data, or --compare with folders of earlier runs.")
+        if self.model is not None and self.data is None:
+            raise ValueError("data is missing; pass --data with the questions to ask.")
+        unknown = [name for name in self.baseline_names if name not in BASELINES]
+        if unknown:
+            raise ValueError(f"there is no baseline {unknown[0]!r}; expected some of {', '.join(BASELINES)}, or none.")
+        absent = [name for name in self.judged_against if name not in self.baseline_names]
+        if absent:
+            raise ValueError(f"judge_against names {absent[0]!r}, which is not among the baselines; add it to those.")
+
+    @property
+    def baseline_names(self) -> list[str]:
+        """The baselines asked for, each once."""
+        return [] if self.baselines == "none" else _names(self.baselines)
+
+    @property
+    def group_fields(self) -> list[str]:
+        """The fields to group by, each once."""
+        return _names(self.group_by)
+
+    @property
+    def judged_against(self) -> list[str]:
+        """The baselines whose answers the judge compares the model's with, each once."""
+        return _names(self.judge_against)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> EvaluationArguments:
+    """Parse the command line.
+
+    Args:
+        argv: `[--option value …]`; the command line by default.
+
+    Returns:
+        The arguments.
+
+    Raises:
+        FileExistsError: The output folder exists.
+        ValueError: An option is wrong.
+    """
+    parser = HfArgumentParser(
+        EvaluationArguments,
+        prog="evaluate.py",
+        usage="%(prog)s --model MODEL --data DATA [--option value ...]",
+        description="Measure a ScaleDown model, and compare it with the same generator on whole documents.",
+    )
+    argv = list(sys.argv[1:] if argv is None else argv)
+    (arguments,) = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    return arguments
+
+
+def _names(text: str | None) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))

@@ -1,0 +1,60 @@
+"""The local metric modules of `metric_modules/`, which the library `evaluate` opens without a network."""
+
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+import evaluate
+
+MODULES = Path(__file__).with_name("metric_modules")
+ANSWER_MODULES = ("exact_match", "f1", "match", "rouge_l")
+
+
+@functools.cache
+def load_metric(name: str) -> evaluate.EvaluationModule:
+    """Open a local metric.
+
+    Args:
+        name: A folder of `metric_modules`.
+
+    Returns:
+        The metric. Its `compute` takes `per_question=True` for one value per question in place of the mean.
+    """
+    return evaluate.load(str(MODULES / name), keep_in_memory=True)
+
+
+def answer_metric_info(description: str) -> evaluate.MetricInfo:
+    """Say what a metric of answers takes.
+
+    Args:
+        description: What it measures.
+
+    Returns:
+        Its description for the library.
+    """
+    return evaluate.MetricInfo(
+        description=description,
+        citation="",
+        inputs_description="predictions: answers; references: for each the list of its gold answers, at least one",
+        features=datasets.Features(
+            {"predictions": datasets.Value("string"), "references": datasets.List(datasets.Value("string"))}
+        ),
+    )
+
+
+def summarize(name: str, values: Iterable[float], per_question: bool) -> dict[str, Any]:
+    """Bring the values of questions into the form a metric returns.
+
+    Args:
+        name: The metric's name.
+        values: One value per question.
+        per_question: Whether the values are wanted, or their mean.
+
+    Returns:
+        The name with the values or the mean.
+    """
+    values = [float(value) for value in values]
+    return {name: values if per_question else sum(values) / len(values)}

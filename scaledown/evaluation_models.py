@@ -1,0 +1,206 @@
+"""The model to evaluate, and the generator it is compared with."""
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from modeling_scaledown import ScaleDownModel
+
+from .devices import load_model, pick_dtype
+from .evaluation_arguments import EvaluationArguments
+from .evaluation_data import Example
+from .systems import MEMORY_BASELINES, TEXT_BASELINES, CompressedSystem, System, TextSystem, choose_donors
+
+
+@dataclass
+class Contestants:
+    """The model, the generator without it, and what a reader of the results must know about both.
+
+    Args:
+        model: The model, its LoRA merged where that is possible.
+        generator: Reads the text of the baselines; None where no baseline reads text.
+        adapters_off: Whether the generator has LoRA layers to be passed over.
+        notes: Sentences for the report.
+        description: What the model is.
+    """
+
+    model: ScaleDownModel
+    generator: PreTrainedModel | None = None
+    adapters_off: bool = False
+    notes: list[str] = field(default_factory=list)
+    description: dict[str, Any] = field(default_factory=dict)
+
+
+def load_contestants(arguments: EvaluationArguments, device: torch.device) -> Contestants:
+    """Load the model and the generator of the baselines.
+
+    The baselines' generator is the one without our LoRA: a copy made before the LoRA is merged, or the one that
+    `--generator` names.
+
+    Args:
+        arguments: Names them.
+        device: Where they go.
+
+    Returns:
+        Both.
+
+    Raises:
+        ValueError: One of them cannot be loaded, or the generator has another vocabulary than the model.
+    """
+    dtype = torch.float32 if arguments.dtype == "auto" and device.type == "cpu" else pick_dtype(arguments.dtype)
+    settings: dict[str, Any] = {"dtype": dtype}
+    if arguments.load_in_4bit:
+        settings |= {"load_in_4bit": True, "device_map": {"": str(device)}}
+    model = load_model(
+        lambda: ScaleDownModel.from_pretrained(arguments.model, revision=arguments.revision, **settings),
+        arguments.model,
+        "--model",
+    )
+    model = (model if arguments.load_in_4bit else model.to(device)).eval()
+    config = model.config
+    found = Contestants(model)
+    found.description = {
+        "name": arguments.model if not Path(arguments.model).exists() else Path(arguments.model).resolve().name,
+        "revision": arguments.revision,
+        "compressor_type": config.compressor_type,
+        "num_memory_tokens": config.num_memory_tokens,
+        "compression_rate": arguments.compression_rate or config.compression_rate,
+        "num_parameters": model.num_parameters(),
+        "lora": config.lora_config is not None,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    if set(arguments.baseline_names) & set(TEXT_BASELINES):
+        _find_generator(found, arguments, device, dtype)
+    if config.lora_config is not None:
+        if arguments.load_in_4bit:
+            found.notes.append("The quantised generator keeps its LoRA unmerged, which makes the model slower.")
+        else:
+            model.merge_lora()
+            found.notes.append("The model's LoRA was merged before anything was timed.")
+    return found
+
+
+def build_systems(found: Contestants, arguments: EvaluationArguments, examples: list[Example]) -> list[System]:
+    """Set up the model and the baselines.
+
+    Args:
+        found: The model and the generator.
+        arguments: The baselines, and how to answer.
+        examples: All questions, among which documents are shuffled.
+
+    Returns:
+        The model first, then the baselines in the order asked for.
+
+    Raises:
+        ValueError: Documents cannot be shuffled.
+    """
+    model = found.model
+    common = (arguments.compression_rate, arguments.max_new_tokens)
+    systems: list[System] = [CompressedSystem(model, *common)]
+    for name in arguments.baseline_names:
+        if name in MEMORY_BASELINES:
+            memory = "random" if name == "random_memory" else "own"
+            donors = choose_donors(examples, arguments.seed) if name == "shuffled_documents" else None
+            systems.append(CompressedSystem(model, *common, arguments.seed, memory, donors, name))
+        else:
+            text = (found.generator, model.processor, model.generation_config)
+            systems.append(TextSystem(name, *text, *common, adapters_off=found.adapters_off))
+    return systems
+
+
+def check_lengths(
+    systems: list[System], examples: list[Example], limit: int | None, max_new_tokens: int
+) -> dict[str, list[tuple[int, int]]]:
+    """Find the questions whose prompt, with the answer, exceeds the generator's context.
+
+    Args:
+        systems: What will answer.
+        examples: The questions.
+        limit: Positions of the generator; None where it has no limit.
+        max_new_tokens: Length of an answer at most.
+
+    Returns:
+        For each system with such questions, their indices and the tokens of their prompts.
+    """
+    if limit is None:
+        return {}
+    found: dict[str, list[tuple[int, int]]] = {}
+    for system in systems:
+        for start in range(0, len(examples), 64):
+            part = examples[start : start + 64]
+            for example, length in zip(part, system.prompt_lengths(part), strict=True):
+                if length + max_new_tokens > limit:
+                    found.setdefault(system.name, []).append((example.index, length))
+    return found
+
+
+def _find_generator(
+    found: Contestants, arguments: EvaluationArguments, device: torch.device, dtype: torch.dtype
+) -> None:
+    model, config = found.model, found.model.config
+    if arguments.generator is not None:
+        found.generator = _load_generator(found, arguments, device, dtype)
+    elif config.lora_config is None:
+        found.generator = model.generator
+        if config.generator_fingerprint is None:
+            original = f" (--generator {config.generator_name_or_path})" if config.generator_name_or_path else ""
+            found.notes.append(
+                "The baselines read text with the model's own generator, which may hold a merged LoRA; name the "
+                f"original with --generator{original} for the generator as it was before training."
+            )
+        else:
+            found.notes.append("The baselines read text with the model's own generator, which has no LoRA.")
+    elif arguments.load_in_4bit:
+        found.generator, found.adapters_off = model.generator, True
+        found.notes.append("The baselines read text with the quantised generator, its LoRA passed over.")
+    else:
+        found.generator = without_lora(model.generator)
+        found.notes.append("The baselines read text with the generator without the model's LoRA.")
+
+
+def _load_generator(
+    found: Contestants, arguments: EvaluationArguments, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    source = (arguments.generator, arguments.generator_revision)
+    generator = load_model(
+        lambda: AutoModelForCausalLM.from_pretrained(
+            source[0], revision=source[1] or "main", dtype=dtype, use_safetensors=True
+        ),
+        source[0],
+        "--generator",
+    )
+    own = found.model.processor.tokenizer
+    other = load_model(
+        lambda: AutoTokenizer.from_pretrained(source[0], revision=source[1] or "main"), source[0], "--generator"
+    )
+    if other.get_vocab() != own.get_vocab():
+        raise ValueError(
+            f"--generator names {source[0]}, whose tokenizer has another vocabulary ({len(other)} tokens) than the "
+            f"model's ({len(own)}); name the generator the model was trained with."
+        )
+    name = Path(source[0]).resolve().name if Path(source[0]).exists() else source[0]
+    found.notes.append(f"The baselines read text with {name}.")
+    return generator.to(device).eval()
+
+
+def without_lora(generator: PreTrainedModel) -> PreTrainedModel:
+    """Copy a generator without its LoRA layers.
+
+    Args:
+        generator: A generator with LoRA layers, not merged.
+
+    Returns:
+        The generator as it was before training.
+    """
+    twin = copy.deepcopy(generator)
+    for name, module in list(twin.named_modules()):
+        if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
+            parent, _, child = name.rpartition(".")
+            setattr(twin.get_submodule(parent), child, module.get_base_layer())
+    if hasattr(twin, "peft_config"):
+        del twin.peft_config
+    return twin
