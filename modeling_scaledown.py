@@ -1253,6 +1253,61 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
 
         ```
         """
+        generator, compressor = _absolute(generator), _absolute(compressor)
+        settings = cls._settings_for_backbones(compressor, config, config_kwargs)
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        generator_hub = _pinned(generator, {**hub, "revision": revision})
+        compressor_hub = {}
+        if compressor is not None:
+            compressor_hub = _pinned(compressor, {**hub, "revision": compressor_revision})
+        config = cls._config_of_backbones(settings, generator, compressor, generator_hub, compressor_hub)
+
+        loading = {"attn_implementation": attn_implementation} if attn_implementation is not None else {}
+        language_model, backbone = None, None
+        if with_generator:
+            language_model = _load_complete(
+                AutoModelForCausalLM,
+                generator,
+                config=config.generator_config,
+                device_map=device_map,
+                quantization_config=_quantization_config(load_in_4bit, load_in_8bit, dtype),
+                dtype=dtype,
+                **loading,
+                **generator_hub,
+            )
+        # A checkpoint has one type, and "auto" gives every part of the model the one it will be loaded in.
+        loading["dtype"] = language_model.dtype if dtype == "auto" and with_generator else dtype
+        if with_backbone and compressor is None:
+            backbone = _load_first_layers(generator, config, loading, hub=generator_hub)
+        elif with_backbone:
+            backbone = _load_complete(
+                AutoModel, compressor, config=config.compressor_config, **loading, **compressor_hub
+            )
+        model = cls(
+            config,
+            generator=language_model,
+            backbone=backbone,
+            with_generator=with_generator,
+            with_backbone=with_backbone,
+        )
+        model._share_quantizer()
+        model._remember_generator()
+        model._fit_compressor(language_model, backbone)
+        tokenizer = AutoTokenizer.from_pretrained(generator, **generator_hub)
+        if with_generator:
+            model.generation_config = _greedy(language_model.generation_config, tokenizer)
+        model.processor = ScaleDownProcessor.from_config(
+            config,
+            tokenizer,
+            AutoTokenizer.from_pretrained(compressor, **compressor_hub) if compressor is not None else None,
+        )
+        return model.eval()
+
+    @classmethod
+    def _settings_for_backbones(
+        cls, compressor: str | None, config: PreTrainedConfig | None, config_kwargs: dict
+    ) -> dict:
+        """Fields of the configuration to build, without those the backbones decide."""
         if config is not None and config_kwargs:
             raise ValueError(f"Pass either config or its fields, not both: got {', '.join(sorted(config_kwargs))}.")
         unknown = sorted(config_kwargs.keys() - cls.config_class.__annotations__.keys())
@@ -1260,9 +1315,6 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             near = difflib.get_close_matches(unknown[0], cls.config_class.__annotations__, n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
             raise ValueError(f"from_backbones has no argument {unknown[0]}{hint}")
-        generator, compressor = _absolute(generator), _absolute(compressor)
-        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        generator_hub = _pinned(generator, {**hub, "revision": revision})
         settings = config.to_dict() if config is not None else config_kwargs
         own = ("generator_config", "compressor_config", "auto_map", "_name_or_path", "quantization_config")
         settings = {name: value for name, value in settings.items() if name not in own}
@@ -1272,10 +1324,16 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 f"compressor={compressor!r} does not go with compressor_type={compressor_type!r}: n_layers copies the "
                 "generator's own layers and takes no compressor, the other types need one."
             )
+        return settings
+
+    @classmethod
+    def _config_of_backbones(
+        cls, settings: dict, generator: str, compressor: str | None, generator_hub: dict, compressor_hub: dict
+    ) -> PreTrainedConfig:
+        """The configuration with those of the backbones, and where the generator comes from."""
         generator_config = AutoConfig.from_pretrained(generator, **generator_hub).get_text_config(decoder=True)
-        compressor_hub, compressor_config = {}, None
+        compressor_config = None
         if compressor is not None:
-            compressor_hub = _pinned(compressor, {**hub, "revision": compressor_revision})
             compressor_config = AutoConfig.from_pretrained(compressor, **compressor_hub)
         config = cls.config_class(
             **{**settings, "generator_config": generator_config, "compressor_config": compressor_config}
@@ -1288,62 +1346,18 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         config.generator_name_or_path = generator
         config.generator_revision = generator_hub["revision"]
         config.generator_fingerprint = weights_fingerprint(generator, **generator_hub)
+        return config
 
-        loading = {"attn_implementation": attn_implementation} if attn_implementation is not None else {}
-        language_model, backbone = None, None
-        if with_generator:
-            language_model, info = AutoModelForCausalLM.from_pretrained(
-                generator,
-                config=config.generator_config,
-                use_safetensors=True,
-                device_map=device_map,
-                quantization_config=_quantization_config(load_in_4bit, load_in_8bit, dtype),
-                output_loading_info=True,
-                dtype=dtype,
-                **loading,
-                **generator_hub,
-            )
-            _check_complete(generator, info)
-        # A checkpoint has one type, and "auto" gives every part of the model the one it will be loaded in.
-        loading["dtype"] = language_model.dtype if dtype == "auto" and with_generator else dtype
-        if with_backbone and compressor is None:
-            backbone = _load_first_layers(generator, config, loading, hub=generator_hub)
-        elif with_backbone:
-            backbone, info = AutoModel.from_pretrained(
-                compressor,
-                config=config.compressor_config,
-                use_safetensors=True,
-                output_loading_info=True,
-                **loading,
-                **compressor_hub,
-            )
-            _check_complete(compressor, info)
-        model = cls(
-            config,
-            generator=language_model,
-            backbone=backbone,
-            with_generator=with_generator,
-            with_backbone=with_backbone,
-        )
-        model._share_quantizer()
-        model._remember_generator()
-        if with_generator:
-            model.compressor.to(device=language_model.device)
-        for name, parameter in model.compressor.named_parameters():
-            loaded = backbone if with_backbone else language_model
+    def _fit_compressor(self, generator: PreTrainedModel | None, backbone: PreTrainedModel | None):
+        """Gives the compressor's own weights the generator's device and the backbone's type, and a start."""
+        if generator is not None:
+            self.compressor.to(device=generator.device)
+        loaded = backbone if backbone is not None else generator
+        for name, parameter in self.compressor.named_parameters():
             if loaded is not None and not name.startswith("backbone."):  # whose buffers stay in 32 bits
                 parameter.data = parameter.data.to(loaded.dtype)
-        if with_backbone:
-            model.compressor.initialize_from_vocabulary()
-        tokenizer = AutoTokenizer.from_pretrained(generator, **generator_hub)
-        if with_generator:
-            model.generation_config = _greedy(language_model.generation_config, tokenizer)
-        model.processor = ScaleDownProcessor.from_config(
-            config,
-            tokenizer,
-            AutoTokenizer.from_pretrained(compressor, **compressor_hub) if compressor is not None else None,
-        )
-        return model.eval()
+        if backbone is not None:
+            self.compressor.initialize_from_vocabulary()
 
     @classmethod
     def from_pretrained(
@@ -1388,12 +1402,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if pretrained_model_name_or_path is not None:
             hub = _pinned(pretrained_model_name_or_path, hub)
             kwargs["revision"] = hub["revision"]
-            saved = (
-                config.to_dict()
-                if config is not None
-                else cls.config_class.get_config_dict(pretrained_model_name_or_path, **hub)[0]
-            )
-            is_delta = saved.get("weights_format") == "delta"
+            is_delta = cls._is_delta(pretrained_model_name_or_path, config, hub)
         if is_delta:
             model, info = cls._from_delta(pretrained_model_name_or_path, model_args, config, hub, kwargs)
         else:
@@ -1406,6 +1415,11 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         return (model, info) if wants_info else model
 
     @classmethod
+    def _is_delta(cls, name_or_path: str, config: PreTrainedConfig | None, hub: dict) -> bool:
+        saved = config.to_dict() if config is not None else cls.config_class.get_config_dict(name_or_path, **hub)[0]
+        return saved.get("weights_format") == "delta"
+
+    @classmethod
     def _from_delta(cls, name_or_path, model_args, config, hub: dict, kwargs: dict):
         """Loads the compressor's side from here and the generator from its own repository."""
         if config is None:
@@ -1413,16 +1427,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             kwargs = {**hub, **kwargs}
         shared = {key: hub[key] for key in ("cache_dir", "local_files_only", "token") if key in hub}
         source = {**shared, "revision": config.generator_revision}
-        generator_name = config.generator_name_or_path
         with_generator = kwargs.pop("with_generator", True)
-        found = weights_fingerprint(generator_name, **source) if with_generator else config.generator_fingerprint
-        if found != config.generator_fingerprint:
-            raise ValueError(
-                f"{name_or_path} is a delta on top of {generator_name!r} (revision {config.generator_revision}), but "
-                f"the weights found there are others (fingerprint {found[:12]}…, expected "
-                f"{str(config.generator_fingerprint)[:12]}…). Restore that generator, or ask for the model saved with "
-                'weights_format="full".'
-            )
+        if with_generator:
+            _check_fingerprint(name_or_path, config, source)
         generator_kwargs = {
             key: kwargs[key]
             for key in ("dtype", "torch_dtype", "device_map", "max_memory", "attn_implementation")
@@ -1438,20 +1445,27 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             return model, info
         generator_kwargs.setdefault("dtype", model.dtype)
         model.generator = AutoModelForCausalLM.from_pretrained(
-            generator_name, config=model.config.generator_config, use_safetensors=True, **generator_kwargs, **source
+            config.generator_name_or_path,
+            config=model.config.generator_config,
+            use_safetensors=True,
+            **generator_kwargs,
+            **source,
         )
         model._remember_generator()
         if model.config.lora_config is not None:
-            model._inject_lora(model.config.lora_config)
-            lora = read_tensors(name_or_path, model._check_lora(name_or_path, hub), hub)
-            for name, tensor in lora.items():
-                # Beside quantised layers PEFT makes 16-bit ones, which would round what was trained in 32.
-                parameter = model.get_parameter(name)
-                parameter.data = tensor.to(parameter.device, model.dtype)
+            model._load_lora(name_or_path, hub)
         model.generator.eval()
         # What a generator passes on to the whole model when it is there from the start.
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         return model, info
+
+    def _load_lora(self, name_or_path: str, hub: dict):
+        """Adds LoRA layers to a generator that was loaded without, and fills them."""
+        self._inject_lora(self.config.lora_config)
+        for name, tensor in read_tensors(name_or_path, self._check_lora(name_or_path, hub), hub).items():
+            # Beside quantised layers PEFT makes 16-bit ones, which would round what was trained in 32.
+            parameter = self.get_parameter(name)
+            parameter.data = tensor.to(parameter.device, self.dtype)
 
     def _check_lora(self, name_or_path: str, hub: dict) -> dict[str, str]:
         """Files of the LoRA weights; transformers does not report it when they are missing."""
@@ -1819,6 +1833,26 @@ def _check_complete(name_or_path: str, info: dict):
             f"{name_or_path!r} lacks {len(missing)} weights of the model its config.json describes ({missing[0]}, …). "
             "Name a checkpoint that holds this model alone and whole."
         )
+
+
+def _check_fingerprint(name_or_path: str, config: PreTrainedConfig, source: dict):
+    """A delta goes with the generator it was made for, and no other."""
+    generator = config.generator_name_or_path
+    found = weights_fingerprint(generator, **source)
+    if found != config.generator_fingerprint:
+        raise ValueError(
+            f"{name_or_path} is a delta on top of {generator!r} (revision {config.generator_revision}), but the "
+            f"weights found there are others (fingerprint {found[:12]}…, expected "
+            f"{str(config.generator_fingerprint)[:12]}…). Restore that generator, or ask for the model saved with "
+            'weights_format="full".'
+        )
+
+
+def _load_complete(auto_class: type, name_or_path: str, **kwargs) -> PreTrainedModel:
+    """A pretrained model of which no weight is missing."""
+    model, info = auto_class.from_pretrained(name_or_path, use_safetensors=True, output_loading_info=True, **kwargs)
+    _check_complete(name_or_path, info)
+    return model
 
 
 def _load_first_layers(name_or_path: str, config: PreTrainedConfig, loading: dict, hub: dict) -> PreTrainedModel:
