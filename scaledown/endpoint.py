@@ -79,6 +79,10 @@ class EndpointTeacher:
         ValueError: The environment variable is not set.
     """
 
+    # How messages call the options that set it up, and what its progress bar says.
+    option = "--teacher"
+    doing = "Answering"
+
     def __init__(
         self,
         url: str,
@@ -107,7 +111,7 @@ class EndpointTeacher:
             self._key = os.environ.get(api_key_variable, "")
             if not self._key:
                 raise ValueError(
-                    f"--teacher_api_key_env names {api_key_variable}, but this environment variable is not set; "
+                    f"{self.option}_api_key_env names {api_key_variable}, but this environment variable is not set; "
                     f"expected the key of {url} in it. Set it, or leave the option out for a server without a key."
                 )
         self.url = url
@@ -117,7 +121,7 @@ class EndpointTeacher:
         self.timeout = timeout
         self.backoff = backoff
         self.request = {"temperature": temperature, "seed": seed, **(extra_body or {})}
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         # Newer models of OpenAI know the limit by another name only.
         self._limit_name = "max_completion_tokens" if "max_completion_tokens" in self.request else "max_tokens"
         self.on_pace = on_pace
@@ -129,6 +133,17 @@ class EndpointTeacher:
         """See `AnswerTeacher.answer`."""
         asyncio.run(self._answer(record_at, count, journal))
 
+    def messages(self, record: dict[str, Any]) -> list[dict[str, str]]:
+        """Say what is asked about a record.
+
+        Args:
+            record: A record.
+
+        Returns:
+            Chat messages.
+        """
+        return build_messages(record["query"], record["documents"])
+
     async def _answer(self, record_at: Callable[[int], dict[str, Any]], count: int, journal: Journal) -> None:
         client = self._openai.AsyncOpenAI(
             base_url=self.url, api_key=self._key or "none", max_retries=0, timeout=self.timeout
@@ -136,7 +151,7 @@ class EndpointTeacher:
         run = _Run(record_at, journal)
         missing = journal.missing(count)
         async with client:
-            with tqdm(desc="Answering", unit="answer", total=count, initial=len(journal), disable=None) as progress:
+            with tqdm(desc=self.doing, unit="answer", total=count, initial=len(journal), disable=None) as progress:
                 run.progress = progress
                 start, before = time.perf_counter(), len(journal)
                 # A first batch tells the pace and the length of the answers; its results count like any other.
@@ -168,7 +183,7 @@ class EndpointTeacher:
     async def _worker(self, client: Any, run: "_Run", indices: Iterator[int]) -> None:
         for index in indices:
             record = run.record_at(index)
-            messages = build_messages(record["query"], record["documents"])
+            messages = self.messages(record)
             try:
                 result = await self._ask_until_answered(client, messages)
             except _RefusedError as error:
@@ -202,7 +217,8 @@ class EndpointTeacher:
             if run.refused:
                 raise TeacherError(
                     f"{self.url} refused {len(run.refused)} requests and answered none; the last with: "
-                    f"{run.refused[-1][1]['refused']}. Check --teacher, --teacher_url and --teacher_extra_body."
+                    f"{run.refused[-1][1]['refused']}. Check {self.option}, {self.option}_url and "
+                    f"{self.option}_extra_body."
                 )
         elif run.successes or len(run.journal):
             run.journal.append(run.refused)
@@ -237,7 +253,7 @@ class EndpointTeacher:
     async def _ask(self, client: Any, messages: list[dict[str, str]]) -> dict[str, Any]:
         openai = self._openai
         limit_name = self._limit_name
-        body = self.request if limit_name in self.request else {limit_name: self._max_tokens, **self.request}
+        body = self.request if limit_name in self.request else {limit_name: self.max_tokens, **self.request}
         try:
             # Raw, since what the package makes of a reply in a wrong form is no error but an object without content.
             reply = await client.chat.completions.with_raw_response.create(
@@ -263,12 +279,12 @@ class EndpointTeacher:
             where = f"the key in {self._key_variable}" if self._key_variable else "a request without a key"
             return TeacherError(
                 f"{self.url} does not accept {where} ({told}). Name the environment variable that holds the key with "
-                f"--teacher_api_key_env, and check the key."
+                f"{self.option}_api_key_env, and check the key."
             )
         if status == 404:
             return TeacherError(
-                f"{self.url} knows no chat completions of the model {self.model} ({told}). Check --teacher and "
-                f"--teacher_url, which ends in /v1 for most servers."
+                f"{self.url} knows no chat completions of the model {self.model} ({told}). Check {self.option} and "
+                f"{self.option}_url, which ends in /v1 for most servers."
             )
         if status == 429 and getattr(error, "code", None) == "insufficient_quota":
             return TeacherError(f"the quota at {self.url} is used up ({told}). The same command goes on later.")

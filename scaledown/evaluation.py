@@ -4,8 +4,8 @@ data ──► length check ──► answers of all systems, timed ──► me
 """
 
 import datetime
-import json
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,37 +15,40 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from .answer_teacher import TeacherError
 from .answering import answer_all
 from .bootstrap import Bootstrap
 from .command_line import run_command
 from .evaluation_arguments import EvaluationArguments, parse_arguments
 from .evaluation_data import Example, load_data
 from .evaluation_models import Contestants, build_systems, check_lengths, load_contestants
-from .evaluation_report import write_report
+from .evaluation_plots import plot_comparison
+from .evaluation_report import COMPARISON_NAME, REPORT_NAME, write_comparison
 from .evaluation_results import (
     break_down,
     check_fields,
     compare_systems,
     measured_compression,
-    prediction_rows,
     rank_documents,
     score_answers,
     summarize_systems,
 )
+from .evaluation_run import Run, read_metrics
+from .judge import Judge, agreement, compare_answers, grade_answers
 from .run_environment import describe_environment
 from .systems import MODEL, System
 
 logger = logging.getLogger(__name__)
 
-METRICS_NAME = "metrics.json"
-PREDICTIONS_NAME = "predictions.jsonl"
+COMPARISON_PLOT = "comparison.png"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "ir-measures", "numpy")
 # Options that name places of this machine, which are nobody's business.
-PRIVATE = ("model", "generator", "data", "output_dir", "compare", "judge_cache", "judge_url", "judge_api_key_env")
+PRIVATE = ("model", "generator", "data", "output_dir", "compare", "rejudge", "update_card")
+PRIVATE = (*PRIVATE, "judge_cache", "judge_url", "judge_api_key_env")
 
 
 def evaluate(arguments: EvaluationArguments) -> Path | None:
-    """Measure a model, and write a folder with predictions, metrics, a report and plots.
+    """Measure a model or have earlier answers judged, and write a folder; compare runs where that is asked for.
 
     Args:
         arguments: Model, data, baselines and where to write.
@@ -55,6 +58,42 @@ def evaluate(arguments: EvaluationArguments) -> Path | None:
 
     Raises:
         FileExistsError: The output folder exists.
+        FileNotFoundError: There is no such data.
+        ValueError: The model, the data or an earlier run cannot be read, a prompt is too long, memory does not suffice,
+            or the judge does not answer.
+    """
+    earlier = [(folder, read_metrics(folder)) for folder in arguments.compare or []]  # before the work, not after it
+    run = None
+    if arguments.rejudge is not None:
+        run = Run.read(arguments.rejudge)
+    elif arguments.model is not None:
+        run = ask(arguments)
+        if run is None:
+            return None
+    folder = _new_folder(arguments)
+    if run is not None:
+        run.write(folder)  # before the judge, who may be out
+        if arguments.judge is not None:
+            _judge(run, arguments, folder)
+            run.write(folder)
+        earlier.append((str(folder), run.metrics))
+    if arguments.compare is not None:
+        named = list(zip(_names([path for path, _ in earlier]), (metrics for _, metrics in earlier), strict=True))
+        write_comparison(folder, named, COMPARISON_PLOT)
+        plot_comparison(folder / COMPARISON_PLOT, named)
+    return folder
+
+
+def ask(arguments: EvaluationArguments) -> Run | None:
+    """Ask a model and its baselines, and measure the answers.
+
+    Args:
+        arguments: Model, data and baselines.
+
+    Returns:
+        The run; None in all processes but the first.
+
+    Raises:
         FileNotFoundError: There is no such data.
         ValueError: The model or the data cannot be read, a prompt is too long, or memory does not suffice.
     """
@@ -78,34 +117,35 @@ def evaluate(arguments: EvaluationArguments) -> Path | None:
         return None
 
     bootstrap = Bootstrap(arguments.resamples, arguments.seed)
-    columns = score_answers(examples, answers)
-    folder = _new_folder(arguments)
-    _write_predictions(folder, examples, answers, columns)  # before anything that may fail
-    reranking, note = rank_documents(examples, answers[MODEL], bootstrap)
+    scores = [answer.scores for answer in answers[MODEL]]
+    reranking, note = rank_documents(examples, scores, bootstrap)
     notes = [*found.notes, *([note] if note else [])]
     if too_long:
-        notes.append(
-            "Questions whose prompt exceeds the generator's context were left out everywhere: "
-            + ", ".join(f"{count} for {name}" for name, count in too_long.items())
-            + "."
-        )
-    metrics: dict[str, Any] = {
-        "model": {**found.description, "measured_compression": asdict(measured_compression(answers[MODEL], bootstrap))},
-        "data": {**data.description, "num_asked": len(examples), "too_long": too_long},
-        "systems": summarize_systems(columns, bootstrap),
-        "against_full_text": compare_systems(columns, bootstrap),
-        "reranking": reranking,
-        "groups": break_down(columns, examples, arguments.group_fields, bootstrap),
-        "notes": notes,
-        "settings": _settings(arguments),
-        "batch_sizes": batch_sizes,
-        **describe_environment(PACKAGES, device, state.num_processes),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "wall_seconds": time.perf_counter() - started,
-    }
-    _write_json(folder / METRICS_NAME, metrics)
-    write_report(folder, metrics)
-    return folder
+        counts = ", ".join(f"{count} for {name}" for name, count in too_long.items())
+        notes.append(f"Questions whose prompt exceeds the generator's context were left out everywhere: {counts}.")
+    run = Run(
+        examples=examples,
+        texts={name: [answer.text for answer in given] for name, given in answers.items()},
+        scores=scores,
+        columns=score_answers(examples, answers),
+        metrics={
+            "model": {
+                **found.description,
+                "measured_compression": asdict(measured_compression(answers[MODEL], bootstrap)),
+            },
+            "data": {**data.description, "num_asked": len(examples), "too_long": too_long},
+            "reranking": reranking,
+            "notes": notes,
+            "settings": {name: value for name, value in asdict(arguments).items() if name not in PRIVATE},
+            "batch_sizes": batch_sizes,
+            **describe_environment(PACKAGES, device, state.num_processes),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "wall_seconds": time.perf_counter() - started,
+        },
+        num_documents=[len(example.documents) for example in examples],
+    )
+    _summarize(run, bootstrap, arguments.group_fields)
+    return run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,8 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = evaluate(arguments)
         if folder is None:
             return ""
-        report = (folder / "report.md").read_text(encoding="utf-8")
-        return f"{report}\nwrote {folder}"
+        reports = [folder / name for name in (REPORT_NAME, COMPARISON_NAME)]
+        texts = [path.read_text(encoding="utf-8") for path in reports if path.is_file()]
+        return "\n".join([*texts, f"wrote {folder}"])
 
     return run_command(command)
 
@@ -181,21 +222,64 @@ def _new_folder(arguments: EvaluationArguments) -> Path:
         folder = Path(arguments.output_dir)
     else:
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        names = [Path(name).resolve().name.split(".")[0] for name in (arguments.model, arguments.data)]
+        sources = [arguments.model, arguments.data] if arguments.model else [arguments.rejudge or "comparison"]
+        names = [Path(source).resolve().name.split(".")[0] for source in sources]
         folder = Path("runs/evaluation") / "-".join([*names, now])
     folder.mkdir(parents=True)
     return folder
 
 
-def _write_predictions(folder: Path, examples, answers, columns) -> None:
-    rows = prediction_rows(examples, answers, columns)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / PREDICTIONS_NAME).write_text(text, encoding="utf-8")
+def _summarize(run: Run, bootstrap: Bootstrap, fields: Sequence[str]) -> None:
+    """Work out all that depends on the values per question."""
+    run.metrics["systems"] = summarize_systems(run.columns, bootstrap)
+    run.metrics["against_full_text"] = compare_systems(run.columns, bootstrap)
+    run.metrics["groups"] = break_down(run.columns, run.examples, fields, bootstrap)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def _judge(run: Run, arguments: EvaluationArguments, folder: Path) -> None:
+    """Add grades of all answers, their agreement with exact match, and comparisons in pairs."""
+    judge = Judge(
+        arguments.judge_url,
+        arguments.judge,
+        arguments.judge_api_key_env,
+        arguments.judge_concurrency,
+        max_tokens=arguments.judge_max_tokens,
+        seed=arguments.seed,
+        extra_body=arguments.judge_request,
+    )
+    cache = Path(arguments.judge_cache)
+    before = run.metrics["settings"]
+    bootstrap = Bootstrap(before["resamples"], before["seed"])
+    found: dict[str, Any] = {"model": arguments.judge, "agreement_with_exact_match": {}, "pairs": {}}
+    try:
+        for system, texts in run.texts.items():
+            run.columns[system]["judge"] = grade_answers(judge, cache, run.examples, texts)
+            grades = run.columns[system]["judge"], run.columns[system]["exact_match"]
+            found["agreement_with_exact_match"][system] = agreement(*grades)
+        for other in arguments.judged_against:
+            if other not in run.texts:
+                raise ValueError(f"judge_against names {other!r}, which {arguments.rejudge} has no answers of.")
+            values = compare_answers(judge, cache, run.examples, run.texts[MODEL], run.texts[other])
+            decided = [value for value in values if not math.isnan(value)]
+            found["pairs"][other] = {
+                "win_rate": asdict(bootstrap.mean(values)),
+                "wins": sum(value > 0.5 for value in decided),
+                "ties": decided.count(0.5),
+                "losses": sum(value < 0.5 for value in decided),
+                "undecided": len(values) - len(decided),
+            }
+    except TeacherError as error:
+        raise ValueError(
+            f"{error} All but the judgements is in {folder}; --rejudge {folder} with the same judge goes on."
+        ) from error
+    run.metrics["judge"] = found
+    fields = arguments.group_fields or list(run.metrics["groups"])
+    check_fields(run.examples, fields)
+    _summarize(run, bootstrap, fields)
 
 
-def _settings(arguments: EvaluationArguments) -> dict[str, Any]:
-    return {name: value for name, value in asdict(arguments).items() if name not in PRIVATE}
+def _names(folders: Sequence[str]) -> list[str]:
+    """The folders' own names, with those above where two are alike."""
+    paths = [Path(folder).resolve() for folder in folders]
+    short = [path.name for path in paths]
+    return [f"{path.parent.name}/{path.name}" if short.count(path.name) > 1 else path.name for path in paths]

@@ -1,10 +1,11 @@
 """Arguments of `evaluate.py`."""
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import HfArgumentParser
 
@@ -88,7 +89,7 @@ class EvaluationArguments:
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the generator; its LoRA stays unmerged."})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, mps …"})
     seed: int = field(default=0, metadata={"help": "Decides the sample, the random baselines and the intervals."})
-    resamples: int = field(default=1000, metadata={"help": "Resamples of the bootstrap behind each 95 % interval."})
+    resamples: int = field(default=1000, metadata={"help": "Resamples of the bootstrap behind each interval."})
 
     judge: str | None = field(
         default=None, metadata={"help": "Have answers judged by this model behind an OpenAI-compatible endpoint."}
@@ -103,6 +104,9 @@ class EvaluationArguments:
     )
     judge_concurrency: int = field(default=16, metadata={"help": "Requests under way at once."})
     judge_max_tokens: int = field(default=32, metadata={"help": "Length of a judgement at most, in tokens."})
+    judge_extra_body: str | None = field(
+        default=None, metadata={"help": "More fields of each request to the judge, as a JSON object."}
+    )
     judge_cache: str = field(
         default="runs/judge_cache", metadata={"help": "Folder of judgements, which no run asks for again."}
     )
@@ -113,6 +117,10 @@ class EvaluationArguments:
     )
     update_card: bool = field(
         default=False, metadata={"help": "Write the results into the card (README.md) of the model's folder."}
+    )
+    rejudge: str | None = field(
+        default=None,
+        metadata={"help": "Folder of an earlier run whose answers to judge, in place of a model to ask."},
     )
     compare: list[str] | None = field(
         default=None, metadata={"nargs": "+", "help": "Folders of earlier runs to put into one report with this one."}
@@ -128,6 +136,7 @@ class EvaluationArguments:
             raise ValueError(f"batch_size is {self.batch_size!r}, expected auto or a number of at least 1.")
         if (self.judge is None) != (self.judge_url is None):
             raise ValueError("a judge needs both its name and its endpoint; pass --judge and --judge_url.")
+        _ = self.judge_request  # is read now, not after the answers
         if self.judge_against is not None and self.judge is None:
             raise ValueError("judge_against needs a judge; pass --judge and --judge_url, or leave it out.")
         if self.update_card and not (self.model and Path(self.model).is_dir()):
@@ -141,7 +150,9 @@ class EvaluationArguments:
             )
 
     def _check_names(self) -> None:
-        if self.model is None and self.compare is None:
+        if self.rejudge is not None and (self.model is not None or self.judge is None):
+            raise ValueError("rejudge takes answers of an earlier run and a judge, no model; pass --judge.")
+        if self.model is None and self.compare is None and self.rejudge is None:
             raise ValueError("model is missing; pass --model and --data, or --compare with folders of earlier runs.")
         if self.model is not None and self.data is None:
             raise ValueError("data is missing; pass --data with the questions to ask.")
@@ -149,13 +160,25 @@ class EvaluationArguments:
         if unknown:
             raise ValueError(f"there is no baseline {unknown[0]!r}; expected some of {', '.join(BASELINES)}, or none.")
         absent = [name for name in self.judged_against if name not in self.baseline_names]
-        if absent:
+        if absent and self.rejudge is None:
             raise ValueError(f"judge_against names {absent[0]!r}, which is not among the baselines; add it to those.")
 
     @property
     def baseline_names(self) -> list[str]:
         """The baselines asked for, each once."""
         return [] if self.baselines == "none" else _names(self.baselines)
+
+    @property
+    def judge_request(self) -> dict[str, Any]:
+        """More fields of each request to the judge."""
+        text = self.judge_extra_body or "{}"
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"judge_extra_body is no JSON ({error}): {text}") from error
+        if not isinstance(value, dict):
+            raise ValueError(f"judge_extra_body is {text}, expected a JSON object.")
+        return value
 
     @property
     def group_fields(self) -> list[str]:

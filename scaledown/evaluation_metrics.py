@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-
 import evaluate
 
 MODULES = Path(__file__).with_name("metric_modules")

@@ -1,5 +1,6 @@
-"""The report of an evaluation in Markdown."""
+"""The report of an evaluation, or of several, in Markdown."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,89 @@ TITLES = {
     "mrr": "MRR",
 }
 REPORT_NAME = "report.md"
+COMPARISON_NAME = "comparison.md"
 
 
-def write_report(folder: Path, metrics: dict[str, Any]) -> None:
+def write_report(folder: Path, metrics: dict[str, Any], plots: Sequence[str]) -> None:
     """Write the report of one run.
 
     Args:
         folder: The run's.
         metrics: What metrics.json holds.
+        plots: Names of the plots in the folder.
     """
-    (folder / REPORT_NAME).write_text(render_report(metrics), encoding="utf-8")
+    (folder / REPORT_NAME).write_text(render_report(metrics, plots), encoding="utf-8")
 
 
-def render_report(metrics: dict[str, Any]) -> str:
+def write_comparison(folder: Path, runs: Sequence[tuple[str, dict[str, Any]]], plot: str) -> None:
+    """Write the report of several runs.
+
+    Args:
+        folder: Where it goes.
+        runs: Names and metrics of the runs.
+        plot: Name of the plot beside it.
+    """
+    (folder / COMPARISON_NAME).write_text(render_comparison(runs, plot), encoding="utf-8")
+
+
+def render_comparison(runs: Sequence[tuple[str, dict[str, Any]]], plot: str) -> str:
+    """Render several runs: their models, each with what it was compared with.
+
+    Args:
+        runs: Names and metrics.
+        plot: Name of the plot beside the report.
+
+    Returns:
+        Markdown.
+    """
+    names = [name for name in QUALITY if any(name in measured(metrics["systems"]) for _, metrics in runs)]
+    costs = ("tokens_in", "seconds")
+    header = ["run", "", "tokens per slot", *(TITLES[name] for name in names), "tokens in", "seconds per question"]
+    rows = [[*header, "speed-up"]]
+    for run, metrics in runs:
+        rate = metrics["model"]["measured_compression"]["value"]
+        for system, values in metrics["systems"].items():
+            speed_up = metrics["against_full_text"].get(system, {}).get("speed_up")
+            rows.append(
+                [
+                    run,
+                    system,
+                    f"{rate:.3g}" if values["slots"]["value"] and rate is not None else "–",
+                    *(estimate(values.get(name)) for name in names),
+                    *(estimate(values[name], form) for name, form in zip(costs, (".1f", ".4f"), strict=True)),
+                    "1" if system == REFERENCE else estimate(speed_up, ".2f"),
+                ]
+            )
+    sections = ["# Comparison of runs", _differences(runs), table(rows), f"![exact match and compression]({plot})"]
+    reranked = [(run, metrics["reranking"]) for run, metrics in runs if metrics["reranking"]]
+    if reranked:
+        names = list(reranked[0][1]["model"])
+        rows = [["run", *(TITLES.get(name, name) for name in names)]]
+        rows += [[run, *(estimate(found["model"].get(name)) for name in names)] for run, found in reranked]
+        sections += ["## Reranking", table(rows)]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _differences(runs: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """What keeps the runs from being comparable."""
+    differences = []
+    for what, read in (
+        ("questions", lambda metrics: metrics["data"]["sha256"]),
+        ("number of questions asked", lambda metrics: metrics["data"]["num_asked"]),
+        ("hardware, so that times do not compare", lambda metrics: str(metrics["hardware"])),
+        ("length of answers", lambda metrics: metrics["settings"]["max_new_tokens"]),
+    ):
+        if len({read(metrics) for _, metrics in runs}) > 1:
+            differences.append(f"- The runs differ in {what}.")
+    return "\n".join(differences)
+
+
+def render_report(metrics: dict[str, Any], plots: Sequence[str] = ()) -> str:
     """Render one run.
 
     Args:
         metrics: What metrics.json holds.
+        plots: Names of plots beside the report.
 
     Returns:
         Markdown.
@@ -51,10 +118,13 @@ def render_report(metrics: dict[str, Any]) -> str:
     ]
     if metrics["against_full_text"]:
         sections += ["## Against full text, question by question", _comparison(metrics["against_full_text"])]
+    if "judge" in metrics:
+        sections += [f"## The judge, {metrics['judge']['model']}", _judge(metrics["judge"])]
     if metrics["reranking"]:
         sections += ["## Reranking", _reranking(metrics["reranking"])]
     for field, groups in metrics["groups"].items():
         sections += [f"## By {field}", _groups(field, groups)]
+    sections += [f"![{Path(plot).stem.replace('_', ' ')}]({plot})" for plot in plots]
     sections += ["## How it was measured", _run(metrics)]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -91,7 +161,7 @@ def estimate(value: dict[str, Any] | None, form: str = ".3f") -> str:
 
 
 def _answers(systems: dict[str, Any]) -> str:
-    names = _measured(systems)
+    names = measured(systems)
     rows = [["", *(TITLES[name] for name in names)]]
     rows += [[system, *(estimate(values.get(name)) for name in names)] for system, values in systems.items()]
     return table(rows)
@@ -125,6 +195,22 @@ def _comparison(comparisons: dict[str, Any]) -> str:
             ]
         )
     return table(rows)
+
+
+def _judge(judge: dict[str, Any]) -> str:
+    rows = [["", "judged", "not judged", "agreement with exact match", "Cohen's kappa", "judged 1 without exact match"]]
+    for system, found in judge["agreement_with_exact_match"].items():
+        values = ["–" if found[name] is None else f"{found[name]:.3f}" for name in ("agreement", "kappa")]
+        lenient = found["counts"]["judge 1, exact match 0"]
+        rows.append([system, str(found["num_judged"]), str(found["num_unjudged"]), *values, str(lenient)])
+    parts = [table(rows)]
+    if judge["pairs"]:
+        rows = [["compressed against", "win rate, ties half", "wins", "ties", "losses", "undecided"]]
+        for other, found in judge["pairs"].items():
+            counts = (str(found[name]) for name in ("wins", "ties", "losses", "undecided"))
+            rows.append([other, estimate(found["win_rate"]), *counts])
+        parts += ["Pairs of answers, each judged in both orders:", table(rows)]
+    return "\n\n".join(parts)
 
 
 def _reranking(reranking: dict[str, Any]) -> str:
@@ -173,5 +259,13 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None and not isinstance(value, dict | list)}
 
 
-def _measured(systems: dict[str, Any]) -> list[str]:
+def measured(systems: dict[str, Any]) -> list[str]:
+    """Tell which metrics of answers a run has.
+
+    Args:
+        systems: Estimates of each system.
+
+    Returns:
+        Their names, in the order of reports.
+    """
     return [name for name in QUALITY if any(name in values for values in systems.values())]

@@ -1,6 +1,5 @@
 """From answers to figures: metrics with intervals, comparisons with full text, breakdowns."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from .bootstrap import Bootstrap, Estimate
 from .evaluation_data import Example
 from .evaluation_metrics import ANSWER_MODULES, load_metric
-from .systems import MODEL, Answer
+from .systems import Answer
 
 REFERENCE = "full_text"
 QUALITY = (*ANSWER_MODULES, "judge")
@@ -135,34 +134,34 @@ def check_fields(examples: Sequence[Example], fields: Sequence[str]) -> None:
 
 
 def rank_documents(
-    examples: Sequence[Example], answers: Sequence[Answer], bootstrap: Bootstrap
+    examples: Sequence[Example], scores: Sequence[list[float] | None], bootstrap: Bootstrap
 ) -> tuple[dict[str, Any], str | None]:
     """Measure how high the model ranks the right documents, beside their order in the data and a teacher's.
 
     Args:
         examples: The questions.
-        answers: The model's, with its scores.
+        scores: The model's for the documents of each, None where it has none.
         bootstrap: Makes the intervals.
 
     Returns:
         `num_questions`, and for `model`, `given_order` and, where every record has scores, `teacher` each metric's
         estimate; and a note where nothing was measured, or not everything.
     """
-    pairs = [(e, a) for e, a in zip(examples, answers, strict=True) if e.positives and e.documents]
+    pairs = [(e, row) for e, row in zip(examples, scores, strict=True) if e.positives and e.documents]
     if not pairs:
         return {}, "Reranking was not measured: no record has `positives`, the indices of its right documents."
-    if any(answer.scores is None for _, answer in pairs):
+    if any(row is None for _, row in pairs):
         return {}, "Reranking was not measured: the model was built without it."
     rankings = {
-        "model": [answer.scores for _, answer in pairs],
+        "model": [row for _, row in pairs],
         "given_order": [[-float(place) for place in range(len(example.documents))] for example, _ in pairs],
     }
     if all(example.teacher_scores is not None for example, _ in pairs):
         rankings["teacher"] = [example.teacher_scores for example, _ in pairs]
     positives = [example.positives for example, _ in pairs]
     results: dict[str, Any] = {"num_questions": len(pairs)}
-    for name, scores in rankings.items():
-        values = load_metric("ranking").compute(predictions=scores, references=positives, per_question=True)
+    for name, rows in rankings.items():
+        values = load_metric("ranking").compute(predictions=rows, references=positives, per_question=True)
         results[name] = {metric: asdict(bootstrap.mean(column)) for metric, column in values.items()}
     note = None
     if len(pairs) < len(examples):
@@ -183,37 +182,5 @@ def measured_compression(answers: Sequence[Answer], bootstrap: Bootstrap) -> Est
     return bootstrap.ratio([answer.document_tokens for answer in answers], [answer.slots for answer in answers])
 
 
-def prediction_rows(
-    examples: Sequence[Example], answers: dict[str, list[Answer]], columns: Columns
-) -> list[dict[str, Any]]:
-    """Bring questions, answers and metrics into the form of predictions.jsonl.
-
-    Args:
-        examples: The questions.
-        answers: Each system's answers.
-        columns: What `score_answers` returned, and judgements.
-
-    Returns:
-        One object per question: its id, text, gold answers and own fields; the model's `reranking_scores`; and under
-        `systems` for each its `prediction`, metrics and counts.
-    """
-    rows = []
-    for place, example in enumerate(examples):
-        row: dict[str, Any] = {"id": example.id, "query": example.query, "gold_answers": example.gold}
-        row |= {"num_documents": len(example.documents), "positives": example.positives}
-        row |= {name: value for name, value in example.fields.items() if name not in row}
-        row["reranking_scores"] = answers[MODEL][place].scores
-        row["systems"] = {}
-        for system, values in columns.items():
-            metrics = {name: _json_number(column[place]) for name, column in values.items()}
-            row["systems"][system] = {"prediction": answers[system][place].text, **metrics}
-        rows.append(row)
-    return rows
-
-
 def _present(values: dict[str, list[float]], names: Sequence[str]) -> list[str]:
     return [name for name in names if name in values]
-
-
-def _json_number(value: float) -> float | None:
-    return None if isinstance(value, float) and math.isnan(value) else value

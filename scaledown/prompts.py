@@ -31,9 +31,9 @@ def build_messages(query: str, documents: Sequence[str]) -> list[dict[str, str]]
     Returns:
         A system and a user message, without anything in question and documents that looks like a control token.
     """
-    query = _defused(query)
+    query = defused(query)
     if documents:
-        texts = DOCUMENT_SEPARATOR.join(map(_defused, documents))
+        texts = DOCUMENT_SEPARATOR.join(map(defused, documents))
         # One pass over the template: a document that spells "{question}" gets none.
         before, after = DEFAULT_USER_PROMPT.split("{documents}")
         user = before + texts + after.replace("{question}", query)
@@ -70,5 +70,13 @@ class PromptEncoder:
         return [*before, *encoded[0], *between, *encoded[1], *after]
 
 
-def _defused(text: str) -> str:
+def defused(text: str) -> str:
+    """Take apart what looks like a control token.
+
+    Args:
+        text: Untrusted text.
+
+    Returns:
+        The text with a blank in each.
+    """
     return CONTROL_TOKEN.sub(lambda match: f"{match.group()} ", text)

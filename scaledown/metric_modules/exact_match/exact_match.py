@@ -1,6 +1,7 @@
 """Share of predictions that are one of the gold answers, normalised as SQuAD does."""
 
 import evaluate
+
 from scaledown.evaluation_metrics import answer_metric_info, summarize
 from scaledown.metrics import exact_match
 

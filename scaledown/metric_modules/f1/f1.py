@@ -1,6 +1,7 @@
 """Words shared with the gold answer that fits best, each as often as it occurs, normalised as SQuAD does."""
 
 import evaluate
+
 from scaledown.evaluation_metrics import answer_metric_info, summarize
 from scaledown.metrics import f1
 

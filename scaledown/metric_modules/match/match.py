@@ -1,6 +1,7 @@
 """Share of predictions that hold a gold answer: the "accuracy" of OSCAR (arXiv 2504.07109)."""
 
 import evaluate
+
 from scaledown.evaluation_metrics import answer_metric_info, summarize
 from scaledown.metrics import match
 

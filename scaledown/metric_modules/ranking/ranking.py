@@ -1,8 +1,8 @@
 """How high the right documents are ranked: nDCG@10, MRR and recall@k, as ir-measures computes them."""
 
 import datasets
-
 import evaluate
+
 from scaledown.evaluation_metrics import summarize
 from scaledown.ranking_metrics import RECALL_AT, rank_questions
 

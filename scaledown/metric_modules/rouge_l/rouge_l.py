@@ -1,6 +1,7 @@
 """Longest common subsequence of words with the gold answer that fits best: ROUGE-L."""
 
 import evaluate
+
 from scaledown.evaluation_metrics import answer_metric_info, summarize
 from scaledown.metrics import rouge_l
 
