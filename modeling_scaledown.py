@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from torch import nn
@@ -68,7 +68,12 @@ IS_REMOTE_CODE = (__package__ or "").startswith("transformers_modules")
 CARD_TEMPLATE_NAME = "model_card.md"
 # A README.md without this line was written by somebody and is left alone.
 CARD_MARK = "<!-- rendered from model_card.md -->"
+# What the card was rendered from, for whoever renders it again.
+CARD_FIELDS = re.compile(r"^<!-- card_fields: (\{.*\}) -->$", re.MULTILINE)
+CARD_NAME = "README.md"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+# What is nice to have and not worth an error.
+QUIETLY = {"_raise_exceptions_for_gated_repo": False, "_raise_exceptions_for_connection_errors": False}
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Decoder stacks of transformers name their final norm one of these.
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "layer_norm")
@@ -1410,6 +1415,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             if pretrained_model_name_or_path is not None and kwargs.get("variant") is None:
                 model._check_lora(pretrained_model_name_or_path, hub)
         model._processor_arguments, model._processor_overrides = hub, overrides
+        model._card_fields = None  # those of the card beside the weights
         model._share_quantizer()
         model._freeze()
         return (model, info) if wants_info else model
@@ -1623,6 +1629,22 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             )
         return commit
 
+    @property
+    def card_fields(self) -> dict:
+        """What the card says besides the configuration: those the weights' own card was rendered from, or assigned."""
+        if self._card_fields is None:
+            self._card_fields = {}
+            readme = self._find_beside_weights(CARD_NAME, **QUIETLY) if self.name_or_path else None
+            text = Path(readme).read_text(encoding="utf-8") if readme is not None else ""
+            found = CARD_FIELDS.search(text) if CARD_MARK in text else None
+            if found is not None:
+                self._card_fields = json.loads(found.group(1))
+        return self._card_fields
+
+    @card_fields.setter
+    def card_fields(self, fields: dict):
+        self._card_fields = fields
+
     def _has_processor(self) -> bool:
         if self._processor is not None or not self.name_or_path:
             return self._processor is not None
@@ -1694,16 +1716,12 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if not template.is_file():
             found = None
             if self.name_or_path:
-                found = self._find_beside_weights(
-                    CARD_TEMPLATE_NAME,
-                    _raise_exceptions_for_gated_repo=False,
-                    _raise_exceptions_for_connection_errors=False,
-                )
+                found = self._find_beside_weights(CARD_TEMPLATE_NAME, **QUIETLY)
             if found is None:
                 logger.warning(f"No {CARD_TEMPLATE_NAME} found beside the code or the weights; no card is written.")
                 return
             template = Path(found)
-        readme = folder / "README.md"
+        readme = folder / CARD_NAME
         if readme.is_file() and CARD_MARK not in readme.read_text(encoding="utf-8"):
             logger.warning(f"{readme} was not rendered from {CARD_TEMPLATE_NAME}; it is left as it is.")
             return
@@ -1719,6 +1737,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             "weights_format": weights_format,
             **self.card_fields,
         }
+        results = [EvalResult(**result) for result in fields.get("eval_results", ())]
         data = ModelCardData(
             library_name="transformers",
             license=fields.get("license"),
@@ -1727,9 +1746,16 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             base_model=fields.get("base_model", generator if on_hub else None),
             datasets=fields.get("datasets"),
             tags=["scaledown", "rag", "context-compression", "reranking"],
+            model_name=fields.get("repo_id", folder.resolve().name).split("/")[-1] if results else None,
+            eval_results=results or None,
         )
         card = ModelCard.from_template(data, template_path=str(template), **fields)
         card.save(readme)
+        kept = {name: value for name, value in self.card_fields.items() if name not in ("repo_id", "revision")}
+        if kept:
+            text = json.dumps(kept, default=str).replace("--", r"\u002d\u002d")  # which would end the comment
+            with open(readme, "a", encoding="utf-8") as stream:
+                stream.write(f"\n<!-- card_fields: {text} -->\n")
         if template.resolve() != (folder / CARD_TEMPLATE_NAME).resolve():
             shutil.copyfile(template, folder / CARD_TEMPLATE_NAME)
 

@@ -20,6 +20,7 @@ from .answering import answer_all
 from .bootstrap import Bootstrap
 from .command_line import run_command
 from .evaluation_arguments import EvaluationArguments, parse_arguments
+from .evaluation_card import check_card, update_card
 from .evaluation_data import Example, load_data
 from .evaluation_models import Contestants, build_systems, check_lengths, load_contestants
 from .evaluation_plots import plot_comparison
@@ -63,6 +64,8 @@ def evaluate(arguments: EvaluationArguments) -> Path | None:
             or the judge does not answer.
     """
     earlier = [(folder, read_metrics(folder)) for folder in arguments.compare or []]  # before the work, not after it
+    if arguments.update_card:
+        check_card(arguments.model)
     run = None
     if arguments.rejudge is not None:
         run = Run.read(arguments.rejudge)
@@ -76,6 +79,8 @@ def evaluate(arguments: EvaluationArguments) -> Path | None:
         if arguments.judge is not None:
             _judge(run, arguments, folder)
             run.write(folder)
+        if arguments.update_card:
+            update_card(arguments.model, run.metrics)
         earlier.append((str(folder), run.metrics))
     if arguments.compare is not None:
         named = list(zip(_names([path for path, _ in earlier]), (metrics for _, metrics in earlier), strict=True))

@@ -54,6 +54,7 @@ class ScaleDownTrainer(Trainer):
             raise TypeError(f"args must be ScaleDownTrainingArguments, got {type(args).__name__}.")
         if args.compressor_learning_rate is None:  # OSCAR, table 7
             args.compressor_learning_rate = 5e-5 if model.config.compressor_type == "n_layers" else 1e-4
+        model.card_fields = {}  # what was measured before is not true of what comes out
         super().__init__(model=model, args=args, **kwargs)
         if self.is_sharded:
             if args.predict_with_generate:

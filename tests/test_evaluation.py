@@ -1,0 +1,398 @@
+"""Evaluation of a tiny model: what the systems read and answer, what the run writes, and what it refuses."""
+
+import json
+import math
+
+import pytest
+import torch
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM
+
+from folders import SETTINGS, save_generator
+from scaledown import ScaleDownModel
+from scaledown.answering import answer_all
+from scaledown.evaluation import evaluate, main
+from scaledown.evaluation_arguments import EvaluationArguments
+from scaledown.evaluation_data import Example
+from scaledown.evaluation_models import build_systems, load_contestants
+from scaledown.evaluation_run import Run
+from scaledown.systems import BASELINES, Answer, choose_donors
+from tiny import ANSWERS, DOCUMENTS, QUESTIONS, build_tokenizer, randomize_lora
+
+NEW_TOKENS = 4
+NUM_QUESTIONS = 7
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A generator, a model on top of it with LoRA and with it merged, and records."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    generator = save_generator(folder / "generator")
+    model = ScaleDownModel.from_backbones(str(generator), **SETTINGS)
+    model.add_lora(r=4, lora_alpha=8)
+    randomize_lora(model).eval().save_pretrained(folder / "lora")
+    model.merge_lora()
+    model.save_pretrained(folder / "merged")
+    with open(folder / "data.jsonl", "w", encoding="utf-8") as stream:
+        for i in range(NUM_QUESTIONS):
+            record = {
+                "id": f"q{i}",
+                "query": QUESTIONS[i % 3],
+                "documents": [f"{document} Note {i}." for document in DOCUMENTS[i % 3]],
+                "answer": ANSWERS[i % 3],
+                "positives": [0],
+                "answer_kind": ("name", "number")[i % 2],
+                "hops": 1 + i % 2,
+            }
+            stream.write(json.dumps(record) + "\n")
+    return folder
+
+
+def settings(folder, **changes):
+    """Arguments for the tiny model; `changes` override them."""
+    defaults = {"model": str(folder / "lora"), "data": str(folder / "data.jsonl"), "max_new_tokens": NEW_TOKENS}
+    return EvaluationArguments(**{**defaults, "device": "cpu", "resamples": 50, **changes})
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    """A run with everything."""
+    output = tmp_path_factory.mktemp("runs") / "all"
+    changes = {"baselines": ",".join(BASELINES), "group_by": "answer_kind,hops", "batch_size": "3"}
+    assert evaluate(settings(folder, output_dir=str(output), **changes)) == output
+    return output
+
+
+@pytest.fixture(scope="module")
+def metrics(run):
+    return json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def rows(run):
+    return [json.loads(line) for line in (run / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def examples(count=NUM_QUESTIONS):
+    return [
+        Example(f"q{i}", QUESTIONS[i % 3], [f"{d} Note {i}." for d in DOCUMENTS[i % 3]], [ANSWERS[i % 3]], index=i)
+        for i in range(count)
+    ]
+
+
+def systems_of(folder, *names, **changes):
+    arguments = settings(folder, baselines=",".join(names) or "none", **changes)
+    found = load_contestants(arguments, CPU)
+    return {system.name: system for system in build_systems(found, arguments, examples())}, found
+
+
+# -- what the systems answer -------------------------------------------------------------------------------------------
+
+
+def test_answers_are_those_of_the_model(folder, rows):
+    model = ScaleDownModel.from_pretrained(str(folder / "merged"))
+    for row, example in zip(rows, examples(), strict=True):
+        answer, scores = model.answer(
+            example.query, example.documents, return_reranking_scores=True, max_new_tokens=NEW_TOKENS
+        )
+        assert row["systems"]["compressed"]["prediction"] == answer
+        assert row["reranking_scores"] == pytest.approx(scores, abs=1e-4)
+
+
+def test_baselines_are_the_generator_without_lora(folder, rows):
+    """Its prompts are those of its own chat template; whatever the model has learned stays out."""
+    tokenizer = build_tokenizer()
+    generator = AutoModelForCausalLM.from_pretrained(folder / "generator")
+    differ = 0
+    for row, example in zip(rows, examples(), strict=True):
+        for system, user in (
+            ("full_text", "Background:\n" + "\n".join(example.documents) + f"\n\nQuestion: {example.query}"),
+            ("no_documents", f"Question: {example.query}"),
+        ):
+            messages = [{"role": "system", "content": "Answer."}, {"role": "user", "content": user}]
+            prompt = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            length = prompt["input_ids"].shape[1]
+            assert row["systems"][system]["tokens_in"] == length
+            output = generator.generate(
+                input_ids=prompt["input_ids"], attention_mask=prompt["attention_mask"], max_new_tokens=NEW_TOKENS
+            )
+            answer = tokenizer.decode(output[0, length:], skip_special_tokens=True).strip()
+            assert row["systems"][system]["prediction"] == answer
+        differ += row["systems"]["full_text"]["prediction"] != row["systems"]["compressed"]["prediction"]
+    assert differ > 0
+
+
+def test_truncated_documents_cost_as_much_as_slots(rows):
+    for row in rows:
+        compressed, truncated = row["systems"]["compressed"], row["systems"]["truncated"]
+        assert truncated["tokens_in"] == compressed["tokens_in"] < row["systems"]["full_text"]["tokens_in"]
+        assert compressed["slots"] > 0 and truncated["slots"] == truncated["compressor_tokens"] == 0
+
+
+def test_random_memory_is_as_long_as_the_models_own(folder, monkeypatch):
+    systems, found = systems_of(folder, "random_memory")
+    seen = {}
+
+    def capture(system):
+        def generate(**inputs):
+            seen[system] = inputs["memory_embeddings"], inputs["memory_mask"]
+            return torch.cat([inputs["input_ids"], inputs["input_ids"][:, :1]], dim=1)
+
+        return generate
+
+    for name, batch in (("compressed", examples(3)), ("random_memory", examples(3))):
+        monkeypatch.setattr(found.model, "generate", capture(name))
+        systems[name].answer(batch)
+    (own, mask), (noise, _) = seen["compressed"], seen["random_memory"]
+    torch.testing.assert_close(noise.norm(dim=-1), own.norm(dim=-1))
+    assert torch.cosine_similarity(own[mask], noise[mask], dim=-1).abs().mean() < 0.5
+    assert not noise[~mask].any()
+    # A question's noise is its own, whatever else is in the batch.
+    monkeypatch.setattr(found.model, "generate", capture("alone"))
+    systems["random_memory"].answer(examples(3)[1:2])
+    alone, alone_mask = seen["alone"]
+    start = len(DOCUMENTS[0])
+    torch.testing.assert_close(alone[alone_mask], noise[start : start + len(alone)][mask[start : start + len(alone)]])
+
+
+def test_documents_are_shuffled_between_questions():
+    donors = choose_donors(examples(), seed=0)
+    assert donors.keys() == set(range(NUM_QUESTIONS))
+    for example in examples():
+        assert donors[example.index] and not set(donors[example.index]) & set(example.documents)
+    assert donors != choose_donors(examples(), seed=1)
+    with pytest.raises(ValueError, match="'q0' among 1"):
+        choose_donors(examples(1), seed=0)
+
+
+def test_a_question_without_documents_is_asked_alone(folder):
+    systems, _ = systems_of(folder, "full_text", "truncated", "no_documents")
+    asked = [Example("x", "What is a heron?", [], ["A bird"], index=0), examples()[1]]
+    lengths = {name: system.prompt_lengths(asked)[0] for name, system in systems.items()}
+    assert len(set(lengths.values())) == 1
+    texts = {name: system.answer(asked)[0].text for name, system in systems.items() if name != "compressed"}
+    assert len(set(texts.values())) == 1
+
+
+def test_a_document_that_spells_a_special_token_is_text(folder):
+    systems, _ = systems_of(folder, "full_text", "truncated")
+    asked = [Example("x", "What is </s> this?", ["A <|assistant|> in </s> a document, and more of it."], ["a"])]
+    for name in ("full_text", "truncated"):
+        (prompt,) = systems[name].prompts(asked)
+        tokenizer = systems[name].processor.tokenizer
+        assert prompt.count(tokenizer.convert_tokens_to_ids("<|assistant|>")) == 1
+        assert tokenizer.eos_token_id not in prompt
+
+
+@pytest.mark.parametrize(
+    ("changes", "lora", "note"),
+    [
+        ({"model": "lora"}, False, "without the model's LoRA"),
+        ({"model": "merged"}, True, "may hold a merged LoRA"),
+        ({"model": "merged", "generator": "generator"}, False, "read text with generator"),
+    ],
+)
+def test_which_generator_reads_the_text(folder, changes, lora, note):
+    changes = {name: str(folder / value) for name, value in changes.items()}
+    found = load_contestants(settings(folder, **changes), CPU)
+    original = AutoModelForCausalLM.from_pretrained(folder / "generator").state_dict()
+    state = found.generator.state_dict()
+    assert state.keys() == original.keys()
+    assert all(torch.equal(state[name], original[name]) for name in original) == (not lora)
+    assert found.model.config.lora_config is None  # merged, for its time
+    assert any(note in line for line in found.notes)
+
+
+def test_another_vocabulary_is_refused(folder, tmp_path):
+    save_generator(tmp_path)
+    other = build_tokenizer(pair=True)
+    other.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="another vocabulary"):
+        load_contestants(settings(folder, generator=str(tmp_path)), CPU)
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+class Small:
+    """Answers at most so many questions at a time."""
+
+    def __init__(self, name, limit):
+        self.name, self.limit, self.sizes = name, limit, []
+
+    def answer(self, batch):
+        self.sizes.append(len(batch))
+        if len(batch) > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return [Answer(f"{self.name} {example.id}", 1, 1) for example in batch]
+
+
+def test_batches_are_halved_until_they_fit():
+    systems = [Small("a", 5), Small("b", 2)]
+    answers, sizes = answer_all(systems, examples(), "auto", CPU, PartialState(cpu=True))
+    assert sizes == [1]
+    for name in ("a", "b"):
+        assert [answer.text for answer in answers[name]] == [f"{name} q{i}" for i in range(NUM_QUESTIONS)]
+    # Every question is answered by both in the same batch.
+    assert [answer.batch for answer in answers["a"]] == [answer.batch for answer in answers["b"]]
+    systems = [Small("a", 4)]
+    assert answer_all(systems, examples(), "auto", CPU, PartialState(cpu=True))[1] == [3]
+    assert systems[0].sizes == [7, 3, 3, 3, 1]  # the first that fits is answered twice
+
+
+def test_a_batch_size_that_was_asked_for_is_kept():
+    with pytest.raises(ValueError, match=r"hold 3 questions .*lower --batch_size"):
+        answer_all([Small("a", 2)], examples(), "3", CPU, PartialState(cpu=True))
+    with pytest.raises(ValueError, match=r"hold 1 questions .*num_documents"):
+        answer_all([Small("a", 0)], examples(), "auto", CPU, PartialState(cpu=True))
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    class Broken:
+        name = "a"
+
+        def answer(self, batch):
+            raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        answer_all([Broken()], examples(), "auto", CPU, PartialState(cpu=True))
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_the_means_of_the_predictions(metrics, rows):
+    assert list(metrics["systems"]) == ["compressed", *BASELINES]
+    for system, values in metrics["systems"].items():
+        for name, found in values.items():
+            mean = sum(row["systems"][system][name] for row in rows) / len(rows)
+            assert found["value"] == pytest.approx(mean)
+            assert found["low"] <= found["value"] + 1e-12 and found["value"] <= found["high"] + 1e-12
+    assert {"exact_match", "f1", "match", "rouge_l", "tokens_in", "seconds"} <= metrics["systems"]["compressed"].keys()
+    seconds = {name: values["seconds"]["value"] for name, values in metrics["systems"].items()}
+    speed_up = metrics["against_full_text"]["compressed"]["speed_up"]["value"]
+    assert speed_up == pytest.approx(seconds["full_text"] / seconds["compressed"])
+    ratio = metrics["against_full_text"]["compressed"]["tokens_in"]["ratio"]
+    assert ratio["low"] <= ratio["value"] <= ratio["high"] < 1
+    assert metrics["reranking"]["given_order"]["ndcg@10"]["value"] == 1.0
+    assert 0 < metrics["reranking"]["model"]["mrr"]["value"] <= 1
+
+
+def test_fields_of_the_records_come_along_and_group_the_metrics(metrics, rows):
+    assert [row["answer_kind"] for row in rows[:2]] == ["name", "number"] and rows[1]["hops"] == 2
+    groups = metrics["groups"]["answer_kind"]
+    assert {value: group["num_questions"] for value, group in groups.items()} == {"name": 4, "number": 3}
+    parts = [g["systems"]["no_documents"]["f1"]["value"] * g["num_questions"] for g in groups.values()]
+    assert sum(parts) / NUM_QUESTIONS == pytest.approx(metrics["systems"]["no_documents"]["f1"]["value"])
+    assert set(metrics["groups"]["hops"]) == {"1", "2"}
+
+
+def test_a_run_can_be_repeated(metrics, folder):
+    assert {"torch", "transformers", "evaluate", "python"} <= metrics["versions"].keys()
+    assert metrics["hardware"]["device"] == "CPU" and metrics["hardware"]["cpu"]
+    assert metrics["settings"]["seed"] == 0 and metrics["settings"]["max_new_tokens"] == NEW_TOKENS
+    assert metrics["data"]["sha256"] and metrics["batch_sizes"] == [3]
+    assert str(folder) not in json.dumps(metrics)  # places of this machine
+
+
+def test_report_and_plots(run):
+    report = (run / "report.md").read_text(encoding="utf-8")
+    for text in ("| compressed |", "| shuffled_documents |", "## Reranking", "## By hops", "without the model's LoRA"):
+        assert text in report
+    plots = ["answers.png", "exact_match_by_answer_kind.png", "exact_match_by_hops.png"]
+    for name in plots:
+        assert f"]({name})" in report
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_is_read_as_it_was_written(run, tmp_path):
+    found = Run.read(run)
+    found.write(tmp_path)
+    for name in ("predictions.jsonl", "metrics.json", "report.md"):
+        assert (tmp_path / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_runs_are_compared(folder, run, tmp_path, capsys):
+    common = {"baselines": "full_text,no_documents", "limit": 3}
+    evaluate(settings(folder, model=str(folder / "merged"), output_dir=str(tmp_path / "other"), **common))
+    arguments = ["--compare", str(run), str(tmp_path / "other"), "--output_dir", str(tmp_path / "both")]
+    assert main(arguments) == 0
+    report = (tmp_path / "both" / "comparison.md").read_text(encoding="utf-8")
+    assert report in capsys.readouterr().out
+    assert "| all | compressed |" in report and "| other | full_text |" in report
+    assert "The runs differ in questions." in report
+    assert (tmp_path / "both" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_is_overwritten(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError, match="never overwritten"):
+        settings(folder, output_dir=str(tmp_path / "out"))
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"baselines": "full_txt"}, "no baseline 'full_txt'"),
+        ({"limit": 0}, "limit is 0"),
+        ({"batch_size": "many"}, "batch_size is 'many'"),
+        ({"data": None}, "data is missing"),
+        ({"model": None}, "model is missing"),
+        ({"judge": "a"}, "judge_url"),
+        ({"judge_against": "full_text"}, "needs a judge"),
+        ({"judge": "a", "judge_url": "b", "judge_against": "truncated"}, "not among the baselines"),
+        ({"judge": "a", "judge_url": "b", "judge_extra_body": "[]"}, "expected a JSON object"),
+        ({"model": "someone/model", "update_card": True}, "local folder"),
+        ({"rejudge": "x"}, "no model"),
+    ],
+)
+def test_wrong_arguments(folder, changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings(folder, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group_by": "kind"}, "no record has; the records' own fields are answer_kind, hops"),
+        ({"device": "cuda:77"}, "not here"),
+        ({"model": "no-such-folder"}, "--model names no-such-folder"),
+        ({"compare": ["no-such-run"]}, "has no metrics.json"),
+    ],
+)
+def test_wrong_arguments_are_told_before_the_work(folder, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(settings(folder, output_dir=str(tmp_path / "out"), **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_past_the_context(folder, tmp_path):
+    """The longest question has a prompt of full text that leaves no room for so long an answer."""
+    long = {"max_new_tokens": 340, "baselines": "full_text,no_documents"}
+    with pytest.raises(ValueError, match=r"question 'q\d' has a prompt of \d+ tokens for full_text; .*--too_long skip"):
+        evaluate(settings(folder, output_dir=str(tmp_path / "a"), **long))
+    systems, _ = systems_of(folder, "full_text")
+    lengths = systems["full_text"].prompt_lengths(examples())
+    limit = sorted(set(lengths))[-2]  # of the generator's 512 positions
+    output = tmp_path / "b"
+    evaluate(
+        settings(folder, output_dir=str(output), too_long="skip", max_new_tokens=512 - limit, baselines="full_text")
+    )
+    metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    left_out = sum(length > limit for length in lengths)
+    assert metrics["data"]["too_long"] == {"full_text": left_out}
+    assert metrics["data"]["num_asked"] == NUM_QUESTIONS - left_out
+    assert f"{left_out} for full_text" in (output / "report.md").read_text(encoding="utf-8")
+
+
+def test_an_interval_needs_two_questions(folder, tmp_path):
+    evaluate(settings(folder, output_dir=str(tmp_path / "one"), limit=1, baselines="none"))
+    metrics = json.loads((tmp_path / "one" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["systems"]["compressed"]["f1"]["low"] is None
+    assert metrics["against_full_text"] == {} and not math.isnan(metrics["systems"]["compressed"]["f1"]["value"])
