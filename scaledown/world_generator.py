@@ -1,0 +1,273 @@
+"""Trains the generator of the embedded default from scratch, by a curriculum.
+
+    python -m scaledown.world_generator --output runs/embedded/generator
+
+Trained on passages and questions from the beginning, a small model learns what kind of value is asked for and never
+whose. So it first learns to go on with what it has read before, then to look facts up in short passages, then in long
+ones with distractors, and then across two passages. Every context is drawn anew, in the names of the training split.
+"""
+
+import itertools
+import json
+import logging
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    HfArgumentParser,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .command_line import run_command
+from .world import World
+from .world_tokenizer import SYSTEM_PROMPT, build_tokenizer
+
+logger = logging.getLogger(__name__)
+
+Row = tuple[list[int], list[int]]  # token ids, and labels (-100: not learned)
+
+
+@dataclass
+class GeneratorArguments:
+    """Size of the generator and length of its training."""
+
+    output: str = field(metadata={"help": "Folder for the generator, its tokenizer and training.json."})
+    hidden_size: int = field(default=128, metadata={"help": "Width, a multiple of 32."})
+    num_layers: int = field(default=5, metadata={"help": "Layers."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Learning rate of AdamW."})
+    lesson_steps: int = field(default=3000, metadata={"help": "Steps per lesson at most."})
+    last_steps: int = field(default=1000, metadata={"help": "Steps of the last lesson, in which the rate falls to 0."})
+    seed: int = field(default=0, metadata={"help": "Decides everything."})
+
+
+@dataclass
+class Lesson:
+    """One step of the curriculum.
+
+    Attributes:
+        name: What is learned.
+        draw: Draws one row.
+        batch_size: Rows per step.
+        target: Share of answer tokens that must be right before the next lesson begins.
+    """
+
+    name: str
+    draw: Callable[[random.Random], Row]
+    batch_size: int
+    target: float
+
+
+class Rows(IterableDataset):
+    """Batches of a lesson without end.
+
+    Args:
+        lesson: The lesson.
+        seed: Decides what is drawn.
+    """
+
+    def __init__(self, lesson: Lesson, seed: int):
+        self.lesson, self.seed = lesson, seed
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        torch.set_num_threads(1)
+        rng = random.Random(f"{self.lesson.name} {self.seed}")
+        while True:
+            rows = [self.lesson.draw(rng) for _ in range(self.lesson.batch_size)]
+            length = max(len(ids) for ids, _ in rows)
+            # Padding stands behind what a causal model reads, and no label looks at it.
+            ids = torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in rows])
+            yield ids, torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in rows])
+
+
+class Curriculum:
+    """The lessons.
+
+    Args:
+        tokenizer: The world's tokenizer.
+        seed: Decides what is drawn.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int):
+        self.tokenizer = tokenizer
+        self.world = World("train", seed)
+        messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": "Background:\n"}]
+        self.before = self._ids(tokenizer.apply_chat_template(messages, tokenize=False))
+        self.user, self.asked = self._ids("<|user|>"), self._ids("Question:")
+        self.turn, self.end = self._ids("<|assistant|>"), self._ids("</s>")
+
+    def lessons(self) -> list[Lesson]:
+        """From the first to the last."""
+        lessons = [Lesson("echo a sequence", lambda rng: self.echo(rng, [6]), 128, 0.9)]
+        for segments in (1, 2, 4, 8, 16):
+            low, high = (3, 8) if segments == 1 else (2, 4)
+            lessons.append(
+                Lesson(
+                    f"echo {segments} segments in another order",
+                    lambda rng, n=segments, low=low, high=high: self.echo(
+                        rng, [rng.randint(low, high) for _ in range(n)]
+                    ),
+                    128 if segments < 16 else 64,
+                    0.93,
+                )
+            )
+        for documents, facts, size in ((1, 3, 96), (2, 3, 96), (3, 3, 64)):
+            lessons.append(self.reading(f"{documents} passages of {facts} facts", documents, size, facts, plain=True))
+        lessons.append(self.reading("2 long passages", 2, 48))
+        lessons.append(self.reading("3 passages of 3 facts, two hops", 3, 64, 3, plain=True, two_hops=0.6))
+        lessons.append(self.reading("up to 5 long passages, two hops", 5, 32, two_hops=0.35, fewest=2, target=2.0))
+        return lessons
+
+    def reading(
+        self,
+        name: str,
+        documents: int,
+        batch_size: int,
+        num_facts: int = 7,
+        plain: bool = False,
+        two_hops: float = 0.0,
+        fewest: int | None = None,
+        target: float = 0.95,
+    ) -> Lesson:
+        """A lesson of passages and questions about them."""
+
+        def draw(rng: random.Random) -> Row:
+            self.world.random = rng
+            hops = 1 + (rng.random() < two_hops)
+            count = rng.randint(fewest or documents, documents)
+            passages, first, second = self.world.context(count, hops, num_facts=num_facts, plain=plain)
+            questions = list(self.world.ask_across(passages, first, second))[:3] if hops == 2 else []
+            single = [question for index in range(count) for question in self.world.ask(passages, index)]
+            questions += rng.sample(single, min(len(single), 8 - len(questions)))
+            rng.shuffle(questions)
+            return self.prompt([passage.text for passage in passages], [(q.text, q.answer) for q in questions])
+
+        return Lesson(name, draw, batch_size, target)
+
+    def echo(self, rng: random.Random, lengths: list[int]) -> Row:
+        """Segments of random tokens, and the same in another order; all but the first of each is learned."""
+        segments = [[rng.randrange(4, len(self.tokenizer)) for _ in range(length)] for length in lengths]
+        ids = [token for segment in segments for token in segment]
+        labels = [-100] * len(ids)
+        for segment in rng.sample(segments, len(segments)):
+            ids = ids + segment
+            labels += [-100, *segment[1:]]
+        return ids, labels
+
+    def prompt(self, documents: list[str], asked: list[tuple[str, str]]) -> Row:
+        """ScaleDown's prompt with the documents as text, and several questions, one after the other."""
+        ids = self.before + [token for text in self.tokenizer(documents)["input_ids"] for token in text]
+        labels = [-100] * len(ids)
+        for number, (question, answer) in enumerate(asked):
+            part = ([] if number == 0 else self.user) + self.asked + self._ids(question) + self.turn
+            learned = self._ids(answer) + self.end
+            ids, labels = ids + part + learned, labels + [-100] * len(part) + learned
+        return ids, labels
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def build_generator(tokenizer: PreTrainedTokenizerBase, args: GeneratorArguments) -> PreTrainedModel:
+    """A fresh Llama-shaped generator."""
+    torch.manual_seed(args.seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.hidden_size,
+        intermediate_size=3 * args.hidden_size,
+        num_hidden_layers=args.num_layers,
+        num_attention_heads=args.hidden_size // 32,
+        max_position_embeddings=4096,
+        # Wide as it is, 0.02 would be too quiet to copy anything for a long time.
+        initializer_range=0.08,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return model
+
+
+def teach(model: PreTrainedModel, lessons: list[Lesson], args: GeneratorArguments) -> list[dict]:
+    """Take a generator through the lessons; what was learned is saved after each.
+
+    Args:
+        model: The generator.
+        lessons: The lessons; the last one takes `args.last_steps` steps whatever is reached.
+        args: How long, and where to.
+
+    Returns:
+        For each lesson its name, steps, seconds and share of answer tokens that were right at its end.
+    """
+    folder = Path(args.output)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    taken = itertools.count(1)
+    progress = folder / "training.json"
+    report = json.loads(progress.read_text(encoding="utf-8")) if progress.is_file() else []
+    for number, lesson in enumerate(lessons[len(report) :], len(report)):
+        last = number == len(lessons) - 1
+        steps = args.last_steps if last else args.lesson_steps
+        started, right = time.perf_counter(), 0.0
+        for step, (ids, labels) in enumerate(DataLoader(Rows(lesson, args.seed), batch_size=None, num_workers=1), 1):
+            factor = min(1.0, next(taken) / 100, (steps - step + 1) / (0.7 * steps) if last else 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = args.learning_rate * factor
+            right = 0.95 * right + 0.05 * _step(model, optimizer, ids, labels)
+            if step % 50 == 0:
+                logger.info("%s: step %d, %.0f s, %.3f right", lesson.name, step, time.perf_counter() - started, right)
+            if right > lesson.target or step == steps:
+                break
+        seconds = round(time.perf_counter() - started)
+        report.append({"lesson": lesson.name, "steps": step, "seconds": seconds, "right": round(right, 4)})
+        logger.info("%s", report[-1])
+        model.save_pretrained(folder)
+        progress.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def _step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, ids: torch.Tensor, labels: torch.Tensor) -> float:
+    """Learn from a batch; returns the share of answer tokens that were right."""
+    known = labels[:, 1:] != -100
+    states = model.model(ids).last_hidden_state[:, :-1][known]  # (answer tokens, hidden)
+    logits, learned = model.lm_head(states), labels[:, 1:][known]
+    loss = cross_entropy(logits, learned)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return (logits.argmax(dim=-1) == learned).float().mean().item()
+
+
+def main() -> int:
+    """Run the command; returns its exit status."""
+
+    def command() -> str:
+        (args,) = HfArgumentParser(GeneratorArguments).parse_args_into_dataclasses(look_for_args_file=False)
+        tokenizer = build_tokenizer()
+        model = build_generator(tokenizer, args)
+        if (Path(args.output) / "training.json").is_file():  # a run that was stopped goes on behind its last lesson
+            model = AutoModelForCausalLM.from_pretrained(args.output)
+        tokenizer.save_pretrained(args.output)
+        teach(model, Curriculum(tokenizer, args.seed).lessons(), args)
+        return f"generator in {args.output}"
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

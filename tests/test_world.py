@@ -1,0 +1,166 @@
+"""The made-up world: passages tell what is asked, splits share no name, lessons learn what can be answered."""
+
+import json
+import random
+
+import pytest
+
+from scaledown.world import RIGHT, SPLITS, World, split_of
+from scaledown.world_generator import Curriculum, GeneratorArguments, build_generator, teach
+from scaledown.world_text import RELATIONS
+from scaledown.world_tokenizer import build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+def records(split, count=40, num_documents=5, two_hops=0.5, seed=0):
+    world = World(split, seed)
+    return [world.record(number, num_documents, two_hops) for number in range(count)]
+
+
+def test_is_as_large_as_promised():
+    assert len(RELATIONS) == 6
+    assert sum(len(relations) for relations in RELATIONS.values()) >= 25
+    assert all(len(r.statements) >= 3 and len(r.questions) >= 2 for listed in RELATIONS.values() for r in listed)
+
+
+def test_equal_seeds_give_equal_records_and_others_do_not():
+    assert records("train", 5) == records("train", 5)
+    assert records("train", 5) != records("train", 5, seed=1)
+
+
+@pytest.mark.parametrize("num_documents", [2, 5, 20])
+def test_right_passages_and_no_other_hold_the_answer(num_documents):
+    for record in records("test", 30, num_documents):
+        assert len(record["documents"]) == len(set(record["documents"])) == num_documents
+        assert len(record["positives"]) == record["hops"]
+        assert any(record["answer"] in record["documents"][index] for index in record["positives"])
+        assert [score == RIGHT for score in record["reranking_scores"]] == [
+            index in record["positives"] for index in range(num_documents)
+        ]
+        assert max(record["positives"]) < 5
+
+
+def test_two_hops_name_only_the_first_thing():
+    world = World("train")
+    for _ in range(30):
+        passages, first, second = world.context(5, 2)
+        for question in world.ask_across(passages, first, second):
+            assert passages[first].name in question.text
+            assert passages[second].name not in question.text
+            assert passages[second].name in passages[first].text
+            assert question.answer in passages[second].text
+
+
+def test_one_hop_is_asked_of_one_passage_that_alone_tells_of_its_subject():
+    world = World("train")
+    for _ in range(30):
+        passages, asked, _ = world.context(5, 1)
+        question = next(world.ask(passages, asked))
+        assert question.positives == [asked]
+        assert question.answer in passages[asked].text
+        assert [passage.name for passage in passages].count(passages[asked].name) == 1
+        # Another passage may name the subject as a value, but says nothing of it in a sentence of its own.
+        others = [passage.text for index, passage in enumerate(passages) if index != asked]
+        assert not any(f"{passages[asked].name}: " in text for text in others)
+
+
+def test_distractors_share_parts_of_the_name():
+    shared = 0
+    for record in records("test", 40, two_hops=0):
+        subject = record["positives"][0]
+        world_name = next(
+            word
+            for word in record["query"].rstrip("?").split()
+            if word[0].isupper() and word in record["documents"][subject]
+        )
+        shared += any(world_name in text for i, text in enumerate(record["documents"]) if i != subject)
+    assert shared > 20
+
+
+def test_splits_share_no_name():
+    world = {split: World(split, 0) for split in SPLITS}
+    for split in SPLITS:
+        for kind in RELATIONS:
+            name = world[split].value(kind)
+            assert split_of(name) == split
+            assert split_of(world[split].names.like(random.Random(0), kind, split, name)) == split
+
+
+def test_passages_fit_a_chunk_and_every_word_is_known(tokenizer):
+    lengths = []
+    for record in records("test", 40) + records("train", 40):
+        for text in [*record["documents"], record["query"], record["answer"]]:
+            assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
+        lengths += [len(tokenizer(text)["input_ids"]) for text in record["documents"]]
+    assert max(lengths) <= 128
+    assert 100 <= sum(lengths) / len(lengths) <= 130
+
+
+def test_answers_come_back_as_they_were_written(tokenizer):
+    for record in records("test", 60):
+        ids = tokenizer(record["answer"])["input_ids"]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == record["answer"]
+        place = record["documents"][record["positives"][-1]]
+        assert set(ids) <= set(tokenizer(" ".join([place, *record["documents"]]))["input_ids"])
+
+
+def test_unknown_words_are_spelled(tokenizer):
+    ids = tokenizer("Ångström's zebra, 1234567")["input_ids"]
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(tokenizer("1234567")["input_ids"]) == "1234567"
+
+
+def test_two_hops_need_two_passages():
+    with pytest.raises(ValueError, match="2 hops need as many passages; num_documents is 1"):
+        World("train").context(1, 2)
+
+
+def test_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="split is 'dev'; it must be one of train, validation, test"):
+        World("dev")
+
+
+def test_labels_of_every_lesson_stand_at_what_can_be_answered(tokenizer):
+    rng = random.Random(0)
+    for lesson in Curriculum(tokenizer, 0).lessons():
+        ids, labels = lesson.draw(rng)
+        learned = [place for place, label in enumerate(labels) if label != -100]
+        assert learned
+        assert all(labels[place] == ids[place] for place in learned)
+        ends = tokenizer.eos_token_id
+        assert all(ids[place] in ids[:place] or ids[place] == ends for place in learned)
+
+
+def test_prompt_of_the_curriculum_is_the_processors_with_text_in_the_slots(tokenizer):
+    from configuration_scaledown import ScaleDownConfig
+    from processing_scaledown import ScaleDownProcessor
+    from scaledown.world_tokenizer import SYSTEM_PROMPT
+
+    model = build_generator(tokenizer, GeneratorArguments(output="", hidden_size=32, num_layers=1))
+    config = ScaleDownConfig(
+        generator_config=model.config, compressor_type="n_layers", num_compressor_layers=1, system_prompt=SYSTEM_PROMPT
+    )
+    processor = ScaleDownProcessor.from_config(config, tokenizer)
+    record = records("train", 1)[0]
+    ids, labels = Curriculum(tokenizer, 0).prompt(record["documents"], [(record["query"], record["answer"])])
+    texts = tokenizer(record["documents"])["input_ids"]
+    batch = processor.build_prompts([record["query"]], [[len(text) for text in texts]], [record["answer"]])
+    expected = batch["input_ids"][0].tolist()
+    slots = batch["slot_mask"][0].tolist()
+    assert [token for token, slot in zip(ids, slots, strict=True) if not slot] == [
+        token for token, slot in zip(expected, slots, strict=True) if not slot
+    ]
+    assert labels == batch["labels"][0].tolist()
+
+
+def test_a_stopped_training_goes_on_behind_its_last_lesson(tokenizer, tmp_path):
+    args = GeneratorArguments(output=str(tmp_path), hidden_size=32, num_layers=1, lesson_steps=2, last_steps=2)
+    lessons = Curriculum(tokenizer, 0).lessons()[:3]
+    teach(build_generator(tokenizer, args), lessons[:2], args)
+    report = teach(build_generator(tokenizer, args), lessons, args)
+    assert [entry["lesson"] for entry in report] == [lesson.name for lesson in lessons]
+    assert json.loads((tmp_path / "training.json").read_text()) == report
