@@ -16,6 +16,7 @@ from typing import Any
 from .endpoint import EndpointTeacher
 from .evaluation_data import Example
 from .prompts import defused
+from .records import RecordError
 
 SYSTEM_PROMPT = "You are an evaluation tool. Answer with one of 1: Correct, 0.5: Partially correct, 0: wrong."
 USER_PROMPT = (
@@ -54,6 +55,9 @@ class JudgementCache:
     Args:
         path: The file; created where it is missing. A half-written last line is dropped.
         keys: What this run asks for.
+
+    Raises:
+        RecordError: A line other than the last is damaged.
     """
 
     def __init__(self, path: Path, keys: Sequence[str]):
@@ -62,13 +66,19 @@ class JudgementCache:
         self._values: dict[str, Any] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            text = path.read_text(encoding="utf-8")
-            whole = text[: text.rfind("\n") + 1]
-            if whole != text:
-                os.truncate(path, len(whole.encode("utf-8")))
-            for line in whole.splitlines():
-                entry = json.loads(line)
-                self._values[entry["key"]] = entry["value"]
+            data = path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if whole != data:
+                os.truncate(path, len(whole))
+            for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+                try:
+                    entry = json.loads(line)
+                    self._values[entry["key"]] = entry["value"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise RecordError(
+                        f"{path}, line {number}: found a damaged line, expected one JSON object with key and value. "
+                        "Delete the line to have the judge asked again."
+                    ) from error
 
     def __len__(self) -> int:
         return sum(key in self._values for key in self._keys)
