@@ -87,6 +87,11 @@ class StageEstimate:
         """The memory of the run as it is set."""
         return self.memory[self.checkpointing]
 
+    @property
+    def device_bytes(self) -> int:
+        """What a device must have: the memory of the run, and the allowance for driver and libraries."""
+        return self.needed.total + RESERVE
+
 
 def dry_run(model_args: ModelArguments, data_args: DataArguments, args: ScaleDownTrainingArguments) -> str:
     """Tell what a run would train, need and read, stage by stage.
@@ -103,11 +108,31 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: ScaleDow
         OSError: There is no such model.
         ValueError: Arguments that contradict each other, or data that breaks the format.
     """
-    reports = []
+    return "\n\n".join(map(render, estimate_stages(model_args, data_args, args)))
+
+
+def estimate_stages(
+    model_args: ModelArguments, data_args: DataArguments, args: ScaleDownTrainingArguments
+) -> list[StageEstimate]:
+    """Estimate what each stage of a run trains and needs.
+
+    Args:
+        model_args: The model that would be trained.
+        data_args: The data, which need not be there.
+        args: How it would be trained; its `stage` is changed where there are two.
+
+    Returns:
+        An estimate for each stage.
+
+    Raises:
+        OSError: There is no such model.
+        ValueError: Arguments that contradict each other, or data that breaks the format.
+    """
+    estimates = []
     for stage in ("compress", "generate") if args.two_stage else (args.stage,):
         args.stage = stage
-        reports.append(render(estimate(model_args, data_args, args)))
-    return "\n\n".join(reports)
+        estimates.append(estimate(model_args, data_args, args))
+    return estimates
 
 
 def estimate(model_args: ModelArguments, data_args: DataArguments, args: ScaleDownTrainingArguments) -> StageEstimate:
@@ -376,7 +401,7 @@ def _render_memory(found: StageEstimate) -> list[str]:
 
 
 def _render_fit(found: StageEstimate) -> list[str]:
-    needed = found.needed.total + RESERVE
+    needed = found.device_bytes
     allowance = f"{format_size(found.needed.total)} and {format_size(RESERVE)} for driver and libraries"
     if torch.cuda.is_available():
         size = torch.cuda.mem_get_info()[1]
