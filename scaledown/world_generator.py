@@ -36,16 +36,17 @@ from .world_tokenizer import SYSTEM_PROMPT, build_tokenizer
 logger = logging.getLogger(__name__)
 
 Row = tuple[list[int], list[int]]  # token ids, and labels (-100: not learned)
+Reading = Callable[[PreTrainedModel, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
-class GeneratorArguments:
-    """Size of the generator and length of its training."""
+class BackboneArguments:
+    """Size of a backbone and length of its training."""
 
-    output: str = field(metadata={"help": "Folder for the generator, its tokenizer and training.json."})
+    output: str = field(metadata={"help": "Folder for the model, its tokenizer and training.json."})
     hidden_size: int = field(default=128, metadata={"help": "Width, a multiple of 32."})
     num_layers: int = field(default=5, metadata={"help": "Layers."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Learning rate of AdamW."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate of AdamW."})
     lesson_steps: int = field(default=3000, metadata={"help": "Steps per lesson at most."})
     last_steps: int = field(default=1000, metadata={"help": "Steps of the last lesson, in which the rate falls to 0."})
     seed: int = field(default=0, metadata={"help": "Decides everything."})
@@ -108,24 +109,24 @@ class Curriculum:
 
     def lessons(self) -> list[Lesson]:
         """From the first to the last."""
-        lessons = [Lesson("echo a sequence", lambda rng: self.echo(rng, [6]), 128, 0.9)]
-        for segments in (1, 2, 4, 8, 16):
-            low, high = (3, 8) if segments == 1 else (2, 4)
-            lessons.append(
-                Lesson(
-                    f"echo {segments} segments in another order",
-                    lambda rng, n=segments, low=low, high=high: self.echo(
-                        rng, [rng.randint(low, high) for _ in range(n)]
-                    ),
-                    128 if segments < 16 else 64,
-                    0.93,
-                )
-            )
+        lessons = self.echoes()
         for documents, facts, size in ((1, 3, 96), (2, 3, 96), (3, 3, 64)):
             lessons.append(self.reading(f"{documents} passages of {facts} facts", documents, size, facts, plain=True))
         lessons.append(self.reading("2 long passages", 2, 48))
         lessons.append(self.reading("3 passages of 3 facts, two hops", 3, 64, 3, plain=True, two_hops=0.6))
         lessons.append(self.reading("up to 5 long passages, two hops", 5, 32, two_hops=0.35, fewest=2, target=2.0))
+        return lessons
+
+    def echoes(self) -> list[Lesson]:
+        """Lessons of random tokens: to find a token that was read, and go on with what followed it."""
+        lessons = [Lesson("echo a sequence", lambda rng: self.echo(rng, [6]), 128, 0.9)]
+        for segments in (1, 2, 4, 8, 16):
+            bounds = (3, 8) if segments == 1 else (2, 4)
+
+            def echo(rng: random.Random, count: int = segments, bounds: tuple[int, int] = bounds) -> Row:
+                return self.echo(rng, [rng.randint(*bounds) for _ in range(count)])
+
+            lessons.append(Lesson(f"echo {segments} segments", echo, 128 if segments < 16 else 64, 0.88))
         return lessons
 
     def reading(
@@ -178,7 +179,7 @@ class Curriculum:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def build_generator(tokenizer: PreTrainedTokenizerBase, args: GeneratorArguments) -> PreTrainedModel:
+def build_generator(tokenizer: PreTrainedTokenizerBase, args: BackboneArguments) -> PreTrainedModel:
     """A fresh Llama-shaped generator."""
     torch.manual_seed(args.seed)
     config = LlamaConfig(
@@ -203,13 +204,14 @@ def build_generator(tokenizer: PreTrainedTokenizerBase, args: GeneratorArguments
     return model
 
 
-def teach(model: PreTrainedModel, lessons: list[Lesson], args: GeneratorArguments) -> list[dict]:
-    """Take a generator through the lessons; what was learned is saved after each.
+def teach(model: PreTrainedModel, lessons: list[Lesson], args: BackboneArguments, read: Reading) -> list[dict]:
+    """Take a backbone through the lessons; what was learned is saved after each.
 
     Args:
-        model: The generator.
+        model: The backbone.
         lessons: The lessons; the last one takes `args.last_steps` steps whatever is reached.
         args: How long, and where to.
+        read: Reads a batch as this kind of backbone does.
 
     Returns:
         For each lesson its name, steps, seconds and share of answer tokens that were right at its end.
@@ -227,7 +229,7 @@ def teach(model: PreTrainedModel, lessons: list[Lesson], args: GeneratorArgument
             factor = min(1.0, next(taken) / 100, (steps - step + 1) / (0.7 * steps) if last else 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = args.learning_rate * factor
-            right = 0.95 * right + 0.05 * _step(model, optimizer, ids, labels)
+            right = 0.95 * right + 0.05 * _step(model, optimizer, *read(model, ids, labels))
             if step % 50 == 0:
                 logger.info("%s: step %d, %.0f s, %.3f right", lesson.name, step, time.perf_counter() - started, right)
             if right > lesson.target or step == steps:
@@ -240,11 +242,10 @@ def teach(model: PreTrainedModel, lessons: list[Lesson], args: GeneratorArgument
     return report
 
 
-def _step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, ids: torch.Tensor, labels: torch.Tensor) -> float:
+def _step(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, logits: torch.Tensor, learned: torch.Tensor
+) -> float:
     """Learn from a batch; returns the share of answer tokens that were right."""
-    known = labels[:, 1:] != -100
-    states = model.model(ids).last_hidden_state[:, :-1][known]  # (answer tokens, hidden)
-    logits, learned = model.lm_head(states), labels[:, 1:][known]
     loss = cross_entropy(logits, learned)
     optimizer.zero_grad()
     loss.backward()
@@ -253,17 +254,33 @@ def _step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, ids: torch.T
     return (logits.argmax(dim=-1) == learned).float().mean().item()
 
 
+def read_causally(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Have a causal model predict what is learned.
+
+    Args:
+        model: The model.
+        ids: `(batch, length)`, token ids.
+        labels: `(batch, length)`, the ids to learn, -100 elsewhere.
+
+    Returns:
+        Logits `(answer tokens, vocabulary)` and the ids they should give `(answer tokens,)`.
+    """
+    known = labels[:, 1:] != -100
+    states = model.model(ids).last_hidden_state[:, :-1][known]  # (answer tokens, hidden)
+    return model.lm_head(states), labels[:, 1:][known]
+
+
 def main() -> int:
     """Run the command; returns its exit status."""
 
     def command() -> str:
-        (args,) = HfArgumentParser(GeneratorArguments).parse_args_into_dataclasses(look_for_args_file=False)
+        (args,) = HfArgumentParser(BackboneArguments).parse_args_into_dataclasses(look_for_args_file=False)
         tokenizer = build_tokenizer()
         model = build_generator(tokenizer, args)
         if (Path(args.output) / "training.json").is_file():  # a run that was stopped goes on behind its last lesson
             model = AutoModelForCausalLM.from_pretrained(args.output)
         tokenizer.save_pretrained(args.output)
-        teach(model, Curriculum(tokenizer, args.seed).lessons(), args)
+        teach(model, Curriculum(tokenizer, args.seed).lessons(), args, read_causally)
         return f"generator in {args.output}"
 
     return run_command(command)

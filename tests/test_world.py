@@ -6,7 +6,8 @@ import random
 import pytest
 
 from scaledown.world import RIGHT, SPLITS, World, split_of
-from scaledown.world_generator import Curriculum, GeneratorArguments, build_generator, teach
+from scaledown.world_encoder import EncoderCurriculum, build_encoder, encoder_tokenizer, read_masked
+from scaledown.world_generator import BackboneArguments, Curriculum, Rows, build_generator, read_causally, teach
 from scaledown.world_text import RELATIONS
 from scaledown.world_tokenizer import build_tokenizer
 
@@ -140,7 +141,7 @@ def test_prompt_of_the_curriculum_is_the_processors_with_text_in_the_slots(token
     from processing_scaledown import ScaleDownProcessor
     from scaledown.world_tokenizer import SYSTEM_PROMPT
 
-    model = build_generator(tokenizer, GeneratorArguments(output="", hidden_size=32, num_layers=1))
+    model = build_generator(tokenizer, BackboneArguments(output="", hidden_size=32, num_layers=1))
     config = ScaleDownConfig(
         generator_config=model.config, compressor_type="n_layers", num_compressor_layers=1, system_prompt=SYSTEM_PROMPT
     )
@@ -158,9 +159,26 @@ def test_prompt_of_the_curriculum_is_the_processors_with_text_in_the_slots(token
 
 
 def test_a_stopped_training_goes_on_behind_its_last_lesson(tokenizer, tmp_path):
-    args = GeneratorArguments(output=str(tmp_path), hidden_size=32, num_layers=1, lesson_steps=2, last_steps=2)
+    args = BackboneArguments(output=str(tmp_path), hidden_size=32, num_layers=1, lesson_steps=2, last_steps=2)
     lessons = Curriculum(tokenizer, 0).lessons()[:3]
-    teach(build_generator(tokenizer, args), lessons[:2], args)
-    report = teach(build_generator(tokenizer, args), lessons, args)
+    teach(build_generator(tokenizer, args), lessons[:2], args, read_causally)
+    report = teach(build_generator(tokenizer, args), lessons, args, read_causally)
     assert [entry["lesson"] for entry in report] == [lesson.name for lesson in lessons]
     assert json.loads((tmp_path / "training.json").read_text()) == report
+
+
+def test_an_encoder_does_not_see_what_it_learns():
+    tokenizer = encoder_tokenizer()
+    args = BackboneArguments(output="", hidden_size=32, num_layers=1)
+    model = build_encoder(tokenizer, args)
+    read = []
+    model.model.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    lesson = EncoderCurriculum(tokenizer, 0).lessons()[-1]
+    ids, labels = next(iter(Rows(lesson, 0)))
+    logits, learned = read_masked(model, ids, labels)
+    known = labels != -100
+    assert (read[0][known] == model.config.mask_token_id).all()
+    assert (read[0][~known] == ids[~known]).all()
+    assert not (ids == model.config.mask_token_id).any()
+    assert logits.shape == (int(known.sum()), len(tokenizer))
+    assert (learned == ids[known]).all()
