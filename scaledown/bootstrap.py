@@ -6,8 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 
 LEVEL = (2.5, 97.5)
-# Resamples drawn at a time, so that memory does not grow with their number.
-DRAWN_AT_ONCE = 100
 
 
 @dataclass(frozen=True)
@@ -102,11 +100,8 @@ class Bootstrap:
         """Sums of resampled rows: (n, k) in, (resamples, k) out."""
         generator = np.random.default_rng(self.seed)
         n = len(columns)
-        sums = [
-            generator.multinomial(n, np.full(n, 1 / n), size=min(DRAWN_AT_ONCE, self.resamples - start)) @ columns
-            for start in range(0, self.resamples, DRAWN_AT_ONCE)
-        ]
-        return np.concatenate(sums)
+        counts = (np.bincount(generator.integers(n, size=n), minlength=n) for _ in range(self.resamples))
+        return np.stack([count @ columns for count in counts])
 
 
 def _pairs(values: Sequence[float], reference: Sequence[float]) -> np.ndarray:

@@ -42,7 +42,7 @@ def update_card(folder: str | Path, metrics: dict[str, Any]) -> None:
     config = ScaleDownConfig.from_pretrained(folder)
     with torch.device("meta"):  # the card tells its size, and no weight
         model = ScaleDownModel(config)
-    model._card_fields = None  # those of the card beside the weights
+    model.name_or_path, model._card_fields = str(folder), None  # those of the card beside the weights
     model.card_fields = {**model.card_fields, **merge_results(model.card_fields, metrics)}
     model._write_card(Path(folder), config.weights_format)
 

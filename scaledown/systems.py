@@ -353,8 +353,10 @@ def timed(system: System, examples: Sequence[Example], device: torch.device) -> 
 
 
 def _wait_for(device: torch.device) -> None:
-    if device.type in ("cuda", "mps", "xpu"):
-        getattr(torch, device.type).synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def _chunk_counts(batch: Any, num_examples: int, config: Any) -> list[tuple[int, int, int]]:

@@ -154,8 +154,8 @@ def test_random_memory_is_as_long_as_the_models_own(folder, monkeypatch):
     monkeypatch.setattr(found.model, "generate", capture("alone"))
     systems["random_memory"].answer(examples(3)[1:2])
     alone, alone_mask = seen["alone"]
-    start = len(DOCUMENTS[0])
-    torch.testing.assert_close(alone[alone_mask], noise[start : start + len(alone)][mask[start : start + len(alone)]])
+    before = found.model.processor.encode_documents([QUESTIONS[0]], [examples()[0].documents])["chunk_slots"].sum()
+    torch.testing.assert_close(alone[alone_mask], noise[mask][before : before + len(alone[alone_mask])])
 
 
 def test_documents_are_shuffled_between_questions():
@@ -373,22 +373,22 @@ def test_wrong_arguments_are_told_before_the_work(folder, tmp_path, changes, mes
 
 
 def test_prompts_past_the_context(folder, tmp_path):
-    """The longest question has a prompt of full text that leaves no room for so long an answer."""
-    long = {"max_new_tokens": 340, "baselines": "full_text,no_documents"}
-    with pytest.raises(ValueError, match=r"question 'q\d' has a prompt of \d+ tokens for full_text; .*--too_long skip"):
-        evaluate(settings(folder, output_dir=str(tmp_path / "a"), **long))
-    systems, _ = systems_of(folder, "full_text")
-    lengths = systems["full_text"].prompt_lengths(examples())
-    limit = sorted(set(lengths))[-2]  # of the generator's 512 positions
-    output = tmp_path / "b"
-    evaluate(
-        settings(folder, output_dir=str(output), too_long="skip", max_new_tokens=512 - limit, baselines="full_text")
-    )
-    metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
-    left_out = sum(length > limit for length in lengths)
-    assert metrics["data"]["too_long"] == {"full_text": left_out}
-    assert metrics["data"]["num_asked"] == NUM_QUESTIONS - left_out
-    assert f"{left_out} for full_text" in (output / "report.md").read_text(encoding="utf-8")
+    """A question whose text does not fit, though its slots do."""
+    long = {"id": "long", "query": QUESTIONS[0], "documents": [DOCUMENTS[1][0] * 9], "answer": "a"}
+    records = (folder / "data.jsonl").read_text(encoding="utf-8").splitlines()[:2]
+    (tmp_path / "data.jsonl").write_text("\n".join([*records, json.dumps(long)]), encoding="utf-8")
+    changes = {"data": str(tmp_path / "data.jsonl"), "baselines": "no_documents,full_text"}
+    with pytest.raises(
+        ValueError, match=r"question 'long' has a prompt of \d+ tokens for full_text; .*--too_long skip"
+    ):
+        evaluate(settings(folder, output_dir=str(tmp_path / "a"), **changes))
+    assert not (tmp_path / "a").exists()
+    evaluate(settings(folder, output_dir=str(tmp_path / "b"), too_long="skip", **changes))
+    metrics = json.loads((tmp_path / "b" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["data"]["too_long"] == {"full_text": 1} and metrics["data"]["num_asked"] == 2
+    assert "1 for full_text" in (tmp_path / "b" / "report.md").read_text(encoding="utf-8")
+    # Without full text, it is asked like any other.
+    evaluate(settings(folder, output_dir=str(tmp_path / "c"), **{**changes, "baselines": "none"}))
 
 
 def test_an_interval_needs_two_questions(folder, tmp_path):
