@@ -118,6 +118,9 @@ def ask(arguments: EvaluationArguments) -> Run | None:
     found = load_contestants(arguments, device)
     examples, systems, too_long = _fitting(found, arguments, data.examples)
     answers, batch_sizes = answer_all(systems, examples, arguments.batch_size, device, state)
+    # The other processes are done, and the first must not wait for them, nor they for it: a judge may take its time.
+    state.wait_for_everyone()
+    state.destroy_process_group()
     if not state.is_main_process:
         return None
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .document_choice import OwnDocuments, PoolDocuments, stable_hash
+from .document_choice import OwnDocuments, PoolDocuments, sample, stable_hash
 from .formats import OWN_DOCUMENTS, detect_format
 from .readers import read_source
 from .records import RecordError, read_records
@@ -90,7 +90,7 @@ def load_data(
     if format == "records" and Path(source).is_file():
         records, dropped = _own_records(source, num_documents)
     else:
-        records, dropped, format = _records_of(source, format, config, split, revision, num_documents, seed)
+        records, dropped, format = _records_of(source, format, config, split, revision, num_documents, limit, seed)
     examples = [_example(record) for record in records]
     answered = [example for example in examples if example.gold]
     dropped["no_answer"] = dropped.get("no_answer", 0) + len(examples) - len(answered)
@@ -156,6 +156,7 @@ def _records_of(
     split: str | None,
     revision: str | None,
     num_documents: int | None,
+    limit: int | None,
     seed: int,
 ) -> tuple[list[dict[str, Any]], dict[str, int], str]:
     """Records made of another format as `prepare_data.py` makes them, what was dropped, and the format."""
@@ -175,7 +176,7 @@ def _records_of(
     questions = [question for question in read.questions if len(question.positives or ()) <= wanted]
     dropped["more_positives_than_documents"] = len(read.questions) - len(questions)
     choose = PoolDocuments(read.passages, wanted, "bm25", seed)
-    return [chosen["record"] for chosen in choose(questions)], dropped, read.format
+    return [chosen["record"] for chosen in choose(sample(questions, limit, seed))], dropped, read.format
 
 
 def _example(record: dict[str, Any]) -> Example:
