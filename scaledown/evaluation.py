@@ -66,6 +66,7 @@ def evaluate(arguments: EvaluationArguments) -> Path | None:
     earlier = [(folder, read_metrics(folder)) for folder in arguments.compare or []]  # before the work, not after it
     if arguments.update_card:
         check_card(arguments.model)
+    judge = _open_judge(arguments)
     run = None
     if arguments.rejudge is not None:
         run = Run.read(arguments.rejudge)
@@ -76,8 +77,8 @@ def evaluate(arguments: EvaluationArguments) -> Path | None:
     folder = _new_folder(arguments)
     if run is not None:
         run.write(folder)  # before the judge, who may be out
-        if arguments.judge is not None:
-            _judge(run, arguments, folder)
+        if judge is not None:
+            _judge(run, judge, arguments, folder)
             run.write(folder)
         if arguments.update_card:
             update_card(arguments.model, run.metrics)
@@ -244,9 +245,10 @@ def _summarize(run: Run, bootstrap: Bootstrap, fields: Sequence[str]) -> None:
     run.metrics["groups"] = break_down(run.columns, run.examples, fields, bootstrap)
 
 
-def _judge(run: Run, arguments: EvaluationArguments, folder: Path) -> None:
-    """Add grades of all answers, their agreement with exact match, and comparisons in pairs."""
-    judge = Judge(
+def _open_judge(arguments: EvaluationArguments) -> Judge | None:
+    if arguments.judge is None:
+        return None
+    return Judge(
         arguments.judge_url,
         arguments.judge,
         arguments.judge_api_key_env,
@@ -255,6 +257,10 @@ def _judge(run: Run, arguments: EvaluationArguments, folder: Path) -> None:
         seed=arguments.seed,
         extra_body=arguments.judge_request,
     )
+
+
+def _judge(run: Run, judge: Judge, arguments: EvaluationArguments, folder: Path) -> None:
+    """Add grades of all answers, their agreement with exact match, and comparisons in pairs."""
     cache = Path(arguments.judge_cache)
     before = run.metrics["settings"]
     bootstrap = Bootstrap(before["resamples"], before["seed"])

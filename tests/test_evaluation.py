@@ -364,6 +364,10 @@ def test_wrong_arguments(folder, changes, message):
         ({"device": "cuda:77"}, "not here"),
         ({"model": "no-such-folder"}, "--model names no-such-folder"),
         ({"compare": ["no-such-run"]}, "has no metrics.json"),
+        (
+            {"judge": "a", "judge_url": "http://b", "judge_api_key_env": "NO_SUCH_KEY"},
+            "--judge_api_key_env names NO_SUCH",
+        ),
     ],
 )
 def test_wrong_arguments_are_told_before_the_work(folder, tmp_path, changes, message):

@@ -6,9 +6,12 @@ import math
 import pytest
 from chat_server import ChatServer, Reply, completion
 
+from scaledown.evaluation import evaluate
+from scaledown.evaluation_arguments import parse_arguments
 from scaledown.evaluation_data import Example
 from scaledown.judge import Judge, JudgementCache, agreement, compare_answers, grade_answers
 from scaledown.records import RecordError
+from tiny import ANSWERS, DOCUMENTS, QUESTIONS, build_model
 
 EXAMPLES = [
     Example("a", "Who wrote Ivanhoe?", [], ["Walter Scott", "Scott"]),
@@ -159,3 +162,30 @@ def test_agreement_with_exact_match():
     assert agreement([math.nan], [1.0])["agreement"] is None
     assert agreement([1.0], [1.0])["kappa"] is None
     json.dumps(found)
+
+
+def test_a_run_is_judged_and_judged_again(tmp_path):
+    """Once with an endpoint that fails, which leaves the answers, and then from those alone."""
+    build_model().save_pretrained(tmp_path / "model")
+    records = [
+        {"query": query, "documents": documents, "answer": answer, "kind": "x"}
+        for query, documents, answer in zip(QUESTIONS, DOCUMENTS, ANSWERS, strict=True)
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    common = ["--judge", "m", "--judge_cache", str(tmp_path / "cache"), "--judge_against", "full_text"]
+    with ChatServer(lambda asked, body: Reply(status=401)).running() as server:
+        model = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data.jsonl"), "--max_new_tokens", "3"]
+        model += ["--resamples", "20", "--group_by", "kind", "--device", "cpu", "--output_dir", str(tmp_path / "first")]
+        with pytest.raises(ValueError, match=r"--judge_api_key_env.*--rejudge .*first"):
+            evaluate(parse_arguments([*model, *common, "--judge_url", server.url]))
+    assert "judge" not in json.loads((tmp_path / "first" / "metrics.json").read_text(encoding="utf-8"))
+    with serve(lambda text: "A" if "Answer A" in text else "0.5") as server:
+        again = ["--rejudge", str(tmp_path / "first"), "--output_dir", str(tmp_path / "second")]
+        evaluate(parse_arguments([*again, *common, "--judge_url", server.url]))
+    metrics = json.loads((tmp_path / "second" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["systems"]["compressed"]["judge"]["value"] == 0.5
+    assert metrics["groups"]["kind"]["x"]["systems"]["full_text"]["judge"]["value"] == 0.5
+    assert metrics["judge"]["agreement_with_exact_match"]["compressed"]["num_judged"] == 3
+    assert metrics["judge"]["pairs"]["full_text"]["ties"] == 3  # it favours a place
+    report = (tmp_path / "second" / "report.md").read_text(encoding="utf-8")
+    assert "## The judge, m" in report and "Cohen's kappa" in report
