@@ -26,7 +26,9 @@ def ask_of(body):
 
 
 def judge_for(server, **changes):
-    return Judge(server.url, "judge/model-1", **{"retries": 1, "backoff": 0.01, "max_tokens": 16, **changes})
+    return Judge(
+        server.url, "judge/model-1", **{"concurrency": 1, "retries": 1, "backoff": 0.01, "max_tokens": 16, **changes}
+    )
 
 
 def serve(reply):
