@@ -138,7 +138,7 @@ class Curriculum:
         plain: bool = False,
         two_hops: float = 0.0,
         fewest: int | None = None,
-        target: float = 0.95,
+        target: float = 0.9,
     ) -> Lesson:
         """A lesson of passages and questions about them."""
 
