@@ -3,10 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo embedded test test-slow lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m scaledown.demo
+
+embedded: $(VENV)/.installed
+	$(BIN)/python -m scaledown.world --output runs/embedded/world
+	$(BIN)/python -m scaledown.world_generator --output runs/embedded/generator
+	$(BIN)/python train.py recipes/embedded-n-layers.yaml
+	$(BIN)/python evaluate.py --model runs/embedded/model --data runs/embedded/world/test.jsonl --num_documents 5 \
+		--baselines full_text,no_documents,truncated,random_memory,shuffled_documents \
+		--group_by answer_kind,hops --max_new_tokens 8 --batch_size 25
+	$(BIN)/python -m scaledown.embed --model runs/embedded/model
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2

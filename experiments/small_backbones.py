@@ -27,7 +27,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scaledown.command_line import run_command
-from scaledown.demo import train_tokenizer
+from scaledown.slots_demo import train_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scaledown import ScaleDownConfig, ScaleDownModel, ScaleDownProcessor
 from scaledown.collators import JointCollator
 from scaledown.command_line import run_command
-from scaledown.demo import train_tokenizer
 from scaledown.records import read_records
+from scaledown.slots_demo import train_tokenizer
 
 
 @dataclass

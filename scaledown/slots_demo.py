@@ -1,7 +1,7 @@
 """Shows that text flows through the slots: tiny backbones from scratch, real passages, a few minutes on a CPU.
 
-    python -m scaledown.demo                                   # Python's own language reference as text
-    python -m scaledown.demo --data train.jsonl                # your records, as prepare_data.py writes them
+    python -m scaledown.slots_demo                                   # Python's own language reference as text
+    python -m scaledown.slots_demo --data train.jsonl                # your records, as prepare_data.py writes them
 
 The generator always reads one and the same prompt; only the embeddings in its slots differ. It learns to reproduce the
 beginning of a passage, or, when the compressor is shown a question, the sentence that answers it. What it writes is
@@ -445,7 +445,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
 
     def command() -> str:
-        parser = HfArgumentParser(DemoArguments, prog="python -m scaledown.demo")
+        parser = HfArgumentParser(DemoArguments, prog="python -m scaledown.slots_demo")
         (args,) = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
         report = run(args)
         return (

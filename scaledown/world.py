@@ -43,7 +43,7 @@ class WorldArguments:
     """How much of the world to write down."""
 
     output: str = field(metadata={"help": "Folder for train.jsonl, validation.jsonl and test.jsonl."})
-    num_train: int = field(default=40000, metadata={"help": "Questions to learn from."})
+    num_train: int = field(default=32000, metadata={"help": "Questions to learn from."})
     num_validation: int = field(default=500, metadata={"help": "Questions to watch a training with."})
     num_test: int = field(default=1000, metadata={"help": "Questions to measure on."})
     num_documents: int = field(default=5, metadata={"help": "Passages per question of train and validation."})

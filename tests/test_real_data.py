@@ -10,8 +10,8 @@ import pytest
 from transformers import set_seed
 
 from scaledown.data_preparation import main as prepare
-from scaledown.demo import DemoArguments, save_encoder, train_generator, train_tokenizer
 from scaledown.records import read_records
+from scaledown.slots_demo import DemoArguments, save_encoder, train_generator, train_tokenizer
 from scaledown.training import main as train
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
