@@ -50,6 +50,7 @@ def test_every_option_of_a_command_exists(notebook):
     commands = []
     for source in sources(notebook):
         commands += re.findall(r"^!python (\w+\.py)(.*)$", source.replace("\\\n", ""), flags=re.MULTILINE)
+    commands += [("prepare_data.py", text) for text in re.findall(r"_QUESTIONS = f?\"(.*)\"", sources(notebook)[0])]
     assert {script for script, _ in commands} == set(ARGUMENTS)
     for script, rest in commands:
         known = {field.name for arguments in ARGUMENTS[script] for field in fields(arguments)}
@@ -66,7 +67,7 @@ def test_the_demo_runs_from_top_to_bottom_without_a_network(notebook, tmp_path, 
     monkeypatch.setenv("PATH", os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # where nobody answers
-    client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path / "notebooks")}})
+    client = NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(tmp_path / "notebooks")}})
     client.execute()
     outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
     text = {name: "".join(output.get("text", "") for output in given) for name, given in outputs.items()}
