@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SHORT := --num_facts 3 --plain true --two_hops 0 --num_test 10 --num_test_documents 2
 
 .PHONY: demo embedded test test-slow lint format clean
 
@@ -10,11 +11,15 @@ demo: $(VENV)/.installed
 
 embedded: $(VENV)/.installed
 	$(BIN)/python -m scaledown.world --output runs/embedded/world
+	$(BIN)/python -m scaledown.world --output runs/embedded/lesson-1 --num_train 60000 --num_documents 1 $(SHORT)
+	$(BIN)/python -m scaledown.world --output runs/embedded/lesson-2 --num_train 30000 --num_documents 2 $(SHORT)
 	$(BIN)/python -m scaledown.world_generator --output runs/embedded/generator
+	$(BIN)/python train.py recipes/embedded-1-short-passage.yaml
+	$(BIN)/python train.py recipes/embedded-2-short-passages.yaml
 	$(BIN)/python train.py recipes/embedded-n-layers.yaml
 	$(BIN)/python evaluate.py --model runs/embedded/model --data runs/embedded/world/test.jsonl --num_documents 5 \
 		--baselines full_text,no_documents,truncated,random_memory,shuffled_documents \
-		--group_by answer_kind,hops --max_new_tokens 8 --batch_size 25
+		--group_by answer_kind,hops --max_new_tokens 8 --batch_size 25 --update_card true
 	$(BIN)/python -m scaledown.embed --model runs/embedded/model
 
 test: $(VENV)/.installed-dev

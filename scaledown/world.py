@@ -51,6 +51,8 @@ class WorldArguments:
         default=20, metadata={"help": "Passages per question of test; the first 5 suffice."}
     )
     two_hops: float = field(default=0.25, metadata={"help": "Share of questions that need two passages."})
+    num_facts: int = field(default=7, metadata={"help": "Facts a passage tells at most."})
+    plain: bool = field(default=False, metadata={"help": "Tell facts and nothing else, as a first lesson has it."})
     seed: int = field(default=0, metadata={"help": "Decides everything."})
 
 
@@ -347,25 +349,26 @@ class World:
         passages = [self.passage(*things[place], taken=names, **telling) for place in order]
         return passages, order.index(0), order.index(hops - 1)
 
-    def record(self, identifier: int, num_documents: int, two_hops: float) -> dict:
+    def record(self, identifier: int, num_documents: int, two_hops: float, **telling) -> dict:
         """A record in the project's format, scored by a teacher that knows the right passages.
 
         Args:
             identifier: Number of the record.
             num_documents: Passages.
             two_hops: Chance that the question needs two of them.
+            **telling: `num_facts` and `plain` of `passage`.
 
         Returns:
             The record; the passages that are needed stand among the first five.
         """
         hops = 1 + (self.random.random() < two_hops)
         near = min(num_documents, 5)
-        passages, first, second = self.context(near, hops)
+        passages, first, second = self.context(near, hops, **telling)
         asked = self.ask_across(passages, first, second) if hops == 2 else self.ask(passages, first)
         question = next(asked)
         told = " ".join(passage.text for passage in passages)
         while len(passages) < num_documents:
-            more, *_ = self.context(1, 1)
+            more, *_ = self.context(1, 1, **telling)
             near_names = [passage.name for passage in passages]
             if more[0].name not in told and not any(name in more[0].text for name in near_names):
                 passages += more
@@ -407,7 +410,8 @@ def main() -> int:
             documents = args.num_test_documents if split == "test" else args.num_documents
             with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
                 for number in range(count):
-                    file.write(json.dumps(world.record(number, documents, args.two_hops)) + "\n")
+                    record = world.record(number, documents, args.two_hops, num_facts=args.num_facts, plain=args.plain)
+                    file.write(json.dumps(record) + "\n")
         return f"{args.num_train} + {args.num_validation} + {args.num_test} questions in {folder}"
 
     return run_command(command)
