@@ -41,6 +41,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers import initialization as init
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.utils import (
     CONFIG_NAME,
     PROCESSOR_NAME,
@@ -77,6 +78,11 @@ QUIETLY = {"_raise_exceptions_for_gated_repo": False, "_raise_exceptions_for_con
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Decoder stacks of transformers name their final norm one of these.
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "layer_norm")
+# Backbones whose last layer can attend to all positions and compute few, by where their layers are.
+PRUNABLE_LAYERS = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), "layers"),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta"), "encoder.layer"),
+}
 # OSCAR, table 7.
 LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": "all-linear"}
 NEVER_QUANTIZED = ("compressor", "lm_head", r".*\.lora_[AB]")
@@ -194,6 +200,8 @@ class ScaleDownCompressor(nn.Module):
         if backbone is None and with_backbone:
             backbone = AutoModel.from_config(config.compressor_config)
         self.backbone = self.prepare_backbone(backbone) if backbone is not None else None
+        # The last layer computes only what is read; turned off, it computes every position, to the same result.
+        self.prunes_last_layer = self.backbone is not None and prepare_last_layer(self.backbone)
         width = config.compressor_config.hidden_size
         self.memory_embeddings, self.rerank_embedding = None, None
         self.scores_relevance = config.enable_reranking
@@ -306,21 +314,33 @@ class ScaleDownCompressor(nn.Module):
         total = keep.sum(dim=1)
         order = (~keep).long().argsort(dim=1, stable=True)[:, : int(total.max())]  # (num_chunks, total_len)
         embeds = source.gather(1, order.unsqueeze(-1).expand(-1, -1, source.shape[-1]))
-        outputs = self.backbone(inputs_embeds=embeds, attention_mask=keep.gather(1, order).long(), use_cache=False)
-        states = outputs.last_hidden_state  # (num_chunks, total_len, hidden)
-
-        if self.memory_embeddings is None:
-            memory = mean_over_spans(states, document_mask.gather(1, order), chunk_slots, num_slots)
-        else:
+        keep = keep.gather(1, order)  # (num_chunks, total_len)
+        if self.memory_embeddings is not None:
             first = attention_mask.long().sum(dim=1, keepdim=True)  # (num_chunks, 1)
-            at_memory = (first + slot_ids).clamp(max=states.shape[1] - 1)  # (num_chunks, slots)
-            memory = states.gather(1, at_memory.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+            read = (first + slot_ids).clamp(max=embeds.shape[1] - 1)  # (num_chunks, slots)
+            if self.scores_relevance:
+                read = torch.cat([read, total.unsqueeze(1) - 1], dim=1)  # (num_chunks, slots + 1)
+            states = self._states_at(read, embeds, keep)  # (num_chunks, slots + 1, hidden)
+            return states[:, :num_slots], memory_mask, states[:, -1] if self.scores_relevance else None
+
+        states = self.backbone(inputs_embeds=embeds, attention_mask=keep.long(), use_cache=False).last_hidden_state
+        memory = mean_over_spans(states, document_mask.gather(1, order), chunk_slots, num_slots)
         rerank = None
         if self.scores_relevance:
-            at_first = self.rerank_embedding is None and self.rerank_at_first_token
-            position = torch.zeros_like(total) if at_first else total - 1
+            position = torch.zeros_like(total) if self.rerank_at_first_token else total - 1
             rerank = states[torch.arange(num_chunks, device=states.device), position]  # (num_chunks, hidden)
         return memory, memory_mask, rerank
+
+    def _states_at(
+        self, read: torch.LongTensor, embeds: torch.Tensor, attention_mask: torch.BoolTensor
+    ) -> torch.Tensor:
+        """The backbone's states `(num_chunks, num_read, hidden)` at the positions `read` `(num_chunks, num_read)`."""
+        few = {"read_positions": read} if self.prunes_last_layer and read.shape[1] < embeds.shape[1] else {}
+        outputs = self.backbone(inputs_embeds=embeds, attention_mask=attention_mask.long(), use_cache=False, **few)
+        states = outputs.last_hidden_state
+        if states.shape[1] == read.shape[1] < embeds.shape[1]:
+            return states
+        return states.gather(1, read.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
 
     @torch.no_grad()
     def initialize_from_vocabulary(self):
@@ -363,6 +383,94 @@ class LLMCompressor(ScaleDownCompressor):
 
 
 COMPRESSORS = {"n_layers": NLayersCompressor, "modernbert": EncoderCompressor, "llm": LLMCompressor}
+
+
+def prepare_last_layer(backbone: PreTrainedModel) -> bool:
+    """
+    Lets the last layer of a backbone compute the positions named in the call's `read_positions`, and no others.
+
+    All earlier layers and the keys and values of the last one need every position; its queries, its attention's output
+    and its feed-forward part do not, which saves almost all of one layer, and changes no result and no gradient.
+
+    Args:
+        backbone (`PreTrainedModel`): A decoder or an encoder.
+
+    Returns:
+        `bool`: Whether the architecture is one of those in `PRUNABLE_LAYERS`; others are left as they are.
+    """
+    name = PRUNABLE_LAYERS.get(backbone.config.model_type)
+    if name is None or not type(backbone).__module__.startswith("transformers.models."):
+        return False
+    backbone.get_submodule(name)[-1].register_forward_pre_hook(_read_few, with_kwargs=True)
+    return True
+
+
+def _read_few(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook of a last layer; where it cannot be sure of the result, the whole layer is computed."""
+    read = kwargs.pop("read_positions", None)
+    states, *others = args
+    attention = layer.self_attn if hasattr(layer, "self_attn") else layer.attention.self
+    mask = kwargs.get("attention_mask", others[0] if others else None)
+    if (
+        read is None
+        or (layer.training and layer.gradient_checkpointing)  # takes away what stands in for a cache
+        or attention.config._attn_implementation not in ("sdpa", "eager")
+        or kwargs.get("past_key_values") is not None
+        or not (mask is None or mask.dim() == 4)
+    ):
+        return args, kwargs
+    read = read.to(states.device)
+    few = read.unsqueeze(-1)  # (num_chunks, num_read, 1)
+    if mask is None and attention.is_causal:
+        unseen = torch.arange(states.shape[1], device=states.device) > few  # (num_chunks, num_read, total_len)
+        mask = states.new_zeros(unseen.shape).masked_fill(unseen, torch.finfo(states.dtype).min).unsqueeze(1)
+    elif mask is not None and mask.shape[2] > 1:
+        mask = mask.expand(len(read), -1, -1, -1)
+        mask = mask.gather(2, few.unsqueeze(1).expand(-1, mask.shape[1], -1, mask.shape[3]))
+    positions = kwargs.get("position_embeddings")
+    kwargs["past_key_values"] = _AllKeys(layer, attention, states, positions)
+    if positions is not None:
+        kwargs["position_embeddings"] = tuple(
+            part.expand(len(read), -1, -1).gather(1, few.expand(-1, -1, part.shape[-1])) for part in positions
+        )
+    if "attention_mask" in kwargs:
+        kwargs["attention_mask"] = mask
+    else:
+        others[0] = mask
+    return (states.gather(1, few.expand(-1, -1, states.shape[-1])), *others), kwargs
+
+
+class _AllKeys:
+    """In the place of a cache: an attention that was given few positions gets the keys and values of all."""
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        attention: nn.Module,
+        states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+    ):
+        self._layer, self._attention = layer, attention
+        self._states, self._position_embeddings = states, position_embeddings
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `(num_chunks, heads, total_len, head_dim)`, whatever those of the few positions are."""
+        states = self._states.to(keys.device)
+        if self._position_embeddings is None:
+            return tuple(
+                part(states).unflatten(-1, (-1, keys.shape[-1])).transpose(1, 2)
+                for part in (self._attention.key, self._attention.value)
+            )
+        states = self._layer.input_layernorm(states)
+        keys, values = (
+            part(states).unflatten(-1, (-1, keys.shape[-1]))
+            for part in (self._attention.k_proj, self._attention.v_proj)
+        )
+        if hasattr(self._attention, "k_norm"):
+            keys = self._attention.k_norm(keys)
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        cos, sin = (part.to(keys.device) for part in self._position_embeddings)
+        return apply_rotary_pos_emb(keys, keys, cos, sin)[1], values
 
 
 def mean_over_spans(
