@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SHORT := --num_facts 3 --plain true --two_hops 0 --num_test 10 --num_test_documents 2
+SHORT := --num_facts 3 --plain true --two_hops 0
+LESSON = $(BIN)/python train.py recipes/embedded-lesson.yaml
 
 .PHONY: demo embedded test test-slow lint format clean
 
@@ -13,9 +14,16 @@ embedded: $(VENV)/.installed
 	$(BIN)/python -m scaledown.world --output runs/embedded/world
 	$(BIN)/python -m scaledown.world --output runs/embedded/lesson-1 --num_train 60000 --num_documents 1 $(SHORT)
 	$(BIN)/python -m scaledown.world --output runs/embedded/lesson-2 --num_train 30000 --num_documents 2 $(SHORT)
+	$(BIN)/python -m scaledown.world --output runs/embedded/lesson-3 --num_train 28000 --num_documents 1 --two_hops 0
+	$(BIN)/python -m scaledown.world --output runs/embedded/lesson-4 --num_train 12000 --num_documents 2 --two_hops 0
 	$(BIN)/python -m scaledown.world_generator --output runs/embedded/generator
-	$(BIN)/python train.py recipes/embedded-1-short-passage.yaml
-	$(BIN)/python train.py recipes/embedded-2-short-passages.yaml
+	$(BIN)/python train.py recipes/embedded-first-lesson.yaml
+	$(LESSON) --train_file runs/embedded/lesson-2/train.jsonl --max_steps 460 \
+		--model_name_or_path runs/embedded/model-1 --output_dir runs/embedded/model-2
+	$(LESSON) --train_file runs/embedded/lesson-3/train.jsonl --max_steps 420 \
+		--model_name_or_path runs/embedded/model-2 --output_dir runs/embedded/model-3
+	$(LESSON) --train_file runs/embedded/lesson-4/train.jsonl --max_steps 180 \
+		--model_name_or_path runs/embedded/model-3 --output_dir runs/embedded/model-4
 	$(BIN)/python train.py recipes/embedded-n-layers.yaml
 	$(BIN)/python evaluate.py --model runs/embedded/model --data runs/embedded/world/test.jsonl --num_documents 5 \
 		--baselines full_text,no_documents,truncated,random_memory,shuffled_documents \

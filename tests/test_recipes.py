@@ -19,8 +19,11 @@ published_recipe = pytest.mark.parametrize("recipe", PUBLISHED, ids=lambda path:
 
 def parse(recipe, tmp_path):
     argv = [str(recipe), "--use_cpu", "true", "--output_dir", str(tmp_path)]
-    if recipe.stem == NOT_PUBLISHED:
-        argv += ["--generator_name_or_path", "g", "--train_file", "t.jsonl"]
+    settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    if "train_file" not in settings:  # left to the command line
+        argv += ["--train_file", "t.jsonl"]
+    if not {"generator_name_or_path", "model_name_or_path"} & settings.keys():
+        argv += ["--generator_name_or_path", "g"]
     return parse_arguments(argv)
 
 
