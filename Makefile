@@ -25,6 +25,9 @@ embedded: $(VENV)/.installed
 	$(LESSON) --train_file runs/embedded/lesson-4/train.jsonl --max_steps 180 \
 		--model_name_or_path runs/embedded/model-3 --output_dir runs/embedded/model-4
 	$(BIN)/python train.py recipes/embedded-n-layers.yaml
+	$(LESSON) --train_file runs/embedded/world/train.jsonl --max_steps 320 --per_device_train_batch_size 32 --seed 1 \
+		--learning_rate 1.2e-3 --compressor_learning_rate 1.2e-3 --lr_scheduler_type cosine \
+		--model_name_or_path runs/embedded/model-5 --output_dir runs/embedded/model
 	$(BIN)/python evaluate.py --model runs/embedded/model --data runs/embedded/world/test.jsonl --num_documents 5 \
 		--baselines full_text,no_documents,truncated,random_memory,shuffled_documents \
 		--group_by answer_kind,hops --max_new_tokens 8 --batch_size 25 --update_card true

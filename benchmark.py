@@ -1,0 +1,17 @@
+"""Measure what compression saves: operations, time and memory, beside the same generator on whole documents.
+
+    python benchmark.py --mode flops
+    python benchmark.py --mode speed --generator qwen2.5-0.5b --compressors 5,minilm-l6 --sweep batch_size=1,8
+    python benchmark.py --mode scaling --generator qwen2.5-0.5b --compressors 5
+    python benchmark.py --mode train --generator qwen2.5-0.5b --compressors 5
+
+Models have random weights in the shapes of published ones; docs/performance.md explains what is measured, and
+`python benchmark.py --help` lists every option.
+"""
+
+import sys
+
+from scaledown.benchmark import main
+
+if __name__ == "__main__":
+    sys.exit(main())

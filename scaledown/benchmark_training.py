@@ -1,0 +1,148 @@
+"""Time and memory of training steps: joint training, and both stages of two-stage training.
+
+Each kind of step is what `train.py` does with a batch: forward, backward and AdamW, LoRA on the generator; the stage
+`compress` has no gradients and writes what the stage `generate` reads.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from modeling_scaledown import CHUNK_INPUTS, ScaleDownModel
+
+from .benchmark_arguments import BenchmarkArguments
+from .benchmark_shapes import build_config
+from .benchmark_speed import Inputs, _spread, draw_inputs
+from .devices import pick_device, pick_dtype
+from .systems import _wait_for
+from .tracing import MemoryTracker
+
+STAGES = ("joint", "compress", "generate")
+
+
+def measure_training(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
+    """Time steps of every stage, in turn, for each compressor.
+
+    Args:
+        arguments: The models and the batch; answers have `new_tokens` tokens.
+
+    Returns:
+        A JSON object for each compressor and stage.
+
+    Raises:
+        ImportError: peft is missing.
+        ValueError: There is no such model, or it cannot read as much.
+    """
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device(pick_device() if arguments.device == "auto" else arguments.device)
+    dtype = pick_dtype(arguments.dtype) if device.type == "cuda" else torch.float32
+    rows = []
+    for name in arguments.compressor_names:
+        protocol = arguments.protocol
+        chunk_length = min(protocol.chunk_length, protocol.document_length)
+        set_seed(arguments.seed)
+        config = build_config(arguments.generator, name, chunk_length, protocol.query_length, protocol.compression_rate)
+        model = ScaleDownModel(config).to(device, dtype)
+        model.add_lora()
+        model.train()
+        sizes = (config.vocab_size, config.compressor_config.vocab_size)
+        inputs = draw_inputs(
+            protocol, arguments.batch_size, sizes[0], arguments.mixed_lengths, sizes[1], arguments.seed
+        )
+        steps, tokens = _steps(model, inputs, protocol.new_tokens, device)
+        peaks = {stage: _peak(model, step, device) for stage, step in steps.items()}  # warms up too
+        times: dict[str, list[float]] = {stage: [] for stage in STAGES}
+        for _ in range(arguments.repeats):
+            for stage, step in steps.items():
+                _wait_for(device)
+                started = time.perf_counter()
+                step()
+                _wait_for(device)
+                times[stage].append(time.perf_counter() - started)
+        for stage in STAGES:
+            step = _spread(times[stage])
+            speed = tokens[stage] / step["median"]
+            row = {"compressor": name, "stage": stage, "batch_size": arguments.batch_size, "step": step}
+            rows.append({**row, "tokens": tokens[stage], "tokens_per_second": speed, "peak_bytes": peaks[stage]})
+        del model, steps
+    return rows
+
+
+def render_training(rows: list[dict[str, Any]]) -> str:
+    """Write rows as a table in Markdown.
+
+    Args:
+        rows: What `measure_training` returned.
+
+    Returns:
+        The table.
+    """
+    lines = [
+        "| compressor | stage | step, s | tokens/s | peak beside weights and optimizer, MB |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        name = f"{row['compressor']} layers" if row["compressor"].isdigit() else row["compressor"]
+        step = row["step"]
+        lines.append(
+            f"| {name} | {row['stage']} | {step['median']:.3f} ({step['low']:.3f}–{step['high']:.3f}) | "
+            f"{row['tokens_per_second']:.0f} | {row['peak_bytes'] / 1e6:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def _steps(
+    model: ScaleDownModel, inputs: Inputs, answer_length: int, device: torch.device
+) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
+    """A step of each stage, and the tokens and slots its models read."""
+    chunks = {name: inputs.chunks[name].to(device) for name in CHUNK_INPUTS}
+    ids, slot_mask = inputs.truncated.to(device), inputs.slot_mask.to(device)
+    answer = ids[:, -1:].expand(-1, answer_length)
+    ids = torch.cat([ids, answer], dim=1)
+    slot_mask = torch.nn.functional.pad(slot_mask, (0, answer_length))
+    labels = ids.clone()
+    labels[:, :-answer_length] = -100
+    prompt = {"input_ids": ids, "slot_mask": slot_mask, "labels": labels, "logits_to_keep": answer_length + 1}
+
+    def stepper(parameters: list[torch.nn.Parameter], **documents: torch.Tensor) -> Callable[[], None]:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+
+        def step() -> None:
+            model(**prompt, **documents).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    @torch.no_grad()
+    def compress() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return model.compressor.hidden_states(*(chunks[name] for name in CHUNK_INPUTS))
+
+    learned = [p for p in model.parameters() if p.requires_grad]
+    behind = [p for name, p in model.named_parameters() if p.requires_grad and "compressor.backbone" not in name]
+    states, mask, scored = compress()
+    steps = {
+        "joint": stepper(learned, **chunks),
+        "compress": compress,
+        "generate": stepper(behind, memory_states=states, memory_mask=mask, rerank_states=scored),
+    }
+    read = int(inputs.chunks["compressor_attention_mask"].sum() + inputs.chunks["chunk_slots"].sum()) + len(states)
+    return steps, {"joint": read + ids.numel(), "compress": read, "generate": ids.numel()}
+
+
+def _peak(model: ScaleDownModel, step: Callable[[], Any], device: torch.device) -> int:
+    """Bytes beside what is there between steps: gradients and activations."""
+    step()  # makes the optimizer's state
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    tracker = MemoryTracker([*model.parameters(), *model.buffers()])
+    with tracker:
+        step()
+    return tracker.peak
