@@ -20,6 +20,7 @@ import json
 import re
 import shutil
 import tempfile
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,14 @@ PRUNABLE_LAYERS = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), "layers"),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta"), "encoder.layer"),
 }
+# Chunks are compressed with others of like length. A pass ends where the next chunk is this much shorter than its
+# longest, once the pass is large enough to keep the device busy: tokens on a CPU, and on an accelerator.
+SIMILAR_LENGTH = 0.85
+LARGE_PASS = {"cpu": 512}
+LARGE_PASS_ELSEWHERE = 4096
+# Larger passes take more memory, and beyond these no less time.
+CHUNKS_PER_PASS = {"cpu": 16}
+CHUNKS_PER_PASS_ELSEWHERE = 64
 # OSCAR, table 7.
 LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": "all-linear"}
 NEVER_QUANTIZED = ("compressor", "lm_head", r".*\.lora_[AB]")
@@ -497,6 +506,76 @@ def mean_over_spans(
     return weights.to(states.dtype) @ states  # (num_chunks, num_slots, hidden)
 
 
+class CompressionCache:
+    r"""
+    Bounded memory of compressed chunks, each with its question: what was used last stays.
+
+    It belongs to weights that do not change; putting the model into training mode empties it.
+
+    Args:
+        max_entries (`int`): Chunks to keep; one takes `slots · hidden_size` numbers on the model's device.
+    """
+
+    def __init__(self, max_entries: int):
+        if max_entries < 1:
+            raise ValueError(f"max_entries={max_entries} must be at least 1.")
+        self.max_entries = max_entries
+        self.hits = self.misses = 0
+        self._entries = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the chunks asked for that were there."""
+        return self.hits / max(self.hits + self.misses, 1)
+
+    def get(self, key: tuple) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Memory embeddings `(slots, hidden)` and score `()` of a chunk, or `None`; counts either."""
+        found = self._entries.get(key)
+        if found is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._entries.move_to_end(key)
+        return found
+
+    def put(self, key: tuple, memory: torch.Tensor, score: torch.Tensor | None):
+        """Keeps a chunk, in the place of the one that was not used for longest."""
+        self._entries[key] = (memory, score)
+        self._entries.move_to_end(key)
+        while len(self._entries) > self.max_entries:
+            self._entries.popitem(last=False)
+
+    def clear(self):
+        """Forgets all chunks, and the counts."""
+        self._entries.clear()
+        self.hits = self.misses = 0
+
+
+def pass_sizes(lengths: list[int], batch_size: int, large: int) -> list[int]:
+    """
+    Cuts chunks into passes of like length.
+
+    Args:
+        lengths (`list[int]`): Tokens of each chunk, longest first.
+        batch_size (`int`): Chunks of a pass at most.
+        large (`int`): Tokens from which on a pass may end before it is full.
+
+    Returns:
+        `list[int]`: Chunks of each pass.
+    """
+    sizes, longest = [], 0
+    for length in lengths:
+        full = not sizes or sizes[-1] == batch_size
+        if full or (sizes[-1] * longest >= large and length < SIMILAR_LENGTH * longest):
+            sizes.append(0)
+            longest = length
+        sizes[-1] += 1
+    return sizes
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
 
@@ -611,6 +690,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 self._inject_lora(config.lora_config)
         self.loss_type = "ForCausalLM"
         self.card_fields = {}
+        self.compression_cache = None
         self._processor = None
         self._processor_arguments, self._processor_overrides = {}, {}
         self._generator_samples = None
@@ -628,6 +708,12 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             for parameter in (module.memory_embeddings, module.rerank_embedding):
                 if parameter is not None:
                     init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+
+    def train(self, mode: bool = True) -> "ScaleDownModel":
+        """Sets training or evaluation mode, as everywhere in torch; training empties the cache of compressions."""
+        if mode and self.compression_cache is not None:
+            self.compression_cache.clear()
+        return super().train(mode)
 
     def get_input_embeddings(self) -> nn.Module:
         """The generator's token embeddings."""
@@ -991,6 +1077,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         num_memory_tokens: int | None = None,
         return_reranking_scores: bool = False,
         batch_size: int = 16,
+        min_reranking_score: float | None = None,
+        max_documents: int | None = None,
         **generation_kwargs,
     ) -> str | list[str] | tuple:
         """
@@ -1004,6 +1092,10 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             return_reranking_scores (`bool`, defaults to `False`):
                 Also return the documents' relevance, from the same pass.
             batch_size (`int`, defaults to 16): Questions answered at a time.
+            min_reranking_score (`float`, *optional*):
+                Leave out documents that score lower, before the generator reads them; a question none of whose
+                documents is left is asked without any.
+            max_documents (`int`, *optional*): Keep so many of the best documents, in the order they were given.
             generation_kwargs: Passed on to `generate`; `max_new_tokens` is 128 unless a length is given.
 
         Returns:
@@ -1015,8 +1107,11 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         """
         single = isinstance(questions, str)
         questions, documents = self.processor.check_texts(questions, documents)
-        if return_reranking_scores:
+        selects = min_reranking_score is not None or max_documents is not None
+        if return_reranking_scores or selects:
             self._require_reranking()
+        if max_documents is not None and max_documents < 1:
+            raise ValueError(f"max_documents={max_documents} must be at least 1.")
         if not {"generation_config", "max_length"} & generation_kwargs.keys():
             generation_kwargs.setdefault("max_new_tokens", 128)
         settings = generation_kwargs.get("generation_config")
@@ -1024,23 +1119,25 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         _check_batch_size(batch_size)
         answers, scores = [], []
         for start in range(0, len(questions), batch_size):
-            part = slice(start, start + batch_size)
-            batch = self.processor(
-                questions[part],
-                documents[part],
-                compression_rate=compression_rate,
-                num_memory_tokens=num_memory_tokens,
-            )
-            self._check_context(batch, max_new_tokens, start)
-            batch = batch.to(self.device)
-            compressed = {}
-            if "chunk_slots" in batch:
-                chunks = self.get_memory_embeddings(**{name: batch.pop(name) for name in CHUNK_INPUTS})
-                compressed = {"memory_embeddings": chunks.memory_embeddings, "memory_mask": chunks.memory_mask}
-                if return_reranking_scores:
-                    scores += self._scores_by_example(chunks.reranking_scores, batch, documents[part])
-            elif return_reranking_scores:
-                scores += [[] for _ in documents[part]]
+            asked, given = questions[start : start + batch_size], documents[start : start + batch_size]
+            chunks = self.processor.encode_documents(asked, given, compression_rate, num_memory_tokens)
+            slots = _slots_by_document(chunks, given)
+            if not selects:  # a prompt that is too long is told before the work
+                batch = self._build_prompts(asked, slots, max_new_tokens, start)
+            compressed, found = {}, [[] for _ in given]
+            if chunks:
+                memory = self._compress_chunks(chunks, self.chunks_per_pass)
+                compressed = {"memory_embeddings": memory.memory_embeddings, "memory_mask": memory.memory_mask}
+                if return_reranking_scores or selects:
+                    found = self._scores_by_example(memory.reranking_scores, chunks, given)
+            scores += found
+            if selects:
+                kept = [_select_documents(row, min_reranking_score, max_documents) for row in found]
+                slots = [[n for n, stays in zip(*rows, strict=True) if stays] for rows in zip(slots, kept, strict=True)]
+                batch = self._build_prompts(asked, slots, max_new_tokens, start)
+                if chunks:
+                    stays = torch.tensor([flag for row in kept for flag in row])[chunks["chunk_to_document"]]
+                    compressed["memory_mask"] = memory.memory_mask & stays.to(self.device).unsqueeze(1)
             sequences = self.generate(**batch, **compressed, **generation_kwargs)
             answers += self.processor.decode_answers(_sequences(sequences), batch["input_ids"].shape[1])
         if single and len(answers) == 1:
@@ -1189,27 +1286,77 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         batch = self.processor.encode_documents(questions, documents, compression_rate, num_memory_tokens)
         if not batch:
             raise ValueError("documents is empty; there is nothing to compress.")
-        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        parts = [
-            self.get_memory_embeddings(**{name: batch[name][start : start + batch_size] for name in CHUNK_INPUTS})
-            for start in range(0, batch["chunk_slots"].shape[0], batch_size)
-        ]
-        width = max(part.memory_mask.shape[1] for part in parts)
-        pads = [width - part.memory_mask.shape[1] for part in parts]
+        compressed = self._compress_chunks(batch, batch_size)
+        compressed.chunk_to_document = batch["chunk_to_document"].to(self.device)
+        compressed.document_to_example = batch["document_to_example"].to(self.device)
+        return compressed
+
+    def _compress_chunks(self, batch: dict[str, torch.Tensor], batch_size: int) -> CompressedDocuments:
+        """Compresses chunks the processor made, but those in the cache."""
+        cache = self.compression_cache
+        if cache is None:
+            return self._compress_by_length(batch, batch_size)
+        # What the compressor reads, which part of it is the document, and the slots.
+        rows = zip(
+            batch["chunk_slots"].tolist(),
+            batch["compressor_document_mask"].sum(dim=1).tolist(),
+            batch["compressor_input_ids"],
+            batch["compressor_attention_mask"].bool(),
+            strict=True,
+        )
+        keys = [(slots, count, *ids[kept].tolist()) for slots, count, ids, kept in rows]
+        entries = {key: cache.get(key) for key in keys}
+        missing = [i for i, key in enumerate(keys) if entries[key] is None]
+        if missing:
+            new = self._compress_by_length({name: batch[name][missing] for name in CHUNK_INPUTS}, batch_size)
+            for row, i in enumerate(missing):
+                memory = new.memory_embeddings[row, : keys[i][0]].clone()  # a part would keep the whole batch alive
+                score = None if new.reranking_scores is None else new.reranking_scores[row].clone()
+                entries[keys[i]] = (memory, score)
+                cache.put(keys[i], memory, score)
+        memories, scores = zip(*(entries[key] for key in keys), strict=True)
+        memory = nn.utils.rnn.pad_sequence(memories, batch_first=True)  # (num_chunks, slots, hidden)
+        slot_ids = torch.arange(memory.shape[1], device=memory.device)
+        return CompressedDocuments(
+            memory_embeddings=memory,
+            memory_mask=slot_ids < batch["chunk_slots"].to(memory.device).unsqueeze(1),
+            reranking_scores=None if scores[0] is None else torch.stack(scores),
+        )
+
+    @property
+    def chunks_per_pass(self) -> int:
+        """Chunks `answer` compresses at a time."""
+        return CHUNKS_PER_PASS.get(self.device.type, CHUNKS_PER_PASS_ELSEWHERE)
+
+    def _compress_by_length(self, batch: dict[str, torch.Tensor], batch_size: int) -> CompressedDocuments:
+        """Compresses chunks with others of like length, so that little of the work is padding; the order stays."""
+        lengths, order = batch["compressor_attention_mask"].sum(dim=1).sort(descending=True, stable=True)
+        large = LARGE_PASS.get(self.device.type, LARGE_PASS_ELSEWHERE)
+        parts, longest = [], 0
+        for rows in order.split(pass_sizes(lengths.tolist(), batch_size, large)):
+            part = {name: batch[name][rows].to(self.device) for name in CHUNK_INPUTS}
+            parts.append(self.get_memory_embeddings(**part))
+            longest = max(longest, parts[-1].memory_mask.shape[1])
+        back = order.argsort().to(self.device)
+        pads = [longest - part.memory_mask.shape[1] for part in parts]
+        memory = [nn.functional.pad(p.memory_embeddings, (0, 0, 0, n)) for p, n in zip(parts, pads, strict=True)]
+        mask = [nn.functional.pad(part.memory_mask, (0, n)) for part, n in zip(parts, pads, strict=True)]
         scores = [part.reranking_scores for part in parts]
         return CompressedDocuments(
-            memory_embeddings=torch.cat(
-                [nn.functional.pad(p.memory_embeddings, (0, 0, 0, n)) for p, n in zip(parts, pads, strict=True)]
-            ),
-            memory_mask=torch.cat([nn.functional.pad(p.memory_mask, (0, n)) for p, n in zip(parts, pads, strict=True)]),
-            reranking_scores=torch.cat(scores) if scores[0] is not None else None,
-            chunk_to_document=batch["chunk_to_document"],
-            document_to_example=batch["document_to_example"],
+            memory_embeddings=torch.cat(memory)[back],
+            memory_mask=torch.cat(mask)[back],
+            reranking_scores=torch.cat(scores)[back] if scores[0] is not None else None,
         )
+
+    def _build_prompts(self, questions, slots, max_new_tokens, first_question: int):
+        batch = self.processor.build_prompts(questions, slots)
+        self._check_context(batch, max_new_tokens, first_question)
+        return batch.to(self.device)
 
     def _scores_by_example(self, chunk_scores, batch, documents) -> list[list[float]]:
         count = batch["document_to_example"].shape[0]
-        scores = iter(document_scores(chunk_scores, batch["chunk_to_document"], count).tolist())
+        chunk_to_document = batch["chunk_to_document"].to(chunk_scores.device)
+        scores = iter(document_scores(chunk_scores, chunk_to_document, count).tolist())
         return [[next(scores) for _ in listed] for listed in documents]
 
     def _require_reranking(self):
@@ -1285,6 +1432,27 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         # From here on the generator is no longer the one of its repository.
         self.config.weights_format = "full"
         self.config.generator_fingerprint = None
+
+    def optimize_for_inference(self, cache_entries: int | None = None) -> "ScaleDownModel":
+        """
+        Prepares the model for answering: LoRA merged, nothing trainable, and on demand a cache of compressions.
+
+        Args:
+            cache_entries (`int`, *optional*):
+                Chunks whose compression is remembered with their question; `model.compression_cache.hit_rate` tells
+                whether that pays.
+
+        Returns:
+            `ScaleDownModel`: The model itself, in evaluation mode.
+        """
+        if getattr(self.generator, "hf_quantizer", None) is None:
+            self.merge_lora()
+        elif self.config.lora_config is not None:
+            logger.warning("The generator is quantised; its LoRA layers stay unmerged, and slower.")
+        self.eval().requires_grad_(False)
+        if cache_entries is not None:
+            self.compression_cache = CompressionCache(cache_entries)
+        return self
 
     def _inject_lora(self, settings: dict):
         try:
@@ -2048,6 +2216,21 @@ def _quantization_config(
     )
 
 
+def _slots_by_document(chunks: dict[str, torch.Tensor], documents: list[list[str]]) -> list[list[int]]:
+    """Slots of every question's documents, over all their chunks."""
+    if not chunks:
+        return [[] for _ in documents]
+    slots = torch.zeros_like(chunks["document_to_example"])
+    slots.index_add_(0, chunks["chunk_to_document"], chunks["chunk_slots"])
+    return [row.tolist() for row in slots.split([len(listed) for listed in documents])]
+
+
+def _select_documents(scores: list[float], lowest: float | None, count: int | None) -> list[bool]:
+    """Which of a question's documents stay: those that score enough, and the best of them."""
+    best = sorted(range(len(scores)), key=lambda i: -scores[i])[:count]
+    return [i in best and (lowest is None or score >= lowest) for i, score in enumerate(scores)]
+
+
 def _check_batch_size(batch_size: int):
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
@@ -2063,4 +2246,4 @@ if not IS_REMOTE_CODE:  # two models in one process may come with different code
     AutoModelForCausalLM.register(ScaleDownConfig, ScaleDownModel, exist_ok=True)
 ScaleDownModel.register_for_auto_class("AutoModel")
 
-__all__ = ["CompressedDocuments", "ScaleDownModel", "ScaleDownOutput"]
+__all__ = ["CompressedDocuments", "CompressionCache", "ScaleDownModel", "ScaleDownOutput"]

@@ -1,0 +1,185 @@
+"""What makes inference faster changes no answer: passes of like length, the cache, documents left out."""
+
+import pytest
+import torch
+
+from modeling_scaledown import CompressionCache, pass_sizes
+from tiny import DOCUMENTS, QUESTIONS, build_model, randomize_lora
+
+KEYS = ("memory_embeddings", "memory_mask", "reranking_scores")
+WRITING = {"max_new_tokens": 6, "do_sample": False}
+
+
+def assert_same(actual, expected):
+    for name in KEYS:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+# -- passes of like length --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lengths", "batch_size", "large", "sizes"),
+    [
+        ([], 4, 100, []),
+        ([9, 9, 9, 9, 9], 2, 1000, [2, 2, 1]),
+        ([100, 99, 50, 49, 10], 64, 200, [2, 3]),  # two of fifty are no large pass yet
+        ([100, 99, 50, 49, 10], 64, 100, [2, 2, 1]),
+        ([100, 90, 80], 64, 100, [2, 1]),
+        ([100, 99, 50], 64, 1000, [3]),
+    ],
+)
+def test_a_pass_ends_when_it_is_full_or_padding_would_begin(lengths, batch_size, large, sizes):
+    assert pass_sizes(lengths, batch_size, large) == sizes
+
+
+def test_chunks_are_compressed_by_length_and_come_back_in_order(any_model, monkeypatch):
+    texts = [["word " * n for n in (3, 20, 1, 12, 30, 2, 19)], ["Herons are birds.", "A crane lifts things. " * 9]]
+    expected = any_model.get_memory_embeddings(
+        **{
+            name: value
+            for name, value in any_model.processor.encode_documents(QUESTIONS[:2], texts).items()
+            if name not in ("chunk_to_document", "document_to_example")
+        }
+    )
+    monkeypatch.setattr("modeling_scaledown.LARGE_PASS", {"cpu": 1})
+    seen, compress = [], any_model.get_memory_embeddings
+
+    def watch(**batch):
+        lengths = batch["compressor_attention_mask"].sum(dim=1)
+        seen.append((int(lengths.max()), int(lengths.min())))
+        return compress(**batch)
+
+    monkeypatch.setattr(any_model, "get_memory_embeddings", watch)
+    compressed = any_model.compress(QUESTIONS[:2], texts)
+    assert_same(compressed, expected)
+    assert len(seen) > 2
+    assert seen == sorted(seen, reverse=True)
+    assert all(shortest >= 0.85 * longest for longest, shortest in seen)
+
+
+# -- cache ------------------------------------------------------------------------------------------------------------
+
+
+def test_repeated_chunks_are_not_compressed_again(monkeypatch):
+    model = build_model("n_layers")
+    expected = model.compress(QUESTIONS, DOCUMENTS)
+    answers = model.answer(QUESTIONS, DOCUMENTS, **WRITING)
+    assert model.optimize_for_inference(cache_entries=100) is model
+    assert_same(model.compress(QUESTIONS, DOCUMENTS), expected)
+    chunks = len(expected.memory_mask)
+    assert (model.compression_cache.hits, model.compression_cache.misses) == (0, chunks)
+    monkeypatch.setattr(model.compressor, "forward", None)  # is not called any more
+    assert_same(model.compress(QUESTIONS, DOCUMENTS), expected)
+    assert model.answer(QUESTIONS, DOCUMENTS, **WRITING) == answers
+    assert model.compression_cache.hit_rate == pytest.approx(2 / 3)
+    assert [row["corpus_id"] for row in model.rank(QUESTIONS[2], DOCUMENTS[2])]
+
+
+def test_question_slots_and_text_are_part_of_what_is_remembered():
+    model = build_model("n_layers").optimize_for_inference(cache_entries=100)
+    ivanhoe, other = DOCUMENTS[0]  # of more than one slot each
+    for question, document, settings in (
+        ("Who wrote it?", ivanhoe, {}),
+        ("Who read it?", ivanhoe, {}),
+        ("Who wrote it?", other, {}),
+        ("Who wrote it?", ivanhoe, {"num_memory_tokens": 1}),
+    ):
+        model.compress(question, [document], **settings)
+    assert model.compression_cache.hits == 0
+    documents = [ivanhoe, "He was born in Edinburgh.", ivanhoe]
+    mixed = model.compress("Who wrote it?", documents)
+    assert model.compression_cache.hits == 2
+    model.compression_cache = None
+    assert_same(mixed, model.compress("Who wrote it?", documents))
+
+
+def test_a_full_cache_forgets_what_was_not_used_for_longest():
+    cache = CompressionCache(2)
+    for name in "ab":
+        cache.put((name,), torch.zeros(1), None)
+    assert cache.get(("a",)) is not None
+    cache.put(("c",), torch.zeros(1), None)
+    assert len(cache) == 2
+    assert cache.get(("b",)) is None
+    assert cache.hit_rate == 0.5
+    cache.clear()
+    assert len(cache) == cache.hits == cache.misses == 0
+    with pytest.raises(ValueError, match="max_entries=0 must be at least 1"):
+        CompressionCache(0)
+
+
+def test_training_empties_the_cache():
+    model = build_model("n_layers").optimize_for_inference(cache_entries=10)
+    model.compress(QUESTIONS, DOCUMENTS)
+    assert len(model.compression_cache) > 0
+    model.eval()
+    assert len(model.compression_cache) > 0
+    model.train()
+    assert len(model.compression_cache) == 0
+
+
+def test_without_reranking_the_cache_holds_memory_alone():
+    model = build_model("n_layers", enable_reranking=False).optimize_for_inference(cache_entries=10)
+    first = model.compress(QUESTIONS, DOCUMENTS)
+    again = model.compress(QUESTIONS, DOCUMENTS)
+    assert again.reranking_scores is None
+    torch.testing.assert_close(again.memory_embeddings, first.memory_embeddings)
+
+
+def test_optimizing_merges_lora_and_changes_no_answer():
+    model = randomize_lora(build_model("n_layers", lora=True))
+    answers = model.answer(QUESTIONS, DOCUMENTS, **WRITING)
+    model.train().optimize_for_inference()
+    assert model.config.lora_config is None and not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.answer(QUESTIONS, DOCUMENTS, **WRITING) == answers
+
+
+# -- documents left out -----------------------------------------------------------------------------------------------
+
+
+def test_the_best_documents_are_kept_in_their_order(any_model):
+    model, question, documents = any_model, QUESTIONS[2], [*DOCUMENTS[2], *DOCUMENTS[0]]
+    full, scores = model.answer(question, documents, return_reranking_scores=True, **WRITING)
+    best = sorted(sorted(range(len(scores)), key=lambda i: -scores[i])[:2])
+    expected = model.answer(question, [documents[i] for i in best], **WRITING)
+    assert model.answer(question, documents, max_documents=2, **WRITING) == expected
+    lowest = min(scores[i] for i in best)
+    answer, told = model.answer(
+        question, documents, min_reranking_score=lowest - 1e-6, return_reranking_scores=True, **WRITING
+    )
+    assert answer == expected
+    assert told == pytest.approx(scores, abs=1e-5)  # of all documents, those left out too
+    assert model.answer(question, documents, max_documents=9, **WRITING) == full
+
+
+def test_a_question_without_a_document_left_is_asked_without():
+    model = build_model("n_layers")
+    closed = model.answer(QUESTIONS, [[], [], []], **WRITING)
+    assert model.answer(QUESTIONS, DOCUMENTS, min_reranking_score=1e9, **WRITING) == closed
+    assert model.answer(QUESTIONS, [[], [], []], max_documents=1, **WRITING) == closed
+
+
+def test_documents_of_several_questions_are_chosen_for_each():
+    model = build_model("n_layers")
+    together = model.answer(QUESTIONS, DOCUMENTS, max_documents=1, **WRITING)
+    assert together == [
+        model.answer(question, listed, max_documents=1, **WRITING)
+        for question, listed in zip(QUESTIONS, DOCUMENTS, strict=True)
+    ]
+
+
+def test_a_prompt_that_fits_after_the_choice_is_no_error():
+    model = build_model("n_layers")
+    documents = ["Herons are long-legged birds that wade. " * 3] * 60
+    with pytest.raises(ValueError, match="the generator reads 512"):
+        model.answer(QUESTIONS[2], documents, **WRITING)
+    assert isinstance(model.answer(QUESTIONS[2], documents, max_documents=3, **WRITING), str)
+
+
+def test_choosing_documents_needs_reranking_and_a_number():
+    with pytest.raises(ValueError, match="enable_reranking=False"):
+        build_model("n_layers", enable_reranking=False).answer("Who?", ["A heron."], max_documents=1)
+    with pytest.raises(ValueError, match="max_documents=0 must be at least 1"):
+        build_model("n_layers").answer("Who?", ["A heron."], max_documents=0)
