@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, set_seed
 
-from modeling_scaledown import CHUNKS_PER_PASS, ScaleDownModel
+from modeling_scaledown import ScaleDownModel
 
 from .benchmark_arguments import BenchmarkArguments
 from .benchmark_flops import Protocol
@@ -190,8 +190,9 @@ class Contestants:
             A function that compresses once and returns the seconds.
         """
         model = self.models[name]
-        size = model.config.compressor_config.vocab_size
-        chunks = draw_inputs(protocol, batch_size, 2, self.arguments.mixed_lengths, size, self.arguments.seed).chunks
+        args, size = self.arguments, model.chunks_per_pass
+        vocab_size = model.config.compressor_config.vocab_size
+        chunks = draw_inputs(protocol, batch_size, 2, args.mixed_lengths, vocab_size, args.seed).chunks
         longest = protocol.query_length + min(protocol.document_length, protocol.chunk_length)
         ids = torch.nn.functional.pad(
             chunks["compressor_input_ids"], (0, longest - chunks["compressor_input_ids"].shape[1])
@@ -205,7 +206,7 @@ class Contestants:
                 _wait_for(self.device)
                 started = time.perf_counter()
                 with torch.inference_mode():
-                    for part, count in zip(ids.split(CHUNKS_PER_PASS), slots.split(CHUNKS_PER_PASS), strict=True):
+                    for part, count in zip(ids.split(size), slots.split(size), strict=True):
                         compressor(part, torch.ones_like(part), count)
                 _wait_for(self.device)
                 return time.perf_counter() - started
@@ -227,7 +228,7 @@ class Contestants:
         }
 
         def compress() -> Any:
-            return model._compress_by_length(inputs.chunks, CHUNKS_PER_PASS)
+            return model._compress_by_length(inputs.chunks, model.chunks_per_pass)
 
         def write(compressed: Any, settings: dict[str, Any]) -> None:
             memory = {"memory_embeddings": compressed.memory_embeddings, "memory_mask": compressed.memory_mask}

@@ -53,7 +53,7 @@ def test_compression_of_a_tiny_shape_by_hand():
             generator_config=llama(), num_compressor_layers=2, num_memory_tokens=4, chunk_length=32, max_query_length=8
         )
     )
-    protocol = Protocol(num_documents=3, document_length=32)
+    protocol = Protocol(num_documents=3, document_length=32, compression_rate=8)
     length, read = 32 + 4 + 1, 4 + 1
     whole = count_compression(model, protocol, whole=True)
     assert whole.weights == 2 * 3 * 2 * LAYER * length
