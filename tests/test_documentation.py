@@ -35,8 +35,8 @@ def test_examples_in_docstrings(module, folder):
 
 def test_python_in_the_readme(folder, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 2
-    code = "\n".join(blocks).replace('"your-name/your-scaledown"', repr(str(folder)))
+    assert len(blocks) == 3
+    code = "\n".join(blocks[1:]).replace('"your-name/your-scaledown"', repr(str(folder)))
     assert "trust_remote_code=True" in code and 'revision="<commit>"' in code
     code = re.sub(r', revision="<commit>"', "", code).replace("max_new_tokens=32", "max_new_tokens=4")
     # The tiny model was built for chunks of 32 tokens, the README speaks of 128.
@@ -46,6 +46,16 @@ def test_python_in_the_readme(folder, capsys):
     exec(compile(code, "README.md", "exec"), names)  # the project's own README
     assert len(names["answers"]) == len(names["scores"]) == 2
     assert [len(row) for row in names["scores"]] == [2, 1]
+
+
+def test_the_embedded_model_in_the_readme(monkeypatch):
+    block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)[0]
+    monkeypatch.chdir(ROOT)
+    code = block.replace("model.answer(", "answer = model.answer(").replace("model.rank(", "ranking = model.rank(")
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)  # the project's own README
+    assert f'# "{names["answer"]}"' in block
+    assert names["ranking"][0]["corpus_id"] == 0
 
 
 def test_record_in_the_readme_is_in_the_format(tmp_path):

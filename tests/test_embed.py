@@ -1,5 +1,6 @@
 """A trained model becomes the repository's own: code and README stay, names of folders do not come along."""
 
+import re
 import shutil
 
 import pytest
@@ -8,6 +9,8 @@ from transformers import AutoModel
 
 from folders import ROOT
 from scaledown.embed import MAX_BYTES, embed
+from scaledown.metrics import exact_match
+from scaledown.world import World
 from tiny import build_model
 
 CODE = ("configuration_scaledown.py", "modeling_scaledown.py", "processing_scaledown.py")
@@ -62,3 +65,24 @@ def test_too_large_a_model_is_refused_before_anything_is_copied(model, checkout,
 def test_something_else_is_refused(checkout, tmp_path):
     with pytest.raises(ValueError, match="--model names"):
         embed(tmp_path, checkout)
+
+
+def test_the_repository_is_a_model_that_answers_and_ranks():
+    model = AutoModel.from_pretrained(ROOT, trust_remote_code=True).eval()
+    world = World("test", seed=1)
+    records = [world.record(number, 5, 0.0) for number in range(24)]
+    answers, scores = model.answer(
+        [record["query"] for record in records],
+        [record["documents"] for record in records],
+        return_reranking_scores=True,
+        max_new_tokens=8,
+    )
+    right = [exact_match(answer, [record["answer"]]) for answer, record in zip(answers, records, strict=True)]
+    first = [row.index(max(row)) in record["positives"] for row, record in zip(scores, records, strict=True)]
+    assert sum(right) >= 12 and sum(first) >= 12  # chance is 1 and 5
+    assert (ROOT / "model.safetensors").stat().st_size <= MAX_BYTES
+
+
+def test_the_repository_names_no_folder_of_a_machine():
+    for name in ("config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json"):
+        assert not re.search(r'"/(tmp|work|home|root|Users)/', (ROOT / name).read_text(encoding="utf-8"))
