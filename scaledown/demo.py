@@ -35,8 +35,8 @@ class DemoArguments:
     """Which model to show, and on how much."""
 
     model: str = field(default=str(ROOT), metadata={"help": "A ScaleDown model; the embedded one by default."})
-    num_questions: int = field(default=6, metadata={"help": "Questions to ask, one at a time."})
-    num_documents: int = field(default=10, metadata={"help": "Passages per question, at least 2."})
+    num_questions: int = field(default=8, metadata={"help": "Questions to ask, one at a time."})
+    num_documents: int = field(default=5, metadata={"help": "Passages per question, at least 2."})
     compression_rate: int | None = field(
         default=None, metadata={"help": "Tokens per slot; the model's own by default."}
     )
