@@ -65,7 +65,7 @@ def plot_comparison(path: Path, runs: Sequence[tuple[str, dict[str, Any]]]) -> N
     axes.set_ylabel("exact match")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="upper right")
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=DPI)
 
 
@@ -83,7 +83,7 @@ def _bars(path: Path, systems: dict[str, Any], names: Sequence[str], title: str)
     axes.set_xticks(range(len(names)), [TITLES.get(name, name) for name in names])
     axes.set_ylim(bottom=0)
     axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8, loc="upper right")
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=DPI)
 
 
