@@ -6,6 +6,7 @@ are counted apart, the latter as kernels report them: every query with every key
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -146,18 +147,19 @@ class Row:
         return {**values, "total": self.total, "deviation": {"generation": generation, "compression": compression}}
 
 
-def count(run: Callable[[], Any], existing: nn.Module) -> Flops:
+def count(run: Callable[[], Any], reader: nn.Module | None = None) -> Flops:
     """Count the operations of a computation.
 
     Args:
-        run: Computes something with the model.
-        existing: The model, on `meta`.
+        run: Computes something with a model on `meta`.
+        reader: The model, where it reads values of integers and masks, which are computed for it then.
 
     Returns:
         The operations.
     """
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter, MemoryTracker(existing.parameters()):
+    values = nullcontext() if reader is None else MemoryTracker(reader.parameters())
+    with torch.no_grad(), counter, values:
         run()
     found = counter.get_flop_counts()["Global"]
     weights = sum(number for operation, number in found.items() if operation in WEIGHTS)
@@ -183,14 +185,14 @@ def count_generation(generator: nn.Module, prompt_length: int, new_tokens: int) 
         outputs = generator(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = outputs.past_key_values
 
-    total = count(lambda: read(prompt_length), generator)
+    total = count(lambda: read(prompt_length))
     steps = new_tokens - 1
     if steps == 0:
         return total
-    first = count(lambda: read(1), generator)
+    first = count(lambda: read(1))
     growth = 0
     if steps > 1:  # each step attends to one token more, so that two steps say what all cost
-        growth = count(lambda: read(1), generator).attention - first.attention
+        growth = count(lambda: read(1)).attention - first.attention
     return total + Flops(steps * first.weights, steps * first.attention + growth * steps * (steps - 1) // 2)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import RobertaConfig
+from transformers import RobertaConfig, XLMRobertaConfig
 
 from modeling_scaledown import PRUNABLE_LAYERS
 from scaledown import ScaleDownConfig, ScaleDownModel, ScaleDownProcessor
@@ -21,15 +21,21 @@ from tiny import (
 INPUTS = ("compressor_input_ids", "compressor_attention_mask", "chunk_slots")
 DECODERS = [name for name in GENERATORS if name != "phi3"]  # of one matrix for queries, keys and values
 NO_SDPA = ("gemma2", "sdpa")
-PRUNED = [*(("n_layers", name) for name in DECODERS), ("modernbert", "bert"), ("modernbert", "roberta"), ("llm", None)]
+ROBERTAS = {"roberta": RobertaConfig, "xlm-roberta": XLMRobertaConfig}
+PRUNED = [
+    *(("n_layers", name) for name in DECODERS),
+    ("modernbert", "bert"),
+    *(("modernbert", name) for name in ROBERTAS),
+    ("llm", None),
+]
 CASES = [(*case, attention) for case in PRUNED for attention in ("sdpa", "eager") if (case[1], attention) != NO_SDPA]
 WHOLE = [("n_layers", "phi3"), ("n_layers", "gpt2"), ("modernbert", "modernbert"), ("modernbert", "deberta")]
 
 
 def build(kind: str, name: str | None, attention: str | None = None) -> ScaleDownModel:
-    if name == "roberta":
+    if name in ROBERTAS:
         config = build_config("modernbert").to_dict()
-        encoder = RobertaConfig(**{**ENCODER_SHAPE, "max_position_embeddings": 520})
+        encoder = ROBERTAS[name](**{**ENCODER_SHAPE, "max_position_embeddings": 520})
         config = ScaleDownConfig.from_dict({**config, "compressor_config": encoder.to_dict()})
         torch.manual_seed(0)
         model = ScaleDownModel(config).eval()
