@@ -76,7 +76,8 @@ def assert_same(file: Path, expected: dict):
     found = load_file(file)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert torch.equal(found[name], value), f"{file.name} {name}: {(found[name] - value).abs().max()}"
+        # Not to the last bit: how a product is shared out among threads depends on how busy the machine is.
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=f"{file.name} {name}")
 
 
 # -- the files ---------------------------------------------------------------------------------------------------------
