@@ -6,8 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import benchmark_speed
 from .benchmark_arguments import SWEPT, BenchmarkArguments, parse_arguments
 from .benchmark_flops import count_rows, count_table, render
@@ -15,7 +13,7 @@ from .benchmark_plots import plot_flops, plot_lines, plot_speed
 from .benchmark_scaling import count_scaling, fit_exponents, render_exponents
 from .benchmark_training import measure_training, render_training
 from .command_line import run_command
-from .devices import pick_device
+from .devices import find_device
 from .run_environment import describe_environment
 
 PACKAGES = ("torch", "transformers")
@@ -37,7 +35,7 @@ def benchmark(arguments: BenchmarkArguments) -> str:
     if arguments.output_dir is not None:
         folder = Path(arguments.output_dir)
         folder.mkdir(parents=True)
-        device = torch.device(pick_device() if arguments.device == "auto" else arguments.device)
+        device = find_device(arguments.device)
         settings = {name: value for name, value in asdict(arguments).items() if name != "output_dir"}
         results = {"settings": settings, "environment": describe_environment(PACKAGES, device), "results": rows}
         text = json.dumps(results, indent=2, ensure_ascii=False)

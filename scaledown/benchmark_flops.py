@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from configuration_scaledown import ScaleDownConfig
 from modeling_scaledown import ScaleDownModel
 
-from .benchmark_shapes import build_config
+from .benchmark_shapes import build_config, label
 from .tracing import META, MemoryTracker
 
 aten = torch.ops.aten
@@ -298,8 +298,7 @@ def render(rows: list[Row]) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        name = "none" if row.compressor is None else row.compressor
-        name = f"{name} layers" if name.isdigit() else name
+        name = "none" if row.compressor is None else label(row.compressor)
         own = [row.generation.total / TERA, row.compression.total / TERA, row.total / TERA, row.ratio]
         cells = [f"{value:.2f}" for value in own]
         paper = ["", "", ""]

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from .benchmark_shapes import label
+
 DPI = 150
 TERA = 1e12
 
@@ -99,11 +101,6 @@ def plot_lines(path: Path, rows: Sequence[dict[str, Any]], name: str, figure_nam
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=DPI)
-
-
-def label(contestant: str) -> str:
-    """A contestant's name as it is shown."""
-    return f"{contestant} layers" if contestant.isdigit() else contestant
 
 
 def _errors(rows: Sequence[dict[str, Any]], name: str) -> list[list[float]]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from .benchmark_arguments import BenchmarkArguments
 from .benchmark_flops import TERA, Flops, build_on_meta, count_compression, count_generation
-from .benchmark_shapes import build_config
+from .benchmark_shapes import build_config, label
 
 DOCUMENTS = (1, 2, 5, 10, 20, 50, 100, 200)
 LENGTHS = (32, 64, 128, 256, 512, 1024)
@@ -86,7 +86,7 @@ def render_exponents(found: list[dict[str, Any]]) -> str:
     ]
     for row in found:
         text = next(r for r in found if r["swept"] == row["swept"] and r["contestant"] == FULL_TEXT)
-        name = f"{row['contestant']} layers" if row["contestant"].isdigit() else row["contestant"]
+        name = label(row["contestant"])
         lines.append(
             f"| {row['swept'].replace('_', ' ')} | {name} | {row['exponent']:.2f} | "
             f"{row['cost_smallest']:.3f} ({row['smallest']}) | {row['cost_largest']:.3f} ({row['largest']}) | "

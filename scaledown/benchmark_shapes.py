@@ -152,3 +152,8 @@ def build_config(
     backbone = load_shape(compressor)
     kind = "modernbert" if backbone.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "llm"
     return ScaleDownConfig(**settings, compressor_type=kind, compressor_config=backbone)
+
+
+def label(contestant: str) -> str:
+    """A contestant's name as it is shown."""
+    return f"{contestant} layers" if contestant.isdigit() else contestant

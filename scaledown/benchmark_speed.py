@@ -19,9 +19,8 @@ from modeling_scaledown import ScaleDownModel
 
 from .benchmark_arguments import BenchmarkArguments
 from .benchmark_flops import Protocol
-from .benchmark_shapes import build_config
-from .devices import pick_device, pick_dtype
-from .systems import _wait_for
+from .benchmark_shapes import build_config, label
+from .devices import find_device, pick_dtype, wait_for
 from .tracing import MemoryTracker, storage_bytes
 
 FULL_TEXT, TRUNCATED = "full text", "truncated text"
@@ -58,7 +57,7 @@ class FirstToken(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         if self.time is None:
-            _wait_for(self._device)
+            wait_for(self._device)
             self.time = time.perf_counter()
         return scores
 
@@ -139,7 +138,7 @@ class Contestants:
     """
 
     def __init__(self, arguments: BenchmarkArguments):
-        self.device = torch.device(pick_device() if arguments.device == "auto" else arguments.device)
+        self.device = find_device(arguments.device)
         self.arguments = arguments
         dtype = pick_dtype(arguments.dtype) if arguments.dtype != "auto" or self.device.type == "cuda" else None
         self.models: dict[str, ScaleDownModel] = {}
@@ -203,12 +202,12 @@ class Contestants:
             compressor = model.compressor
             prunes, compressor.prunes_last_layer = compressor.prunes_last_layer, False
             try:
-                _wait_for(self.device)
+                wait_for(self.device)
                 started = time.perf_counter()
                 with torch.inference_mode():
                     for part, count in zip(ids.split(size), slots.split(size), strict=True):
                         compressor(part, torch.ones_like(part), count)
-                _wait_for(self.device)
+                wait_for(self.device)
                 return time.perf_counter() - started
             finally:
                 compressor.prunes_last_layer = prunes
@@ -240,13 +239,13 @@ class Contestants:
     def _timed(self, compress: Callable[[], Any], write: Callable[[Any, dict[str, Any]], Any], new_tokens: int) -> Run:
         first = FirstToken(self.device)
         settings = {"max_new_tokens": new_tokens, "logits_processor": LogitsProcessorList([first])}
-        _wait_for(self.device)
+        wait_for(self.device)
         started = time.perf_counter()
         compressed = compress()
-        _wait_for(self.device)
+        wait_for(self.device)
         ready = time.perf_counter()
         write(compressed, settings)
-        _wait_for(self.device)
+        wait_for(self.device)
         return Run(ready - started, first.time - started, time.perf_counter() - started)
 
 
@@ -301,8 +300,8 @@ def measure_setting(contestants: Contestants, protocol: Protocol, batch_size: in
     for name, found in times.items():
         row = {**setting, "contestant": name, "peak_bytes": peaks[name]}
         for figure in FIGURES:
-            row[figure] = _spread([getattr(run, figure) for run in found])
-            row[f"{figure}_gain"] = _spread(
+            row[figure] = spread([getattr(run, figure) for run in found])
+            row[f"{figure}_gain"] = spread(
                 [
                     getattr(text, figure) / getattr(run, figure)
                     for text, run in zip(times[FULL_TEXT], found, strict=True)
@@ -311,12 +310,12 @@ def measure_setting(contestants: Contestants, protocol: Protocol, batch_size: in
                 if figure != "compression"
                 else []
             )
-        row["generation"] = _spread([run.total - run.compression for run in found])
+        row["generation"] = spread([run.total - run.compression for run in found])
         row["questions_per_second"] = batch_size / row["total"]["median"]
         if name in references:
-            row[REFERENCE] = _spread(references[name])
+            row[REFERENCE] = spread(references[name])
             pairs = zip(references[name], found, strict=True)
-            row["compression_gain"] = _spread([padded / run.compression for padded, run in pairs])
+            row["compression_gain"] = spread([padded / run.compression for padded, run in pairs])
         rows.append(row)
     return rows
 
@@ -349,7 +348,7 @@ def weights_bytes(contestants: Contestants) -> dict[str, int]:
     return {FULL_TEXT: storage_bytes(contestants.generator), **sizes}
 
 
-def _spread(values: list[float]) -> dict[str, float | None]:
+def spread(values: list[float]) -> dict[str, float | None]:
     """Median, lowest and highest."""
     if not values:
         return {"median": None, "low": None, "high": None}
@@ -372,8 +371,8 @@ def render(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(titles) + " |", "| " + " | ".join(["---"] * len(titles)) + " |"]
     for row in rows:
         name = row["contestant"]
-        cells = [str(row[name]) for name in shown] + [f"{name} layers" if name.isdigit() else name]
-        compression = row["compression"] if REFERENCE in row else _spread([])
+        cells = [str(row[name]) for name in shown] + [label(name)]
+        compression = row["compression"] if REFERENCE in row else spread([])
         for figure, digits, unit in (
             (compression, 3, ""),
             (row["first_token"], 3, ""),

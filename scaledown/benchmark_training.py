@@ -14,10 +14,9 @@ from transformers import set_seed
 from modeling_scaledown import CHUNK_INPUTS, ScaleDownModel
 
 from .benchmark_arguments import BenchmarkArguments
-from .benchmark_shapes import build_config
-from .benchmark_speed import Inputs, _spread, draw_inputs
-from .devices import pick_device, pick_dtype
-from .systems import _wait_for
+from .benchmark_shapes import build_config, label
+from .benchmark_speed import Inputs, draw_inputs, spread
+from .devices import find_device, pick_dtype, wait_for
 from .tracing import MemoryTracker
 
 STAGES = ("joint", "compress", "generate")
@@ -38,7 +37,7 @@ def measure_training(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
     """
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    device = torch.device(pick_device() if arguments.device == "auto" else arguments.device)
+    device = find_device(arguments.device)
     dtype = pick_dtype(arguments.dtype) if device.type == "cuda" else torch.float32
     rows = []
     for name in arguments.compressor_names:
@@ -58,13 +57,13 @@ def measure_training(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
         times: dict[str, list[float]] = {stage: [] for stage in STAGES}
         for _ in range(arguments.repeats):
             for stage, step in steps.items():
-                _wait_for(device)
+                wait_for(device)
                 started = time.perf_counter()
                 step()
-                _wait_for(device)
+                wait_for(device)
                 times[stage].append(time.perf_counter() - started)
         for stage in STAGES:
-            step = _spread(times[stage])
+            step = spread(times[stage])
             speed = tokens[stage] / step["median"]
             row = {"compressor": name, "stage": stage, "batch_size": arguments.batch_size, "step": step}
             rows.append({**row, "tokens": tokens[stage], "tokens_per_second": speed, "peak_bytes": peaks[stage]})
@@ -86,7 +85,7 @@ def render_training(rows: list[dict[str, Any]]) -> str:
         "| --- | --- | ---: | ---: | ---: |",
     ]
     for row in rows:
-        name = f"{row['compressor']} layers" if row["compressor"].isdigit() else row["compressor"]
+        name = label(row["compressor"])
         step = row["step"]
         lines.append(
             f"| {name} | {row['stage']} | {step['median']:.3f} ({step['low']:.3f}–{step['high']:.3f}) | "

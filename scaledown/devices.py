@@ -16,6 +16,19 @@ def pick_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def find_device(name: str) -> torch.device:
+    """The device of a name; auto is what `pick_device` finds."""
+    return torch.device(pick_device() if name == "auto" else name)
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when an accelerator has done all it was given, so that a clock can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def pick_dtype(name: str) -> torch.dtype:
     """The type of a model's weights.
 

@@ -24,6 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from modeling_scaledown import CHUNK_INPUTS, ScaleDownModel, document_scores
 from processing_scaledown import ScaleDownProcessor, _encode_as_text, _encode_continuations, _pad
 
+from .devices import wait_for
 from .document_choice import stable_hash
 from .evaluation_data import Example
 
@@ -342,21 +343,14 @@ def timed(system: System, examples: Sequence[Example], device: torch.device) -> 
     Returns:
         Answers with their seconds.
     """
-    _wait_for(device)
+    wait_for(device)
     started = time.perf_counter()
     answers = system.answer(examples)
-    _wait_for(device)
+    wait_for(device)
     seconds = (time.perf_counter() - started) / len(examples)
     for answer in answers:
         answer.seconds = seconds
     return answers
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def _chunk_counts(batch: Any, num_examples: int, config: Any) -> list[tuple[int, int, int]]:

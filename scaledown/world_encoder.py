@@ -8,7 +8,6 @@ time, behind the questions, as the compressor of ScaleDown does.
 
 import random
 import sys
-from pathlib import Path
 
 import torch
 from tokenizers import processors
@@ -110,10 +109,8 @@ def main() -> int:
         (args,) = HfArgumentParser(BackboneArguments).parse_args_into_dataclasses(look_for_args_file=False)
         tokenizer = encoder_tokenizer()
         model = build_encoder(tokenizer, args)
-        if (Path(args.output) / "training.json").is_file():  # a run that was stopped goes on behind its last lesson
-            model = AutoModelForMaskedLM.from_pretrained(args.output)
         tokenizer.save_pretrained(args.output)
-        teach(model, EncoderCurriculum(build_tokenizer(), args.seed).lessons(), args, read_masked)
+        teach(model, EncoderCurriculum(tokenizer, args.seed).lessons(), args, read_masked)
         return f"encoder in {args.output}"
 
     return run_command(command)

@@ -217,10 +217,13 @@ def teach(model: PreTrainedModel, lessons: list[Lesson], args: BackboneArguments
         For each lesson its name, steps, seconds and share of answer tokens that were right at its end.
     """
     folder = Path(args.output)
+    progress = folder / "training.json"
+    report = []
+    if progress.is_file():  # a run that was stopped goes on behind its last lesson
+        report = json.loads(progress.read_text(encoding="utf-8"))
+        model = type(model).from_pretrained(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     taken = itertools.count(1)
-    progress = folder / "training.json"
-    report = json.loads(progress.read_text(encoding="utf-8")) if progress.is_file() else []
     for number, lesson in enumerate(lessons[len(report) :], len(report)):
         last = number == len(lessons) - 1
         steps = args.last_steps if last else args.lesson_steps
@@ -277,8 +280,6 @@ def main() -> int:
         (args,) = HfArgumentParser(BackboneArguments).parse_args_into_dataclasses(look_for_args_file=False)
         tokenizer = build_tokenizer()
         model = build_generator(tokenizer, args)
-        if (Path(args.output) / "training.json").is_file():  # a run that was stopped goes on behind its last lesson
-            model = AutoModelForCausalLM.from_pretrained(args.output)
         tokenizer.save_pretrained(args.output)
         teach(model, Curriculum(tokenizer, args.seed).lessons(), args, read_causally)
         return f"generator in {args.output}"
