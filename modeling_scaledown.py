@@ -21,7 +21,7 @@ import re
 import shutil
 import tempfile
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    DynamicCache,
     GenerationConfig,
     GenerationMixin,
     PreTrainedConfig,
@@ -42,6 +43,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers import initialization as init
+from transformers.cache_utils import CacheLayerMixin
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.utils import (
     CONFIG_NAME,
@@ -80,8 +82,9 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "re
 # Decoder stacks of transformers name their final norm one of these.
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "layer_norm")
 # Backbones whose last layer can attend to all positions and compute few, by where their layers are.
+CAUSAL_BACKBONES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 PRUNABLE_LAYERS = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), "layers"),
+    **dict.fromkeys(CAUSAL_BACKBONES, "layers"),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta"), "encoder.layer"),
 }
 # Chunks are compressed with others of like length. A pass ends where the next chunk is this much shorter than its
@@ -89,6 +92,8 @@ PRUNABLE_LAYERS = {
 SIMILAR_LENGTH = 0.85
 LARGE_PASS = {"cpu": 512}
 LARGE_PASS_ELSEWHERE = 4096
+# A question is read once for all its chunks where that saves at least this share of the tokens.
+MIN_SHARED_PREFIX = 0.04
 # Larger passes take more memory, and beyond these no less time.
 CHUNKS_PER_PASS = {"cpu": 16}
 CHUNKS_PER_PASS_ELSEWHERE = 64
@@ -168,6 +173,42 @@ class ScaleDownOutput(ModelOutput):
 # Compressors
 
 
+@dataclass
+class SharedPrefixes:
+    """
+    What a causal backbone keeps of the tokens in front of chunks: a question and its frame, read once for all of its
+    chunks.
+
+    Args:
+        keys_and_values (`list[tuple[torch.Tensor, torch.Tensor]]`):
+            Of each layer, each `(num_prefixes, heads, prefix_len, head_dim)`.
+        mask (`torch.BoolTensor` of shape `(num_prefixes, prefix_len)`): False on padding, which is at the left.
+        of_chunk (`torch.LongTensor` of shape `(num_chunks,)`): Which prefix a chunk begins with.
+    """
+
+    keys_and_values: list[tuple[torch.Tensor, torch.Tensor]]
+    mask: torch.BoolTensor
+    of_chunk: torch.LongTensor
+
+    def of(self, chunks: torch.LongTensor) -> "SharedPrefixes":
+        """The prefixes of some of the chunks."""
+        return replace(self, of_chunk=self.of_chunk[chunks])
+
+    def backbone_inputs(self, attention_mask: torch.BoolTensor) -> dict:
+        """Arguments with which a backbone reads on behind the prefixes, given what to read there."""
+        rows, cache = self.of_chunk, DynamicCache()
+        for layer, (keys, values) in enumerate(self.keys_and_values):
+            cache.update(keys[rows], values[rows], layer)
+        mask = self.mask[rows]  # (num_chunks, prefix_len)
+        places = torch.arange(attention_mask.shape[1], device=mask.device)
+        return {
+            "attention_mask": torch.cat([mask, attention_mask], dim=1).long(),  # (num_chunks, prefix_len + total_len)
+            "position_ids": mask.sum(dim=1, keepdim=True) + places,
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+
+
 class RerankingHead(nn.Linear):
     """A dense layer to one score, in 32 bits: 16 have too few digits to tell close documents apart."""
 
@@ -211,6 +252,11 @@ class ScaleDownCompressor(nn.Module):
         self.backbone = self.prepare_backbone(backbone) if backbone is not None else None
         # The last layer computes only what is read; turned off, it computes every position, to the same result.
         self.prunes_last_layer = self.backbone is not None and prepare_last_layer(self.backbone)
+        self.shares_prefixes = (
+            self.prunes_last_layer
+            and config.slot_pooling == "memory_tokens"
+            and config.compressor_config.model_type in CAUSAL_BACKBONES
+        )
         width = config.compressor_config.hidden_size
         self.memory_embeddings, self.rerank_embedding = None, None
         self.scores_relevance = config.enable_reranking
@@ -238,6 +284,7 @@ class ScaleDownCompressor(nn.Module):
         attention_mask: torch.LongTensor,
         chunk_slots: torch.LongTensor,
         document_mask: torch.BoolTensor | None = None,
+        prefixes: SharedPrefixes | None = None,
     ) -> CompressedDocuments:
         """
         Compresses chunks.
@@ -248,11 +295,57 @@ class ScaleDownCompressor(nn.Module):
             chunk_slots (`torch.LongTensor` of shape `(num_chunks,)`): Memory embeddings of each chunk.
             document_mask (`torch.BoolTensor` of shape `(num_chunks, chunk_len)`, *optional*):
                 True on the chunk's own tokens; needed with `slot_pooling="span_mean"`.
+            prefixes (`SharedPrefixes`, *optional*):
+                What stands before the tokens that `attention_mask` lets be read, from `read_prefixes`.
 
         Returns:
             `CompressedDocuments`: Embeddings, mask and, with reranking, scores.
         """
-        return self.project(*self.hidden_states(input_ids, attention_mask, chunk_slots, document_mask))
+        return self.project(*self.hidden_states(input_ids, attention_mask, chunk_slots, document_mask, prefixes))
+
+    def read_prefixes(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor,
+        document_mask: torch.BoolTensor | None,
+        max_prefixes: int,
+    ) -> tuple[SharedPrefixes, torch.BoolTensor] | None:
+        """
+        Reads what stands before the chunks' own tokens once for all chunks that have it in common.
+
+        In a causal backbone nothing in front of a chunk depends on it, so that the result is the same.
+
+        Args:
+            input_ids, attention_mask, document_mask: As in `forward`.
+            max_prefixes (`int`): Read at once and kept at most.
+
+        Returns:
+            `tuple`, *optional*: The prefixes, and a mask `(num_chunks, chunk_len)` of what is left to read. `None` if
+            the backbone cannot go on from a cache, there are too many, or too little would be saved.
+        """
+        if not self.shares_prefixes or document_mask is None or torch.is_grad_enabled():
+            return None
+        kept = attention_mask.bool()
+        prefix = kept & (document_mask.long().cumsum(dim=1) == 0)  # (num_chunks, chunk_len)
+        rows = [tuple(ids[mask].tolist()) for ids, mask in zip(input_ids, prefix, strict=True)]
+        number = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+        longest = max(map(len, number))
+        saved = sum(map(len, rows)) - len(number) * longest
+        if () in number or len(number) > max_prefixes or saved < MIN_SHARED_PREFIX * int(kept.sum()):
+            return None
+        device = self.memory_embeddings.device
+        ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in number], device=device)
+        mask = torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in number], device=device)
+        cache = DynamicCache()
+        self.backbone(
+            inputs_embeds=self.backbone.get_input_embeddings()(ids),
+            attention_mask=mask.long(),
+            position_ids=(mask.long().cumsum(dim=1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        of_chunk = torch.tensor([number[row] for row in rows], device=device)
+        return SharedPrefixes([(layer.keys, layer.values) for layer in cache.layers], mask, of_chunk), kept & ~prefix
 
     def project(
         self, memory_states: torch.Tensor, memory_mask: torch.BoolTensor, rerank_states: torch.Tensor | None
@@ -283,12 +376,13 @@ class ScaleDownCompressor(nn.Module):
         attention_mask: torch.LongTensor,
         chunk_slots: torch.LongTensor,
         document_mask: torch.BoolTensor | None = None,
+        prefixes: SharedPrefixes | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """
         Runs the backbone and reads the states of the slots and the one to score.
 
         Args:
-            input_ids, attention_mask, chunk_slots, document_mask: As in `forward`.
+            input_ids, attention_mask, chunk_slots, document_mask, prefixes: As in `forward`.
 
         Returns:
             `tuple`: memory states `(num_chunks, slots, hidden)`, their mask `(num_chunks, slots)`, and reranking
@@ -329,7 +423,7 @@ class ScaleDownCompressor(nn.Module):
             read = (first + slot_ids).clamp(max=embeds.shape[1] - 1)  # (num_chunks, slots)
             if self.scores_relevance:
                 read = torch.cat([read, total.unsqueeze(1) - 1], dim=1)  # (num_chunks, slots + 1)
-            states = self._states_at(read, embeds, keep)  # (num_chunks, slots + 1, hidden)
+            states = self._states_at(read, embeds, keep, prefixes)  # (num_chunks, slots + 1, hidden)
             return states[:, :num_slots], memory_mask, states[:, -1] if self.scores_relevance else None
 
         states = self.backbone(inputs_embeds=embeds, attention_mask=keep.long(), use_cache=False).last_hidden_state
@@ -341,11 +435,19 @@ class ScaleDownCompressor(nn.Module):
         return memory, memory_mask, rerank
 
     def _states_at(
-        self, read: torch.LongTensor, embeds: torch.Tensor, attention_mask: torch.BoolTensor
+        self,
+        read: torch.LongTensor,
+        embeds: torch.Tensor,
+        attention_mask: torch.BoolTensor,
+        prefixes: SharedPrefixes | None,
     ) -> torch.Tensor:
         """The backbone's states `(num_chunks, num_read, hidden)` at the positions `read` `(num_chunks, num_read)`."""
-        few = {"read_positions": read} if self.prunes_last_layer and read.shape[1] < embeds.shape[1] else {}
-        outputs = self.backbone(inputs_embeds=embeds, attention_mask=attention_mask.long(), use_cache=False, **few)
+        inputs = {"attention_mask": attention_mask.long(), "use_cache": False}
+        if prefixes is not None:
+            inputs = prefixes.backbone_inputs(attention_mask)
+        if self.prunes_last_layer and read.shape[1] < embeds.shape[1]:
+            inputs["read_positions"] = read
+        outputs = self.backbone(inputs_embeds=embeds, **inputs)
         states = outputs.last_hidden_state
         if states.shape[1] == read.shape[1] < embeds.shape[1]:
             return states
@@ -420,24 +522,28 @@ def _read_few(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]
     states, *others = args
     attention = layer.self_attn if hasattr(layer, "self_attn") else layer.attention.self
     mask = kwargs.get("attention_mask", others[0] if others else None)
+    cache = kwargs.get("past_key_values")
     if (
         read is None
         or (layer.training and layer.gradient_checkpointing)  # takes away what stands in for a cache
         or attention.config._attn_implementation not in ("sdpa", "eager")
-        or kwargs.get("past_key_values") is not None
+        or not (cache is None or isinstance(cache, DynamicCache))
         or not (mask is None or mask.dim() == 4)
     ):
         return args, kwargs
     read = read.to(states.device)
     few = read.unsqueeze(-1)  # (num_chunks, num_read, 1)
+    before = 0 if cache is None else cache.get_seq_length(attention.layer_idx)
     if mask is None and attention.is_causal:
-        unseen = torch.arange(states.shape[1], device=states.device) > few  # (num_chunks, num_read, total_len)
+        places = torch.arange(before + states.shape[1], device=states.device)
+        unseen = places > before + few  # (num_chunks, num_read, before + total_len)
         mask = states.new_zeros(unseen.shape).masked_fill(unseen, torch.finfo(states.dtype).min).unsqueeze(1)
     elif mask is not None and mask.shape[2] > 1:
         mask = mask.expand(len(read), -1, -1, -1)
         mask = mask.gather(2, few.unsqueeze(1).expand(-1, mask.shape[1], -1, mask.shape[3]))
     positions = kwargs.get("position_embeddings")
-    kwargs["past_key_values"] = _AllKeys(layer, attention, states, positions)
+    read_before = None if before == 0 else cache.layers[attention.layer_idx]
+    kwargs["past_key_values"] = _AllKeys(layer, attention, states, positions, read_before)
     if positions is not None:
         kwargs["position_embeddings"] = tuple(
             part.expand(len(read), -1, -1).gather(1, few.expand(-1, -1, part.shape[-1])) for part in positions
@@ -458,12 +564,14 @@ class _AllKeys:
         attention: nn.Module,
         states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        read_before: CacheLayerMixin | None,
     ):
         self._layer, self._attention = layer, attention
         self._states, self._position_embeddings = states, position_embeddings
+        self._read_before = read_before
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `(num_chunks, heads, total_len, head_dim)`, whatever those of the few positions are."""
+        """Keys and values `(num_chunks, heads, kv_len, head_dim)` of all positions, whatever those of the few are."""
         states = self._states.to(keys.device)
         if self._position_embeddings is None:
             return tuple(
@@ -479,7 +587,11 @@ class _AllKeys:
             keys = self._attention.k_norm(keys)
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         cos, sin = (part.to(keys.device) for part in self._position_embeddings)
-        return apply_rotary_pos_emb(keys, keys, cos, sin)[1], values
+        keys = apply_rotary_pos_emb(keys, keys, cos, sin)[1]
+        if self._read_before is not None:
+            keys = torch.cat([self._read_before.keys, keys], dim=2)
+            values = torch.cat([self._read_before.values, values], dim=2)
+        return keys, values
 
 
 def mean_over_spans(
@@ -743,6 +855,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         compressor_attention_mask: torch.LongTensor | None = None,
         chunk_slots: torch.LongTensor | None = None,
         compressor_document_mask: torch.BoolTensor | None = None,
+        batch_size: int | None = None,
     ) -> CompressedDocuments:
         """
         Compresses tokenised chunks.
@@ -754,9 +867,12 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 Memory embeddings of each chunk; `num_memory_tokens` for all when left out.
             compressor_document_mask (`torch.BoolTensor` of shape `(num_chunks, chunk_len)`, *optional*):
                 True on the chunk's own tokens; needed with `slot_pooling="span_mean"`.
+            batch_size (`int`, *optional*):
+                Chunks compressed at a time, each with others of like length, so that little of the work is padding;
+                all at once when left out.
 
         Returns:
-            `CompressedDocuments`.
+            `CompressedDocuments`: Chunks in the order given, on the device of the model where they come in passes.
 
         Raises:
             ValueError: no chunk at all, or one that asks for more slots than the model has, or for none.
@@ -776,7 +892,36 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 f"chunk_slots ranges from {int(chunk_slots.min())} to {int(chunk_slots.max())}; this model has 1 to "
                 f"{limit} memory embeddings per chunk. Use a processor with num_memory_tokens={limit} or less."
             )
-        return self.compressor(compressor_input_ids, compressor_attention_mask, chunk_slots, compressor_document_mask)
+        chunks = (compressor_input_ids, compressor_attention_mask, chunk_slots, compressor_document_mask)
+        if batch_size is None:
+            return self.compressor(*chunks)
+        _check_batch_size(batch_size)
+        return self._compress_by_length(chunks, batch_size)
+
+    def _compress_by_length(self, chunks: tuple[torch.Tensor | None, ...], batch_size: int) -> CompressedDocuments:
+        input_ids, attention_mask, chunk_slots, document_mask = chunks
+        prefixes = None
+        if shared := self.compressor.read_prefixes(input_ids, attention_mask, document_mask, batch_size):
+            prefixes, attention_mask = shared
+            chunks = (input_ids, attention_mask, chunk_slots, document_mask)
+        lengths, order = attention_mask.sum(dim=1).sort(descending=True, stable=True)
+        large = LARGE_PASS.get(self.device.type, LARGE_PASS_ELSEWHERE)
+        parts, longest = [], 0
+        for rows in order.split(pass_sizes(lengths.tolist(), batch_size, large)):
+            inputs = [None if part is None else part[rows].to(self.device) for part in chunks]
+            before = None if prefixes is None else prefixes.of(rows.to(self.device))
+            parts.append(self.compressor(*inputs, prefixes=before))
+            longest = max(longest, parts[-1].memory_mask.shape[1])
+        back = order.argsort().to(self.device)
+        pads = [longest - part.memory_mask.shape[1] for part in parts]
+        memory = [nn.functional.pad(p.memory_embeddings, (0, 0, 0, n)) for p, n in zip(parts, pads, strict=True)]
+        mask = [nn.functional.pad(part.memory_mask, (0, n)) for part, n in zip(parts, pads, strict=True)]
+        scores = [part.reranking_scores for part in parts]
+        return CompressedDocuments(
+            memory_embeddings=torch.cat(memory)[back],
+            memory_mask=torch.cat(mask)[back],
+            reranking_scores=torch.cat(scores)[back] if scores[0] is not None else None,
+        )
 
     @can_return_tuple
     def forward(
@@ -908,11 +1053,17 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         )
 
     def _compress_inputs(
-        self, memory_states=None, rerank_states=None, memory_embeddings=None, memory_mask=None, **chunks
+        self,
+        memory_states=None,
+        rerank_states=None,
+        memory_embeddings=None,
+        memory_mask=None,
+        batch_size: int | None = None,
+        **chunks,
     ) -> CompressedDocuments:
         """Memory embeddings from whichever form the documents have in the arguments of `forward`."""
         if chunks["compressor_input_ids"] is not None:
-            return self.get_memory_embeddings(**chunks)
+            return self.get_memory_embeddings(**chunks, batch_size=batch_size)
         if memory_states is None:
             return CompressedDocuments(memory_embeddings=memory_embeddings, memory_mask=memory_mask)
         dtype = next(self.compressor.parameters(), memory_states).dtype
@@ -965,8 +1116,11 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             kwargs.pop(name, None)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is not None and any(value is not None for value in (slot_mask, *given.values())):
+            # Passes by length differ in number between processes, which those that share out a model must not.
+            together = torch.distributed.is_available() and torch.distributed.is_initialized()
             with torch.no_grad():
-                embeds = self._embed_prompt(input_ids, slot_mask, self._compress_inputs(**given))
+                documents = self._compress_inputs(**given, batch_size=None if together else self.chunks_per_pass)
+                embeds = self._embed_prompt(input_ids, slot_mask, documents)
             # A mask longer than the ids: the beginning of the prompt is in `past_key_values` already.
             mask = kwargs.get("attention_mask")
             read = 0 if mask is None else max(mask.shape[1] - input_ids.shape[1], 0)
@@ -1079,6 +1233,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         batch_size: int = 16,
         min_reranking_score: float | None = None,
         max_documents: int | None = None,
+        max_slots: int | None = None,
         **generation_kwargs,
     ) -> str | list[str] | tuple:
         """
@@ -1096,6 +1251,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 Leave out documents that score lower, before the generator reads them; a question none of whose
                 documents is left is asked without any.
             max_documents (`int`, *optional*): Keep so many of the best documents, in the order they were given.
+            max_slots (`int`, *optional*): Keep the best documents that have so many memory embeddings together.
             generation_kwargs: Passed on to `generate`; `max_new_tokens` is 128 unless a length is given.
 
         Returns:
@@ -1107,11 +1263,13 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         """
         single = isinstance(questions, str)
         questions, documents = self.processor.check_texts(questions, documents)
-        selects = min_reranking_score is not None or max_documents is not None
+        limits = (min_reranking_score, max_documents, max_slots)
+        selects = any(limit is not None for limit in limits)
         if return_reranking_scores or selects:
             self._require_reranking()
-        if max_documents is not None and max_documents < 1:
-            raise ValueError(f"max_documents={max_documents} must be at least 1.")
+        for name, limit in (("max_documents", max_documents), ("max_slots", max_slots)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name}={limit} must be at least 1.")
         if not {"generation_config", "max_length"} & generation_kwargs.keys():
             generation_kwargs.setdefault("max_new_tokens", 128)
         settings = generation_kwargs.get("generation_config")
@@ -1121,7 +1279,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         for start in range(0, len(questions), batch_size):
             asked, given = questions[start : start + batch_size], documents[start : start + batch_size]
             chunks = self.processor.encode_documents(asked, given, compression_rate, num_memory_tokens)
-            slots = _slots_by_document(chunks, given)
+            slots = slots_by_document(chunks, given)
             if not selects:  # a prompt that is too long is told before the work
                 batch = self._build_prompts(asked, slots, max_new_tokens, start)
             compressed, found = {}, [[] for _ in given]
@@ -1132,7 +1290,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                     found = self._scores_by_example(memory.reranking_scores, chunks, given)
             scores += found
             if selects:
-                kept = [_select_documents(row, min_reranking_score, max_documents) for row in found]
+                kept = [select_documents(*rows, *limits) for rows in zip(found, slots, strict=True)]
                 slots = [[n for n, stays in zip(*rows, strict=True) if stays] for rows in zip(slots, kept, strict=True)]
                 batch = self._build_prompts(asked, slots, max_new_tokens, start)
                 if chunks:
@@ -1295,7 +1453,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         """Compresses chunks the processor made, but those in the cache."""
         cache = self.compression_cache
         if cache is None:
-            return self._compress_by_length(batch, batch_size)
+            return self.get_memory_embeddings(**{name: batch[name] for name in CHUNK_INPUTS}, batch_size=batch_size)
         # What the compressor reads, which part of it is the document, and the slots.
         rows = zip(
             batch["chunk_slots"].tolist(),
@@ -1308,7 +1466,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         entries = {key: cache.get(key) for key in keys}
         missing = [i for i, key in enumerate(keys) if entries[key] is None]
         if missing:
-            new = self._compress_by_length({name: batch[name][missing] for name in CHUNK_INPUTS}, batch_size)
+            chunks = {name: batch[name][missing] for name in CHUNK_INPUTS}
+            new = self.get_memory_embeddings(**chunks, batch_size=batch_size)
             for row, i in enumerate(missing):
                 memory = new.memory_embeddings[row, : keys[i][0]].clone()  # a part would keep the whole batch alive
                 score = None if new.reranking_scores is None else new.reranking_scores[row].clone()
@@ -1327,26 +1486,6 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
     def chunks_per_pass(self) -> int:
         """Chunks `answer` compresses at a time."""
         return CHUNKS_PER_PASS.get(self.device.type, CHUNKS_PER_PASS_ELSEWHERE)
-
-    def _compress_by_length(self, batch: dict[str, torch.Tensor], batch_size: int) -> CompressedDocuments:
-        """Compresses chunks with others of like length, so that little of the work is padding; the order stays."""
-        lengths, order = batch["compressor_attention_mask"].sum(dim=1).sort(descending=True, stable=True)
-        large = LARGE_PASS.get(self.device.type, LARGE_PASS_ELSEWHERE)
-        parts, longest = [], 0
-        for rows in order.split(pass_sizes(lengths.tolist(), batch_size, large)):
-            part = {name: batch[name][rows].to(self.device) for name in CHUNK_INPUTS}
-            parts.append(self.get_memory_embeddings(**part))
-            longest = max(longest, parts[-1].memory_mask.shape[1])
-        back = order.argsort().to(self.device)
-        pads = [longest - part.memory_mask.shape[1] for part in parts]
-        memory = [nn.functional.pad(p.memory_embeddings, (0, 0, 0, n)) for p, n in zip(parts, pads, strict=True)]
-        mask = [nn.functional.pad(part.memory_mask, (0, n)) for part, n in zip(parts, pads, strict=True)]
-        scores = [part.reranking_scores for part in parts]
-        return CompressedDocuments(
-            memory_embeddings=torch.cat(memory)[back],
-            memory_mask=torch.cat(mask)[back],
-            reranking_scores=torch.cat(scores)[back] if scores[0] is not None else None,
-        )
 
     def _build_prompts(self, questions, slots, max_new_tokens, first_question: int):
         batch = self.processor.build_prompts(questions, slots)
@@ -2216,8 +2355,17 @@ def _quantization_config(
     )
 
 
-def _slots_by_document(chunks: dict[str, torch.Tensor], documents: list[list[str]]) -> list[list[int]]:
-    """Slots of every question's documents, over all their chunks."""
+def slots_by_document(chunks: dict[str, torch.Tensor], documents: list[list[str]]) -> list[list[int]]:
+    """
+    Counts the slots of every question's documents, over all their chunks.
+
+    Args:
+        chunks (`dict[str, torch.Tensor]`): What the processor's `encode_documents` returned; empty without documents.
+        documents (`list[list[str]]`): The documents it was given.
+
+    Returns:
+        `list[list[int]]`: One number per document.
+    """
     if not chunks:
         return [[] for _ in documents]
     slots = torch.zeros_like(chunks["document_to_example"])
@@ -2225,10 +2373,32 @@ def _slots_by_document(chunks: dict[str, torch.Tensor], documents: list[list[str
     return [row.tolist() for row in slots.split([len(listed) for listed in documents])]
 
 
-def _select_documents(scores: list[float], lowest: float | None, count: int | None) -> list[bool]:
-    """Which of a question's documents stay: those that score enough, and the best of them."""
-    best = sorted(range(len(scores)), key=lambda i: -scores[i])[:count]
-    return [i in best and (lowest is None or score >= lowest) for i, score in enumerate(scores)]
+def select_documents(
+    scores: list[float],
+    slots: list[int],
+    min_reranking_score: float | None = None,
+    max_documents: int | None = None,
+    max_slots: int | None = None,
+) -> list[bool]:
+    """
+    Decides which of a question's documents the generator reads.
+
+    Args:
+        scores (`list[float]`): Reranking score of each document.
+        slots (`list[int]`): Slots of each document.
+        min_reranking_score, max_documents, max_slots: As in `ScaleDownModel.answer`; what does not fit into what is
+            left of `max_slots` is left out, and so is all that scores lower.
+
+    Returns:
+        `list[bool]`: True for those that stay.
+    """
+    kept, room = set(), float("inf") if max_slots is None else max_slots
+    for i in sorted(range(len(scores)), key=lambda i: -scores[i])[:max_documents]:
+        room -= slots[i]
+        if room < 0 or (min_reranking_score is not None and scores[i] < min_reranking_score):
+            break
+        kept.add(i)
+    return [i in kept for i in range(len(scores))]
 
 
 def _check_batch_size(batch_size: int):

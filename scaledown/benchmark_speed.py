@@ -227,7 +227,7 @@ class Contestants:
         }
 
         def compress() -> Any:
-            return model._compress_by_length(inputs.chunks, model.chunks_per_pass)
+            return model.get_memory_embeddings(**inputs.chunks, batch_size=model.chunks_per_pass)
 
         def write(compressed: Any, settings: dict[str, Any]) -> None:
             memory = {"memory_embeddings": compressed.memory_embeddings, "memory_mask": compressed.memory_mask}

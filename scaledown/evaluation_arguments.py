@@ -77,6 +77,16 @@ class EvaluationArguments:
     compression_rate: int | None = field(
         default=None, metadata={"help": "Document tokens per slot; the model's own by default."}
     )
+    max_documents: int | None = field(
+        default=None,
+        metadata={"help": "Of a question's documents, the model's generator reads so many that the model ranks best."},
+    )
+    max_slots: int | None = field(
+        default=None, metadata={"help": "It reads the best documents that have so many slots together."}
+    )
+    min_reranking_score: float | None = field(
+        default=None, metadata={"help": "It reads the documents that score at least this."}
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "Length of an answer at most, in tokens."})
     batch_size: str = field(
         default="auto",
@@ -128,7 +138,8 @@ class EvaluationArguments:
 
     def __post_init__(self):
         self._check_names()
-        for name in ("limit", "num_documents", "compression_rate", "max_new_tokens", "judge_concurrency", "resamples"):
+        counts = ("limit", "num_documents", "compression_rate", "max_documents", "max_slots", "max_new_tokens")
+        for name in (*counts, "judge_concurrency", "resamples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1; correct --{name}.")
@@ -167,6 +178,12 @@ class EvaluationArguments:
     def baseline_names(self) -> list[str]:
         """The baselines asked for, each once."""
         return [] if self.baselines == "none" else _names(self.baselines)
+
+    @property
+    def selection(self) -> dict[str, float]:
+        """Which of its documents the model's generator reads; empty for all."""
+        names = ("min_reranking_score", "max_documents", "max_slots")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
     def judge_request(self) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def load_contestants(arguments: EvaluationArguments, device: torch.device) -> Co
         Both.
 
     Raises:
-        ValueError: One of them cannot be loaded, or the generator has another vocabulary than the model.
+        ValueError: One of them cannot be loaded, the generator has another vocabulary than the model, or documents are
+            to be selected by a model that does not rank.
     """
     dtype = torch.float32 if arguments.dtype == "auto" and device.type == "cpu" else pick_dtype(arguments.dtype)
     settings: dict[str, Any] = {"dtype": dtype}
@@ -62,6 +63,11 @@ def load_contestants(arguments: EvaluationArguments, device: torch.device) -> Co
     )
     model = (model if arguments.load_in_4bit else model.to(device)).eval()
     config = model.config
+    if arguments.selection and not config.enable_reranking:
+        raise ValueError(
+            f"{arguments.model} was built without reranking and cannot select documents; leave out "
+            f"{', '.join(f'--{name}' for name in arguments.selection)}."
+        )
     found = Contestants(model)
     found.description = {
         "name": arguments.model if not Path(arguments.model).exists() else Path(arguments.model).resolve().name,
@@ -70,6 +76,7 @@ def load_contestants(arguments: EvaluationArguments, device: torch.device) -> Co
         "num_memory_tokens": config.num_memory_tokens,
         "compression_rate": arguments.compression_rate or config.compression_rate,
         "num_parameters": model.num_parameters(),
+        "selection": arguments.selection,
         "lora": config.lora_config is not None,
         "dtype": str(dtype).removeprefix("torch."),
     }
@@ -100,7 +107,7 @@ def build_systems(found: Contestants, arguments: EvaluationArguments, examples: 
     """
     model = found.model
     common = (arguments.compression_rate, arguments.max_new_tokens)
-    systems: list[System] = [CompressedSystem(model, *common)]
+    systems: list[System] = [CompressedSystem(model, *common, selection=arguments.selection)]
     for name in arguments.baseline_names:
         if name in MEMORY_BASELINES:
             memory = "random" if name == "random_memory" else "own"

@@ -21,7 +21,13 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from modeling_scaledown import CHUNK_INPUTS, ScaleDownModel, document_scores
+from modeling_scaledown import (
+    CHUNK_INPUTS,
+    ScaleDownModel,
+    document_scores,
+    select_documents,
+    slots_by_document,
+)
 from processing_scaledown import ScaleDownProcessor, _encode_as_text, _encode_continuations, _pad
 
 from .devices import wait_for
@@ -102,6 +108,7 @@ class CompressedSystem:
         memory: `own`, or `random`: random directions, each as long as the embedding it replaces.
         donors: Documents to compress in place of a question's own, by the question's index.
         name: Its name in results.
+        selection: What decides which documents the generator reads, as for `ScaleDownModel.answer`; all by default.
     """
 
     def __init__(
@@ -113,6 +120,7 @@ class CompressedSystem:
         memory: str = "own",
         donors: dict[int, list[str]] | None = None,
         name: str = MODEL,
+        selection: dict[str, float] | None = None,
     ):
         self.name = name
         self.processor = unlimited(model.processor)
@@ -122,47 +130,62 @@ class CompressedSystem:
         self._seed = seed
         self._memory = memory
         self._donors = donors
+        self._selection = selection
 
     def prompt_lengths(self, examples: Sequence[Example]) -> list[int]:
-        """See `System.prompt_lengths`."""
-        return self._encode(examples)["attention_mask"].sum(dim=1).tolist()
+        """See `System.prompt_lengths`; with all documents, before a selection."""
+        return self._prompts(examples, self._encode(examples)[1])["attention_mask"].sum(dim=1).tolist()
 
     @torch.inference_mode()
     def answer(self, examples: Sequence[Example]) -> list[Answer]:
         """See `System.answer`."""
-        batch = self._encode(examples)
-        counts = _chunk_counts(batch, len(examples), self._model.config)
-        lengths = batch["attention_mask"].sum(dim=1).tolist()
-        batch = batch.to(self._model.device)
+        chunks, slots = self._encode(examples)
+        counts = _chunk_counts(chunks, len(examples), self._model.config)
         compressed, scores = {}, [None] * len(examples)
-        if "chunk_slots" in batch:
-            chunks = self._model.get_memory_embeddings(**{name: batch.pop(name) for name in CHUNK_INPUTS})
-            memory = chunks.memory_embeddings
+        if chunks:
+            inputs = {name: chunks[name] for name in CHUNK_INPUTS}
+            found = self._model.get_memory_embeddings(**inputs, batch_size=self._model.chunks_per_pass)
+            memory, mask = found.memory_embeddings, found.memory_mask
+            if found.reranking_scores is not None and self._donors is None:
+                scores = _scores_by_example(found.reranking_scores.cpu(), chunks, examples)
             if self._memory == "random":
-                memory = self._randomized(memory, chunks.memory_mask, batch, examples)
-            compressed = {"memory_embeddings": memory, "memory_mask": chunks.memory_mask}
-            if chunks.reranking_scores is not None and self._donors is None:
-                scores = _scores_by_example(chunks.reranking_scores, batch, examples)
-        sequences = self._model.generate(**batch, **compressed, generation_config=self._writing)
+                memory = self._randomized(memory, mask, chunks, examples)
+            if self._selection:
+                rows = zip(scores, slots, strict=True)
+                kept = [select_documents(row or [], numbers, **self._selection) for row, numbers in rows]
+                slots = [[n for n, stays in zip(*rows, strict=True) if stays] for rows in zip(slots, kept, strict=True)]
+                stays = torch.tensor([flag for row in kept for flag in row])[chunks["chunk_to_document"]]
+                mask = mask & stays.to(mask.device).unsqueeze(1)
+            compressed = {"memory_embeddings": memory, "memory_mask": mask}
+        batch = self._prompts(examples, slots)
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        sequences = self._model.generate(**batch.to(self._model.device), **compressed, generation_config=self._writing)
         prompt_length = batch["input_ids"].shape[1]
         texts = self.processor.decode_answers(sequences, prompt_length)
         written = _written(sequences[:, prompt_length:], self._writing)
         return [
-            Answer(text, tokens, new, *count, scores=row)
-            for text, tokens, new, count, row in zip(texts, lengths, written, counts, scores, strict=True)
+            Answer(text, tokens, new, *count, sum(numbers), scores=row)
+            for text, tokens, new, count, numbers, row in zip(
+                texts, lengths, written, counts, slots, scores, strict=True
+            )
         ]
 
-    def _encode(self, examples: Sequence[Example]) -> Any:
+    def _encode(self, examples: Sequence[Example]) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
+        """Chunks for the compressor, and the slots of each question's documents."""
         documents = [example.documents for example in examples]
         if self._donors is not None:
             documents = [self._donors[example.index] for example in examples]
-        return self.processor([example.query for example in examples], documents, compression_rate=self._rate)
+        chunks = self.processor.encode_documents([example.query for example in examples], documents, self._rate)
+        return chunks, slots_by_document(chunks, documents)
+
+    def _prompts(self, examples: Sequence[Example], slots: list[list[int]]) -> Any:
+        return self.processor.build_prompts([example.query for example in examples], slots)
 
     def _randomized(
-        self, memory: torch.Tensor, mask: torch.Tensor, batch: Any, examples: Sequence[Example]
+        self, memory: torch.Tensor, mask: torch.Tensor, chunks: dict[str, torch.Tensor], examples: Sequence[Example]
     ) -> torch.Tensor:
         """Random directions `(num_chunks, slots, hidden)`, a question's own whatever else is in the batch."""
-        owner = batch["document_to_example"][batch["chunk_to_document"]]  # (num_chunks,)
+        owner = chunks["document_to_example"][chunks["chunk_to_document"]].to(mask.device)  # (num_chunks,)
         noise = torch.zeros_like(memory, dtype=torch.float32)
         for i, example in enumerate(examples):
             own = (owner == i).unsqueeze(1) & mask  # (num_chunks, slots)
@@ -353,17 +376,16 @@ def timed(system: System, examples: Sequence[Example], device: torch.device) -> 
     return answers
 
 
-def _chunk_counts(batch: Any, num_examples: int, config: Any) -> list[tuple[int, int, int]]:
-    """Compressor tokens, document tokens and slots of each question."""
-    if "chunk_slots" not in batch:
-        return [(0, 0, 0)] * num_examples
-    slots = batch["chunk_slots"]
-    read = batch["compressor_attention_mask"].sum(dim=1)
+def _chunk_counts(chunks: dict[str, torch.Tensor], num_examples: int, config: Any) -> list[tuple[int, int]]:
+    """Compressor tokens and document tokens of each question."""
+    if not chunks:
+        return [(0, 0)] * num_examples
+    read = chunks["compressor_attention_mask"].sum(dim=1)
     if config.slot_pooling == "memory_tokens":  # which the compressor reads too
-        read = read + slots + int(config.enable_reranking)
-    columns = torch.stack([read, batch["compressor_document_mask"].sum(dim=1), slots], dim=1)  # (num_chunks, 3)
-    owner = batch["document_to_example"][batch["chunk_to_document"]]
-    sums = torch.zeros(num_examples, 3, dtype=torch.long).index_add_(0, owner, columns.long())
+        read = read + chunks["chunk_slots"] + int(config.enable_reranking)
+    columns = torch.stack([read, chunks["compressor_document_mask"].sum(dim=1)], dim=1)  # (num_chunks, 2)
+    owner = chunks["document_to_example"][chunks["chunk_to_document"]]
+    sums = torch.zeros(num_examples, 2, dtype=torch.long).index_add_(0, owner, columns.long())
     return [tuple(row) for row in sums.tolist()]
 
 

@@ -23,7 +23,7 @@ from .command_line import run_command
 from .world_generator import BackboneArguments, Curriculum, Lesson, Row, teach
 from .world_tokenizer import build_tokenizer
 
-MASK, PAD = "<|system|>", 0  # neither is in what an encoder reads otherwise
+MASK = "<|system|>"  # not in what an encoder reads otherwise
 
 
 class EncoderCurriculum(Curriculum):
@@ -34,7 +34,7 @@ class EncoderCurriculum(Curriculum):
         return [
             *self.echoes()[:4],
             self.reading("1 passage of 3 facts", 1, 96, 3, plain=True),
-            self.reading("1 long passage", 1, 64, target=2.0),
+            self.reading("1 long passage", 1, 64, steps=1000),
         ]
 
     def echo(self, rng: random.Random, lengths: list[int]) -> Row:
@@ -65,7 +65,9 @@ def read_masked(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor)
     """
     known = labels != -100
     masked = ids.masked_fill(known, model.config.mask_token_id)
-    read = model.model(masked, attention_mask=(ids != PAD).long()).last_hidden_state[known]  # (answer tokens, hidden)
+    read = model.model(masked, attention_mask=(ids != model.config.pad_token_id).long()).last_hidden_state[
+        known
+    ]  # (answer tokens, hidden)
     return model.decoder(model.head(read)), labels[known]
 
 

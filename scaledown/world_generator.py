@@ -48,7 +48,6 @@ class BackboneArguments:
     num_layers: int = field(default=5, metadata={"help": "Layers."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate of AdamW."})
     lesson_steps: int = field(default=3000, metadata={"help": "Steps per lesson at most."})
-    last_steps: int = field(default=1000, metadata={"help": "Steps of the last lesson, in which the rate falls to 0."})
     seed: int = field(default=0, metadata={"help": "Decides everything."})
 
 
@@ -61,12 +60,16 @@ class Lesson:
         draw: Draws one row.
         batch_size: Rows per step.
         target: Share of answer tokens that must be right before the next lesson begins.
+        steps: In place of a target: so many steps, in the last 70 % of which the learning rate falls to 0.
+        rate: Its learning rate, as a multiple of the run's.
     """
 
     name: str
     draw: Callable[[random.Random], Row]
     batch_size: int
-    target: float
+    target: float = 0.9
+    steps: int | None = None
+    rate: float = 1.0
 
 
 class Rows(IterableDataset):
@@ -75,10 +78,11 @@ class Rows(IterableDataset):
     Args:
         lesson: The lesson.
         seed: Decides what is drawn.
+        padding: Id of the padding token.
     """
 
-    def __init__(self, lesson: Lesson, seed: int):
-        self.lesson, self.seed = lesson, seed
+    def __init__(self, lesson: Lesson, seed: int, padding: int):
+        self.lesson, self.seed, self.padding = lesson, seed, padding
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         torch.set_num_threads(1)
@@ -87,7 +91,7 @@ class Rows(IterableDataset):
             rows = [self.lesson.draw(rng) for _ in range(self.lesson.batch_size)]
             length = max(len(ids) for ids, _ in rows)
             # Padding stands behind what a causal model reads, and no label looks at it.
-            ids = torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in rows])
+            ids = torch.tensor([ids + [self.padding] * (length - len(ids)) for ids, _ in rows])
             yield ids, torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in rows])
 
 
@@ -110,23 +114,25 @@ class Curriculum:
     def lessons(self) -> list[Lesson]:
         """From the first to the last."""
         lessons = self.echoes()
-        for documents, facts, size in ((1, 3, 96), (2, 3, 96), (3, 3, 64)):
-            lessons.append(self.reading(f"{documents} passages of {facts} facts", documents, size, facts, plain=True))
+        for documents, size, target in ((1, 96, 0.95), (2, 96, 0.95), (3, 64, 0.9)):
+            lessons.append(self.reading(f"{documents} passages of 3 facts", documents, size, 3, True, target=target))
         lessons.append(self.reading("2 long passages", 2, 48))
-        lessons.append(self.reading("3 passages of 3 facts, two hops", 3, 64, 3, plain=True, two_hops=0.6))
-        lessons.append(self.reading("up to 5 long passages, two hops", 5, 32, two_hops=0.35, fewest=2, target=2.0))
+        lessons.append(self.reading("3 passages of 3 facts, two hops", 3, 64, 3, True, two_hops=0.6))
+        lessons.append(self.reading("2 to 5 long passages, two hops", 5, 32, two_hops=0.35, fewest=2, steps=700))
+        lessons.append(self.reading("3 to 5 long passages, more two hops", 5, 32, two_hops=0.7, fewest=3, steps=1000))
         return lessons
 
     def echoes(self) -> list[Lesson]:
         """Lessons of random tokens: to find a token that was read, and go on with what followed it."""
-        lessons = [Lesson("echo a sequence", lambda rng: self.echo(rng, [6]), 128, 0.9)]
+        lessons = [Lesson("echo a sequence", lambda rng: self.echo(rng, [6]), 128, rate=1.5)]
         for segments in (1, 2, 4, 8, 16):
             bounds = (3, 8) if segments == 1 else (2, 4)
 
             def echo(rng: random.Random, count: int = segments, bounds: tuple[int, int] = bounds) -> Row:
                 return self.echo(rng, [rng.randint(*bounds) for _ in range(count)])
 
-            lessons.append(Lesson(f"echo {segments} segments", echo, 128 if segments < 16 else 64, 0.88))
+            size, rate = (128, 1.5) if segments < 16 else (64, 1.0)
+            lessons.append(Lesson(f"echo {segments} segments", echo, size, 0.93, rate=rate))
         return lessons
 
     def reading(
@@ -139,6 +145,7 @@ class Curriculum:
         two_hops: float = 0.0,
         fewest: int | None = None,
         target: float = 0.9,
+        steps: int | None = None,
     ) -> Lesson:
         """A lesson of passages and questions about them."""
 
@@ -153,7 +160,7 @@ class Curriculum:
             rng.shuffle(questions)
             return self.prompt([passage.text for passage in passages], [(q.text, q.answer) for q in questions])
 
-        return Lesson(name, draw, batch_size, target)
+        return Lesson(name, draw, batch_size, target, steps)
 
     def echo(self, rng: random.Random, lengths: list[int]) -> Row:
         """Segments of random tokens, and the same in another order; all but the first of each is learned."""
@@ -209,7 +216,7 @@ def teach(model: PreTrainedModel, lessons: list[Lesson], args: BackboneArguments
 
     Args:
         model: The backbone.
-        lessons: The lessons; the last one takes `args.last_steps` steps whatever is reached.
+        lessons: The lessons.
         args: How long, and where to.
         read: Reads a batch as this kind of backbone does.
 
@@ -224,18 +231,18 @@ def teach(model: PreTrainedModel, lessons: list[Lesson], args: BackboneArguments
         model = type(model).from_pretrained(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     taken = itertools.count(1)
-    for number, lesson in enumerate(lessons[len(report) :], len(report)):
-        last = number == len(lessons) - 1
-        steps = args.last_steps if last else args.lesson_steps
+    for lesson in lessons[len(report) :]:
+        steps = min(lesson.steps or args.lesson_steps, args.lesson_steps)
         started, right = time.perf_counter(), 0.0
-        for step, (ids, labels) in enumerate(DataLoader(Rows(lesson, args.seed), batch_size=None, num_workers=1), 1):
-            factor = min(1.0, next(taken) / 100, (steps - step + 1) / (0.7 * steps) if last else 1.0)
+        rows = Rows(lesson, args.seed, model.config.pad_token_id)
+        for step, (ids, labels) in enumerate(DataLoader(rows, batch_size=None, num_workers=1), 1):
+            falling = (steps - step + 1) / (0.7 * steps) if lesson.steps else 1.0
             for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * factor
+                group["lr"] = args.learning_rate * lesson.rate * min(1.0, next(taken) / 100, falling)
             right = 0.95 * right + 0.05 * _step(model, optimizer, *read(model, ids, labels))
             if step % 50 == 0:
                 logger.info("%s: step %d, %.0f s, %.3f right", lesson.name, step, time.perf_counter() - started, right)
-            if right > lesson.target or step == steps:
+            if step == steps or (right > lesson.target and not lesson.steps):
                 break
         seconds = round(time.perf_counter() - started)
         report.append({"lesson": lesson.name, "steps": step, "seconds": seconds, "right": round(right, 4)})

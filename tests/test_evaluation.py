@@ -100,6 +100,27 @@ def test_answers_are_those_of_the_model(folder, rows):
         assert row["reranking_scores"] == pytest.approx(scores, abs=1e-4)
 
 
+def test_a_selection_of_documents_is_the_models(folder):
+    systems, found = systems_of(folder, max_documents=1, min_reranking_score=-1e9)
+    model = ScaleDownModel.from_pretrained(str(folder / "merged"))
+    everything = systems_of(folder)[0]["compressed"].answer(examples(3))
+    for answer, whole, example in zip(systems["compressed"].answer(examples(3)), everything, examples(3), strict=True):
+        expected = model.answer(example.query, example.documents, max_documents=1, max_new_tokens=NEW_TOKENS)
+        assert answer.text == expected
+        assert answer.scores == pytest.approx(whole.scores, abs=1e-5)  # of all documents
+        assert answer.compressor_tokens == whole.compressor_tokens
+        fewer = len(example.documents) > 1
+        assert (answer.slots < whole.slots) == (answer.tokens_in < whole.tokens_in) == fewer
+    assert found.description["selection"] == {"min_reranking_score": -1e9, "max_documents": 1}
+
+
+def test_a_model_that_does_not_rank_selects_nothing(folder, tmp_path):
+    model = ScaleDownModel.from_backbones(str(folder / "generator"), **{**SETTINGS, "enable_reranking": False})
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="without reranking and cannot select documents; leave out --max_slots"):
+        systems_of(folder, model=str(tmp_path / "model"), max_slots=4)
+
+
 def test_baselines_are_the_generator_without_lora(folder, rows):
     """Its prompts are those of its own chat template; whatever the model has learned stays out."""
     tokenizer = build_tokenizer()

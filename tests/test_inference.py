@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_scaledown import CompressionCache, pass_sizes
+from modeling_scaledown import CompressionCache, pass_sizes, select_documents
 from tiny import DOCUMENTS, QUESTIONS, build_model, randomize_lora
 
 KEYS = ("memory_embeddings", "memory_mask", "reranking_scores")
@@ -43,19 +43,23 @@ def test_chunks_are_compressed_by_length_and_come_back_in_order(any_model, monke
         }
     )
     monkeypatch.setattr("modeling_scaledown.LARGE_PASS", {"cpu": 1})
-    seen, compress = [], any_model.get_memory_embeddings
+    seen = []
 
-    def watch(**batch):
-        lengths = batch["compressor_attention_mask"].sum(dim=1)
+    def watch(module, inputs):
+        lengths = inputs[1].sum(dim=1)
         seen.append((int(lengths.max()), int(lengths.min())))
-        return compress(**batch)
 
-    monkeypatch.setattr(any_model, "get_memory_embeddings", watch)
+    any_model.compressor.register_forward_pre_hook(watch)
     compressed = any_model.compress(QUESTIONS[:2], texts)
     assert_same(compressed, expected)
     assert len(seen) > 2
     assert seen == sorted(seen, reverse=True)
     assert all(shortest >= 0.85 * longest for longest, shortest in seen)
+    passes = len(seen)
+    answers = any_model.answer(QUESTIONS[:2], texts, **WRITING)
+    sequences = any_model.generate(**(batch := any_model.processor(QUESTIONS[:2], texts)), **WRITING)
+    assert any_model.processor.decode_answers(sequences, batch["input_ids"].shape[1]) == answers
+    assert len(seen) == 3 * passes
 
 
 # -- cache ------------------------------------------------------------------------------------------------------------
@@ -152,6 +156,36 @@ def test_the_best_documents_are_kept_in_their_order(any_model):
     assert answer == expected
     assert told == pytest.approx(scores, abs=1e-5)  # of all documents, those left out too
     assert model.answer(question, documents, max_documents=9, **WRITING) == full
+
+
+@pytest.mark.parametrize(
+    ("limits", "kept"),
+    [
+        ({}, [True, True, True, True]),
+        ({"max_documents": 2}, [False, True, False, True]),
+        ({"max_slots": 9}, [False, True, False, True]),
+        ({"max_slots": 8}, [False, False, False, True]),  # the third best would fit and is left out with the second
+        ({"max_slots": 2}, [False, False, False, False]),
+        ({"max_slots": 9, "max_documents": 1}, [False, False, False, True]),
+        ({"max_slots": 12, "min_reranking_score": 0.0}, [True, True, False, True]),
+        ({"max_slots": 11, "min_reranking_score": 0.0}, [False, True, False, True]),
+    ],
+)
+def test_documents_stay_by_score_as_long_as_they_fit(limits, kept):
+    assert select_documents([0.5, 2.0, -1.0, 3.0], [3, 6, 1, 3], **limits) == kept
+
+
+def test_a_limit_on_slots_is_that_of_what_the_generator_reads():
+    model = build_model("n_layers")
+    question, documents = QUESTIONS[0], DOCUMENTS[0]
+    best = model.rank(question, documents, top_k=1)[0]["corpus_id"]
+    slots = int(model.compress(question, [documents[best]]).memory_mask.sum())
+    expected = model.answer(question, documents, max_documents=1, **WRITING)
+    assert model.answer(question, documents, max_slots=slots, **WRITING) == expected
+    closed = model.answer(question, [], **WRITING)
+    assert model.answer(question, documents, max_slots=slots - 1, **WRITING) == closed
+    with pytest.raises(ValueError, match="max_slots=0 must be at least 1"):
+        model.answer(question, documents, max_slots=0)
 
 
 def test_a_question_without_a_document_left_is_asked_without():

@@ -159,7 +159,7 @@ def test_prompt_of_the_curriculum_is_the_processors_with_text_in_the_slots(token
 
 
 def test_a_stopped_training_goes_on_behind_its_last_lesson(tokenizer, tmp_path):
-    args = BackboneArguments(output=str(tmp_path), hidden_size=32, num_layers=1, lesson_steps=2, last_steps=2)
+    args = BackboneArguments(output=str(tmp_path), hidden_size=32, num_layers=1, lesson_steps=2)
     lessons = Curriculum(tokenizer, 0).lessons()[:3]
     teach(build_generator(tokenizer, args), lessons[:2], args, read_causally)
     report = teach(build_generator(tokenizer, args), lessons, args, read_causally)
@@ -171,14 +171,25 @@ def test_an_encoder_does_not_see_what_it_learns():
     tokenizer = encoder_tokenizer()
     args = BackboneArguments(output="", hidden_size=32, num_layers=1)
     model = build_encoder(tokenizer, args)
-    read = []
-    model.model.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    read, masks = [], []
+
+    def keep(module, inputs, kwargs):
+        read.append(inputs[0])
+        masks.append(kwargs["attention_mask"])
+
+    model.model.register_forward_pre_hook(keep, with_kwargs=True)
     lesson = EncoderCurriculum(tokenizer, 0).lessons()[-1]
-    ids, labels = next(iter(Rows(lesson, 0)))
+    ids, labels = next(iter(Rows(lesson, 0, tokenizer.pad_token_id)))
     logits, learned = read_masked(model, ids, labels)
     known = labels != -100
     assert (read[0][known] == model.config.mask_token_id).all()
     assert (read[0][~known] == ids[~known]).all()
     assert not (ids == model.config.mask_token_id).any()
+    first, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    for row, mask in zip(ids.tolist(), masks[0].tolist(), strict=True):  # from the first token to the last, no padding
+        assert row[0] == first
+        assert row[sum(mask) - 1] == end
+        assert mask == [1] * sum(mask) + [0] * (len(row) - sum(mask))
+    assert not masks[0].all()
     assert logits.shape == (int(known.sum()), len(tokenizer))
     assert (learned == ids[known]).all()
