@@ -48,6 +48,8 @@ class BackboneArguments:
     num_layers: int = field(default=5, metadata={"help": "Layers."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate of AdamW."})
     lesson_steps: int = field(default=3000, metadata={"help": "Steps per lesson at most."})
+    bf16: bool = field(default=False, metadata={"help": "Multiply in bfloat16, where the processor can."})
+    torch_compile: bool = field(default=False, metadata={"help": "Compile the layers; needs a C++ compiler."})
     seed: int = field(default=0, metadata={"help": "Decides everything."})
 
 
@@ -229,6 +231,8 @@ def teach(model: PreTrainedModel, lessons: list[Lesson], args: BackboneArguments
     if progress.is_file():  # a run that was stopped goes on behind its last lesson
         report = json.loads(progress.read_text(encoding="utf-8"))
         model = type(model).from_pretrained(folder)
+    if args.torch_compile:
+        model.model.compile(dynamic=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     taken = itertools.count(1)
     for lesson in lessons[len(report) :]:
@@ -239,7 +243,9 @@ def teach(model: PreTrainedModel, lessons: list[Lesson], args: BackboneArguments
             falling = (steps - step + 1) / (0.7 * steps) if lesson.steps else 1.0
             for group in optimizer.param_groups:
                 group["lr"] = args.learning_rate * lesson.rate * min(1.0, next(taken) / 100, falling)
-            right = 0.95 * right + 0.05 * _step(model, optimizer, *read(model, ids, labels))
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+                logits, learned = read(model, ids, labels)
+            right = 0.95 * right + 0.05 * _step(model, optimizer, logits.float(), learned)
             if step % 50 == 0:
                 logger.info("%s: step %d, %.0f s, %.3f right", lesson.name, step, time.perf_counter() - started, right)
             if step == steps or (right > lesson.target and not lesson.steps):
