@@ -62,12 +62,13 @@ def test_the_last_layer_behind_a_prefix_computes_few_positions():
 def test_what_is_not_shared_is_read_as_before():
     model = build_model("n_layers")
     alone = chunks_of(model, QUESTIONS, [[text] for text in TEXTS])  # a question per chunk
-    nothing = chunks_of(model, ["", ""], [TEXTS, TEXTS])
     together = chunks_of(model, QUESTIONS, DOCUMENTS)
     for batch, settings in ((alone, {"batch_size": 64}), (together, {"batch_size": 2}), (together, {})):
         _, passes = read_lengths(model, batch, **settings)
         assert sum(count for count, _ in passes) == len(batch["chunk_slots"])
-    assert model.compressor.read_prefixes(*prefix_inputs(nothing), 64) is None
+    ids, mask, _ = prefix_inputs(together)
+    assert model.compressor.read_prefixes(ids, mask, mask.bool(), 64) is None  # nothing stands before the chunks
+    assert model.compressor.read_prefixes(ids, mask, None, 64) is None
     with torch.enable_grad():
         assert model.compressor.read_prefixes(*prefix_inputs(together), 64) is None
     assert model.compressor.read_prefixes(*prefix_inputs(together), 64) is not None
