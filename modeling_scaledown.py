@@ -97,6 +97,8 @@ MIN_SHARED_PREFIX = 0.04
 # Larger passes take more memory, and beyond these no less time.
 CHUNKS_PER_PASS = {"cpu": 16}
 CHUNKS_PER_PASS_ELSEWHERE = 64
+# Where `generate()` compiles the steps after the prompt when their cache is static.
+COMPILING_DEVICES = ("cuda", "xpu")
 # OSCAR, table 7.
 LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": "all-linear"}
 NEVER_QUANTIZED = ("compressor", "lm_head", r".*\.lora_[AB]")
@@ -803,6 +805,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         self.loss_type = "ForCausalLM"
         self.card_fields = {}
         self.compression_cache = None
+        self.compiles_decoding = False
         self._processor = None
         self._processor_arguments, self._processor_overrides = {}, {}
         self._generator_samples = None
@@ -1125,6 +1128,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             mask = kwargs.get("attention_mask")
             read = 0 if mask is None else max(mask.shape[1] - input_ids.shape[1], 0)
             kwargs["prompt_embeds"] = nn.functional.pad(embeds, (0, 0, read, 0))
+        if self.compiles_decoding and kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
+            kwargs.setdefault("cache_implementation", "static")
         return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -1572,14 +1577,17 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         self.config.weights_format = "full"
         self.config.generator_fingerprint = None
 
-    def optimize_for_inference(self, cache_entries: int | None = None) -> "ScaleDownModel":
+    def optimize_for_inference(self, cache_entries: int | None = None, compile: bool = False) -> "ScaleDownModel":
         """
-        Prepares the model for answering: LoRA merged, nothing trainable, and on demand a cache of compressions.
+        Prepares the model for answering: LoRA merged, nothing trainable, and on demand more.
 
         Args:
             cache_entries (`int`, *optional*):
                 Chunks whose compression is remembered with their question; `model.compression_cache.hit_rate` tells
                 whether that pays.
+            compile (`bool`, defaults to `False`):
+                Write answers with a static cache, for which transformers compiles the steps after the prompt: a minute
+                once, then faster ones. Where device or architecture cannot, a warning says so and nothing changes.
 
         Returns:
             `ScaleDownModel`: The model itself, in evaluation mode.
@@ -1591,7 +1599,17 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         self.eval().requires_grad_(False)
         if cache_entries is not None:
             self.compression_cache = CompressionCache(cache_entries)
+        self.compiles_decoding = compile and self._can_compile_decoding()
         return self
+
+    def _can_compile_decoding(self) -> bool:
+        if self.device.type not in COMPILING_DEVICES:
+            logger.warning(f"Decoding is compiled on {', '.join(COMPILING_DEVICES)}, not on {self.device.type}.")
+            return False
+        if not self.generator._can_compile_fullgraph:
+            logger.warning(f"{type(self.generator).__name__} cannot be compiled with a static cache.")
+            return False
+        return True
 
     def _inject_lora(self, settings: dict):
         try:

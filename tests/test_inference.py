@@ -140,6 +140,33 @@ def test_optimizing_merges_lora_and_changes_no_answer():
     assert model.answer(QUESTIONS, DOCUMENTS, **WRITING) == answers
 
 
+def test_decoding_that_compiles_has_a_static_cache_and_the_same_answers(monkeypatch):
+    model = build_model("n_layers")
+    answers = model.answer(QUESTIONS, DOCUMENTS, **WRITING)
+    monkeypatch.setattr("modeling_scaledown.COMPILING_DEVICES", ("cpu",))
+    model.optimize_for_inference(compile=True)
+    assert model.answer(QUESTIONS, DOCUMENTS, **WRITING) == answers
+    batch = model.processor(QUESTIONS, DOCUMENTS)
+    output = model.generate(**batch, **WRITING, return_dict_in_generate=True)
+    assert type(output.past_key_values).__name__ == "StaticCache"
+    assert model.processor.decode_answers(output.sequences, batch["input_ids"].shape[1]) == answers
+    assert model.generate(**batch, **WRITING, use_cache=False).tolist() == output.sequences.tolist()
+    assert model.generation_config.cache_implementation is None  # nothing of it is saved
+    model.optimize_for_inference()
+    output = model.generate(**batch, **WRITING, return_dict_in_generate=True)
+    assert type(output.past_key_values).__name__ == "DynamicCache"
+
+
+def test_where_decoding_cannot_be_compiled_nothing_changes(monkeypatch, caplog):
+    model = build_model("n_layers")
+    assert not model.optimize_for_inference(compile=True).compiles_decoding
+    assert "Decoding is compiled on cuda, xpu, not on cpu." in caplog.text
+    monkeypatch.setattr("modeling_scaledown.COMPILING_DEVICES", ("cpu",))
+    monkeypatch.setattr(type(model.generator), "_can_compile_fullgraph", False)
+    assert not model.optimize_for_inference(compile=True).compiles_decoding
+    assert "LlamaForCausalLM cannot be compiled with a static cache." in caplog.text
+
+
 # -- documents left out -----------------------------------------------------------------------------------------------
 
 
