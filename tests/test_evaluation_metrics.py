@@ -1,6 +1,7 @@
 """Metrics and intervals against values known from elsewhere."""
 
 import math
+import random
 import subprocess
 import sys
 
@@ -46,6 +47,50 @@ def test_answers_are_scored_as_the_official_script_does():
         arguments = {"predictions": predictions, "references": references}
         assert load_metric(name).compute(**arguments, per_question=True)[name] == pytest.approx(expected)
         assert load_metric(name).compute(**arguments)[name] == pytest.approx(np.mean(expected))
+
+
+def test_answers_are_scored_as_a_port_of_the_official_script_does():
+    from torchmetrics.functional.text import squad
+
+    rng = random.Random(0)
+    words = [
+        "the",
+        "The",
+        "a",
+        "An",
+        "cat",
+        "Cat's",
+        "cats",
+        "1,006",
+        "1006",
+        "u.s.",
+        "US",
+        "Cévennes",
+        "–",
+        "x-ray",
+        ".",
+    ]
+    predictions = [" ".join(rng.choices(words, k=rng.randint(1, 5))) + " cat" for _ in range(400)]
+    references = [
+        [" ".join(rng.choices(words, k=rng.randint(1, 5))) + " us" for _ in range(rng.randint(1, 3))]
+        for _ in predictions
+    ]
+    references[::4] = [
+        [*gold, rng.choice((said, said.upper(), f"the {said}!"))]
+        for gold, said in zip(references[::4], predictions[::4], strict=True)
+    ]
+    theirs = [
+        squad(
+            {"prediction_text": said, "id": "0"},
+            {"answers": {"text": gold, "answer_start": [0] * len(gold)}, "id": "0"},
+        )
+        for said, gold in zip(predictions, references, strict=True)
+    ]
+    for name in ("exact_match", "f1"):
+        expected = [float(scored[name]) / 100 for scored in theirs]
+        assert 0.1 < np.mean(expected) < 0.9
+        found = load_metric(name).compute(predictions=predictions, references=references, per_question=True)[name]
+        assert found == pytest.approx(expected, abs=1e-6)
 
 
 def test_match_finds_a_gold_answer_inside_the_prediction():
