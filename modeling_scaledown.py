@@ -16,6 +16,7 @@
 import copy
 import difflib
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -200,7 +201,8 @@ class SharedPrefixes:
         """Arguments with which a backbone reads on behind the prefixes, given what to read there."""
         rows, cache = self.of_chunk, DynamicCache()
         for layer, (keys, values) in enumerate(self.keys_and_values):
-            cache.update(keys[rows], values[rows], layer)
+            here = rows.to(keys.device)
+            cache.update(keys[here], values[here], layer)
         mask = self.mask[rows]  # (num_chunks, prefix_len)
         places = torch.arange(attention_mask.shape[1], device=mask.device)
         return {
@@ -258,6 +260,7 @@ class ScaleDownCompressor(nn.Module):
             self.prunes_last_layer
             and config.slot_pooling == "memory_tokens"
             and config.compressor_config.model_type in CAUSAL_BACKBONES
+            and self.backbone.layers[-1].self_attn.is_causal  # some embedding models are decoders that see both ways
         )
         width = config.compressor_config.hidden_size
         self.memory_embeddings, self.rerank_embedding = None, None
@@ -329,7 +332,7 @@ class ScaleDownCompressor(nn.Module):
             return None
         kept = attention_mask.bool()
         prefix = kept & (document_mask.long().cumsum(dim=1) == 0)  # (num_chunks, chunk_len)
-        rows = [tuple(ids[mask].tolist()) for ids, mask in zip(input_ids, prefix, strict=True)]
+        rows = [tuple(itertools.compress(*row)) for row in zip(input_ids.tolist(), prefix.tolist(), strict=True)]
         number = {row: i for i, row in enumerate(dict.fromkeys(rows))}
         longest = max(map(len, number))
         saved = sum(map(len, rows)) - len(number) * longest

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_last_layer import CASES, WHOLE, build
 
-from scaledown import ScaleDownModel
+from scaledown import ScaleDownConfig, ScaleDownModel
 from tiny import build_model
 
 QUESTIONS = [
@@ -83,7 +83,16 @@ def test_backbones_that_see_both_ways_or_have_no_known_cache_share_nothing(kind,
     assert not build(kind, name).compressor.shares_prefixes
 
 
-def test_answers_are_the_same_with_a_cache_of_compressions():
+def test_a_decoder_that_sees_both_ways_shares_nothing():
+    config = build_model("n_layers", generator="gemma3").config.to_dict()
+    for side in ("generator_config", "compressor_config"):
+        config[side]["use_bidirectional_attention"] = True
+    model = ScaleDownModel(ScaleDownConfig.from_dict(config))
+    assert model.compressor.prunes_last_layer
+    assert not model.compressor.shares_prefixes
+
+
+def test_answers_are_the_same_alone_together_and_without_sharing():
     model = build_model("n_layers")
     answers = model.answer(QUESTIONS, DOCUMENTS, max_new_tokens=6)
     assert model.answer(QUESTIONS, DOCUMENTS, max_new_tokens=6, batch_size=1) == answers
