@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SHORT := --num_facts 3 --plain true --two_hops 0
+SHORT := --num_facts 3 --plain true
+WORLD = $(BIN)/python -m scaledown.world
 LESSON = $(BIN)/python train.py recipes/embedded-lesson.yaml
 
 .PHONY: demo embedded test test-slow lint format clean
@@ -11,23 +12,21 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m scaledown.demo
 
 embedded: $(VENV)/.installed
-	$(BIN)/python -m scaledown.world --output runs/embedded/world
-	$(BIN)/python -m scaledown.world --output runs/embedded/lesson-1 --num_train 60000 --num_documents 1 $(SHORT)
-	$(BIN)/python -m scaledown.world --output runs/embedded/lesson-2 --num_train 30000 --num_documents 2 $(SHORT)
-	$(BIN)/python -m scaledown.world --output runs/embedded/lesson-3 --num_train 28000 --num_documents 1 --two_hops 0
-	$(BIN)/python -m scaledown.world --output runs/embedded/lesson-4 --num_train 12000 --num_documents 2 --two_hops 0
-	$(BIN)/python -m scaledown.world_generator --output runs/embedded/generator
+	$(WORLD) --output runs/embedded/world --num_train 0
+	$(WORLD) --output runs/embedded/lesson-1 --num_train 60000 --num_documents 1 --two_hops 0 $(SHORT)
+	$(WORLD) --output runs/embedded/lesson-2 --num_train 30000 --num_documents 2 --two_hops 0 $(SHORT)
+	$(WORLD) --output runs/embedded/lesson-3 --num_train 28000 --num_documents 1 --two_hops 0
+	$(WORLD) --output runs/embedded/lesson-4 --num_train 57600 --num_documents 2 --two_hops 0.4
+	$(WORLD) --output runs/embedded/lesson-5 --num_train 40000 --num_documents 5 --two_hops 0.4
+	$(BIN)/python -m scaledown.world_generator --output runs/embedded/generator --bf16 true --torch_compile true
 	$(BIN)/python train.py recipes/embedded-first-lesson.yaml
 	$(LESSON) --train_file runs/embedded/lesson-2/train.jsonl --max_steps 460 \
 		--model_name_or_path runs/embedded/model-1 --output_dir runs/embedded/model-2
 	$(LESSON) --train_file runs/embedded/lesson-3/train.jsonl --max_steps 420 \
 		--model_name_or_path runs/embedded/model-2 --output_dir runs/embedded/model-3
-	$(LESSON) --train_file runs/embedded/lesson-4/train.jsonl --max_steps 180 \
+	$(LESSON) --train_file runs/embedded/lesson-4/train.jsonl --max_steps 900 \
 		--model_name_or_path runs/embedded/model-3 --output_dir runs/embedded/model-4
 	$(BIN)/python train.py recipes/embedded-n-layers.yaml
-	$(LESSON) --train_file runs/embedded/world/train.jsonl --max_steps 320 --per_device_train_batch_size 32 --seed 1 \
-		--learning_rate 1.2e-3 --compressor_learning_rate 1.2e-3 --lr_scheduler_type cosine \
-		--model_name_or_path runs/embedded/model-5 --output_dir runs/embedded/model
 	$(BIN)/python evaluate.py --model runs/embedded/model --data runs/embedded/world/test.jsonl --num_documents 5 \
 		--baselines full_text,no_documents,truncated,random_memory,shuffled_documents \
 		--group_by answer_kind,hops --max_new_tokens 8 --batch_size 25 --update_card true
