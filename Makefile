@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SHORT := --num_facts 3 --plain true
+# On two cores with bfloat16 and a C++ compiler it saves a third of the generator's time.
+FAST ?= --bf16 true --torch_compile true
 WORLD = $(BIN)/python -m scaledown.world
 LESSON = $(BIN)/python train.py recipes/embedded-lesson.yaml
 
@@ -18,7 +20,7 @@ embedded: $(VENV)/.installed
 	$(WORLD) --output runs/embedded/lesson-3 --num_train 28000 --num_documents 1 --two_hops 0
 	$(WORLD) --output runs/embedded/lesson-4 --num_train 57600 --num_documents 2 --two_hops 0.4
 	$(WORLD) --output runs/embedded/lesson-5 --num_train 40000 --num_documents 5 --two_hops 0.4
-	$(BIN)/python -m scaledown.world_generator --output runs/embedded/generator --bf16 true --torch_compile true
+	$(BIN)/python -m scaledown.world_generator --output runs/embedded/generator $(FAST)
 	$(BIN)/python train.py recipes/embedded-first-lesson.yaml
 	$(LESSON) --train_file runs/embedded/lesson-2/train.jsonl --max_steps 460 \
 		--model_name_or_path runs/embedded/model-1 --output_dir runs/embedded/model-2

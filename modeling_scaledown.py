@@ -22,6 +22,7 @@ import re
 import shutil
 import tempfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -260,7 +261,9 @@ class ScaleDownCompressor(nn.Module):
             self.prunes_last_layer
             and config.slot_pooling == "memory_tokens"
             and config.compressor_config.model_type in CAUSAL_BACKBONES
-            and self.backbone.layers[-1].self_attn.is_causal  # some embedding models are decoders that see both ways
+            # Some embedding models are decoders that see both ways.
+            and self.backbone.layers[-1].self_attn.is_causal
+            and getattr(config.compressor_config, "is_causal", True)
         )
         width = config.compressor_config.hidden_size
         self.memory_embeddings, self.rerank_embedding = None, None
@@ -313,8 +316,8 @@ class ScaleDownCompressor(nn.Module):
         input_ids: torch.LongTensor,
         attention_mask: torch.LongTensor,
         document_mask: torch.BoolTensor | None,
-        max_prefixes: int,
-    ) -> tuple[SharedPrefixes, torch.BoolTensor] | None:
+        batch_size: int,
+    ) -> Iterator[tuple[torch.LongTensor, SharedPrefixes | None, torch.BoolTensor]]:
         """
         Reads what stands before the chunks' own tokens once for all chunks that have it in common.
 
@@ -322,25 +325,41 @@ class ScaleDownCompressor(nn.Module):
 
         Args:
             input_ids, attention_mask, document_mask: As in `forward`.
-            max_prefixes (`int`): Read at once and kept at most.
+            batch_size (`int`): Prefixes read at once, and kept until the next ones are asked for.
 
-        Returns:
-            `tuple`, *optional*: The prefixes, and a mask `(num_chunks, chunk_len)` of what is left to read. `None` if
-            the backbone cannot go on from a cache, there are too many, or too little would be saved.
+        Yields:
+            `tuple`: Indices of some of the chunks, their prefixes, and a mask `(num_chunks, chunk_len)` of what is left
+            to read. All chunks at once, and no prefixes, where the backbone cannot go on from a cache or too little
+            would be saved.
         """
-        if not self.shares_prefixes or document_mask is None or torch.is_grad_enabled():
-            return None
         kept = attention_mask.bool()
-        prefix = kept & (document_mask.long().cumsum(dim=1) == 0)  # (num_chunks, chunk_len)
-        rows = [tuple(itertools.compress(*row)) for row in zip(input_ids.tolist(), prefix.tolist(), strict=True)]
-        number = {row: i for i, row in enumerate(dict.fromkeys(rows))}
-        longest = max(map(len, number))
-        saved = sum(map(len, rows)) - len(number) * longest
-        if () in number or len(number) > max_prefixes or saved < MIN_SHARED_PREFIX * int(kept.sum()):
-            return None
-        device = self.memory_embeddings.device
-        ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in number], device=device)
-        mask = torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in number], device=device)
+        if self._can_share_prefixes() and document_mask is not None:
+            prefix = kept & (document_mask.long().cumsum(dim=1) == 0)  # (num_chunks, chunk_len)
+            rows = [tuple(itertools.compress(*row)) for row in zip(input_ids.tolist(), prefix.tolist(), strict=True)]
+            different = sorted(set(rows), key=lambda row: (len(row), row))
+            groups = [different[start : start + batch_size] for start in range(0, len(different), batch_size)]
+            saved = sum(map(len, rows)) - sum(len(group) * len(group[-1]) for group in groups)
+            if different[0] and saved >= MIN_SHARED_PREFIX * int(kept.sum()):
+                for group in groups:
+                    number = {row: i for i, row in enumerate(group)}
+                    chunks = [i for i, row in enumerate(rows) if row in number]
+                    prefixes = self._read_prefixes(group, [number[rows[i]] for i in chunks])
+                    yield torch.tensor(chunks, device=kept.device), prefixes, kept & ~prefix
+                return
+        yield torch.arange(len(kept), device=kept.device), None, kept
+
+    def _can_share_prefixes(self) -> bool:
+        if not self.shares_prefixes or torch.is_grad_enabled():
+            return False
+        last = self.backbone.layers[-1]
+        return not (last.training and last.gradient_checkpointing)  # transformers takes caches away from those
+
+    def _read_prefixes(self, prefixes: list[tuple[int, ...]], of_chunk: list[int]) -> SharedPrefixes:
+        device, longest = self.memory_embeddings.device, max(map(len, prefixes))
+        pads = [longest - len(prefix) for prefix in prefixes]
+        ids = [[0] * pad + list(prefix) for pad, prefix in zip(pads, prefixes, strict=True)]
+        ids = torch.tensor(ids, device=device)  # (num_prefixes, prefix_len)
+        mask = torch.arange(longest, device=device) >= torch.tensor(pads, device=device).unsqueeze(1)
         cache = DynamicCache()
         self.backbone(
             inputs_embeds=self.backbone.get_input_embeddings()(ids),
@@ -349,8 +368,8 @@ class ScaleDownCompressor(nn.Module):
             past_key_values=cache,
             use_cache=True,
         )
-        of_chunk = torch.tensor([number[row] for row in rows], device=device)
-        return SharedPrefixes([(layer.keys, layer.values) for layer in cache.layers], mask, of_chunk), kept & ~prefix
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        return SharedPrefixes(layers, mask, torch.tensor(of_chunk, device=device))
 
     def project(
         self, memory_states: torch.Tensor, memory_mask: torch.BoolTensor, rerank_states: torch.Tensor | None
@@ -875,10 +894,11 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 True on the chunk's own tokens; needed with `slot_pooling="span_mean"`.
             batch_size (`int`, *optional*):
                 Chunks compressed at a time, each with others of like length, so that little of the work is padding;
-                all at once when left out.
+                all at once when left out. A question in front of several chunks is then read once, where the backbone
+                is causal.
 
         Returns:
-            `CompressedDocuments`: Chunks in the order given, on the device of the model where they come in passes.
+            `CompressedDocuments`: Chunks in the order given.
 
         Raises:
             ValueError: no chunk at all, or one that asks for more slots than the model has, or for none.
@@ -899,26 +919,30 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 f"{limit} memory embeddings per chunk. Use a processor with num_memory_tokens={limit} or less."
             )
         chunks = (compressor_input_ids, compressor_attention_mask, chunk_slots, compressor_document_mask)
-        if batch_size is None:
+        if batch_size is not None:
+            _check_batch_size(batch_size)
+        if batch_size is None or self.device.type == "meta":  # offloaded: accelerate's hooks place what is read
             return self.compressor(*chunks)
-        _check_batch_size(batch_size)
         return self._compress_by_length(chunks, batch_size)
 
     def _compress_by_length(self, chunks: tuple[torch.Tensor | None, ...], batch_size: int) -> CompressedDocuments:
         input_ids, attention_mask, chunk_slots, document_mask = chunks
-        prefixes = None
-        if shared := self.compressor.read_prefixes(input_ids, attention_mask, document_mask, batch_size):
-            prefixes, attention_mask = shared
-            chunks = (input_ids, attention_mask, chunk_slots, document_mask)
-        lengths, order = attention_mask.sum(dim=1).sort(descending=True, stable=True)
         large = LARGE_PASS.get(self.device.type, LARGE_PASS_ELSEWHERE)
-        parts, longest = [], 0
-        for rows in order.split(pass_sizes(lengths.tolist(), batch_size, large)):
-            inputs = [None if part is None else part[rows].to(self.device) for part in chunks]
-            before = None if prefixes is None else prefixes.of(rows.to(self.device))
-            parts.append(self.compressor(*inputs, prefixes=before))
-            longest = max(longest, parts[-1].memory_mask.shape[1])
-        back = order.argsort().to(self.device)
+        parts, places = [], []
+        for group, prefixes, left in self.compressor.read_prefixes(
+            input_ids, attention_mask, document_mask, batch_size
+        ):
+            lengths, order = left[group].sum(dim=1).sort(descending=True, stable=True)
+            for rows in order.split(pass_sizes(lengths.tolist(), batch_size, large)):
+                places.append(group[rows])
+                inputs = [
+                    None if part is None else part[places[-1]].to(self.device)
+                    for part in (input_ids, left, chunk_slots, document_mask)
+                ]
+                before = None if prefixes is None else prefixes.of(rows.to(self.device))
+                parts.append(self.compressor(*inputs, prefixes=before))
+        back = torch.cat(places).argsort().to(self.device)
+        longest = max(part.memory_mask.shape[1] for part in parts)
         pads = [longest - part.memory_mask.shape[1] for part in parts]
         memory = [nn.functional.pad(p.memory_embeddings, (0, 0, 0, n)) for p, n in zip(parts, pads, strict=True)]
         mask = [nn.functional.pad(part.memory_mask, (0, n)) for part, n in zip(parts, pads, strict=True)]
@@ -1131,9 +1155,26 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             mask = kwargs.get("attention_mask")
             read = 0 if mask is None else max(mask.shape[1] - input_ids.shape[1], 0)
             kwargs["prompt_embeds"] = nn.functional.pad(embeds, (0, 0, read, 0))
-        if self.compiles_decoding and kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
-            kwargs.setdefault("cache_implementation", "static")
+        if self.compiles_decoding:
+            self._ask_for_static_cache(kwargs)
         return super().generate(inputs, *args, **kwargs)
+
+    def _ask_for_static_cache(self, kwargs: dict):
+        """Adds a static cache to the arguments of `generate`, unless they ask for what does not go with one."""
+        settings = kwargs.get("generation_config") or self.generation_config
+
+        def asked(name: str):
+            return kwargs.get(name, getattr(settings, name, None))
+
+        assisted = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+        decided = any(asked(name) is not None for name in (*assisted, "past_key_values", "cache_implementation"))
+        if decided or asked("use_cache") is False:
+            return
+        if kwargs.get("generation_config") is None:
+            kwargs["cache_implementation"] = "static"
+        else:
+            kwargs["generation_config"] = copy.deepcopy(settings)  # the caller keeps theirs
+            kwargs["generation_config"].cache_implementation = "static"
 
     def prepare_inputs_for_generation(
         self,
@@ -1256,10 +1297,12 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 Also return the documents' relevance, from the same pass.
             batch_size (`int`, defaults to 16): Questions answered at a time.
             min_reranking_score (`float`, *optional*):
-                Leave out documents that score lower, before the generator reads them; a question none of whose
-                documents is left is asked without any.
+                Leave out documents that score lower, before the generator reads them. With this and the next two, a
+                question none of whose documents is left is asked without any.
             max_documents (`int`, *optional*): Keep so many of the best documents, in the order they were given.
-            max_slots (`int`, *optional*): Keep the best documents that have so many memory embeddings together.
+            max_slots (`int`, *optional*):
+                Keep the best documents that fit into so many memory embeddings; one that does not makes way to the
+                next.
             generation_kwargs: Passed on to `generate`; `max_new_tokens` is 128 unless a length is given.
 
         Returns:
@@ -1276,8 +1319,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if return_reranking_scores or selects:
             self._require_reranking()
         for name, limit in (("max_documents", max_documents), ("max_slots", max_slots)):
-            if limit is not None and limit < 1:
-                raise ValueError(f"{name}={limit} must be at least 1.")
+            if limit is not None and (not isinstance(limit, int) or limit < 1):
+                raise ValueError(f"{name}={limit} must be a whole number of at least 1.")
         if not {"generation_config", "max_length"} & generation_kwargs.keys():
             generation_kwargs.setdefault("max_new_tokens", 128)
         settings = generation_kwargs.get("generation_config")
@@ -1590,7 +1633,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 whether that pays.
             compile (`bool`, defaults to `False`):
                 Write answers with a static cache, for which transformers compiles the steps after the prompt: a minute
-                once, then faster ones. Where device or architecture cannot, a warning says so and nothing changes.
+                for each new number of questions at a time, then faster steps. Call it once the model is on its device;
+                where device, architecture or quantisation cannot, a warning says so and nothing changes.
 
         Returns:
             `ScaleDownModel`: The model itself, in evaluation mode.
@@ -1606,13 +1650,20 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         return self
 
     def _can_compile_decoding(self) -> bool:
+        quantizer = getattr(self.generator, "hf_quantizer", None) or getattr(self, "hf_quantizer", None)
+        places = {str(place) for place in getattr(self, "hf_device_map", {}).values()}
+        reason = None
         if self.device.type not in COMPILING_DEVICES:
-            logger.warning(f"Decoding is compiled on {', '.join(COMPILING_DEVICES)}, not on {self.device.type}.")
-            return False
-        if not self.generator._can_compile_fullgraph:
-            logger.warning(f"{type(self.generator).__name__} cannot be compiled with a static cache.")
-            return False
-        return True
+            reason = f"that works on {' and '.join(COMPILING_DEVICES)}, and the model is on {self.device.type}"
+        elif not self.generator._can_compile_fullgraph:
+            reason = f"{type(self.generator).__name__} does not go with a static cache"
+        elif quantizer is not None and not quantizer.is_compileable:
+            reason = "the generator's quantisation does not allow it"
+        elif {"cpu", "disk"} & places:
+            reason = "parts of the model are offloaded"
+        if reason is not None:
+            logger.warning(f"Decoding is not compiled: {reason}.")
+        return reason is None
 
     def _inject_lora(self, settings: dict):
         try:
@@ -2407,18 +2458,17 @@ def select_documents(
     Args:
         scores (`list[float]`): Reranking score of each document.
         slots (`list[int]`): Slots of each document.
-        min_reranking_score, max_documents, max_slots: As in `ScaleDownModel.answer`; what does not fit into what is
-            left of `max_slots` is left out, and so is all that scores lower.
+        min_reranking_score, max_documents, max_slots: As in `ScaleDownModel.answer`.
 
     Returns:
         `list[bool]`: True for those that stay.
     """
     kept, room = set(), float("inf") if max_slots is None else max_slots
-    for i in sorted(range(len(scores)), key=lambda i: -scores[i])[:max_documents]:
-        room -= slots[i]
-        if room < 0 or (min_reranking_score is not None and scores[i] < min_reranking_score):
-            break
-        kept.add(i)
+    for i in sorted(range(len(scores)), key=lambda i: -scores[i]):
+        enough = min_reranking_score is None or scores[i] >= min_reranking_score
+        if enough and slots[i] <= room and len(kept) != max_documents:
+            kept.add(i)
+            room -= slots[i]
     return [i in kept for i in range(len(scores))]
 
 

@@ -80,6 +80,9 @@ def load_contestants(arguments: EvaluationArguments, device: torch.device) -> Co
         "lora": config.lora_config is not None,
         "dtype": str(dtype).removeprefix("torch."),
     }
+    if arguments.selection:
+        limits = ", ".join(f"{name}={value}" for name, value in arguments.selection.items())
+        found.notes.append(f"From slots, the generator read the documents the model's scores select: {limits}.")
     if set(arguments.baseline_names) & set(TEXT_BASELINES):
         _find_generator(found, arguments, device, dtype)
     if config.lora_config is not None:
@@ -112,7 +115,8 @@ def build_systems(found: Contestants, arguments: EvaluationArguments, examples: 
         if name in MEMORY_BASELINES:
             memory = "random" if name == "random_memory" else "own"
             donors = choose_donors(examples, arguments.seed) if name == "shuffled_documents" else None
-            systems.append(CompressedSystem(model, *common, arguments.seed, memory, donors, name))
+            kind = (arguments.seed, memory, donors, name, arguments.selection)
+            systems.append(CompressedSystem(model, *common, *kind))
         else:
             text = (found.generator, model.processor, model.generation_config)
             systems.append(TextSystem(name, *text, *common, adapters_off=found.adapters_off))

@@ -86,6 +86,7 @@ def _differences(runs: Sequence[tuple[str, dict[str, Any]]]) -> str:
         ("questions", lambda metrics: metrics["data"]["sha256"]),
         ("number of questions asked", lambda metrics: metrics["data"]["num_asked"]),
         ("hardware, so that times do not compare", lambda metrics: str(metrics["hardware"])),
+        ("the selection of documents", lambda metrics: str(metrics["model"].get("selection") or {})),
         ("length of answers", lambda metrics: metrics["settings"]["max_new_tokens"]),
     ):
         if len({read(metrics) for _, metrics in runs}) > 1:

@@ -49,7 +49,7 @@ class Answer:
         tokens_in: Tokens and slots the generator read.
         tokens_out: Tokens it wrote, the end token included.
         compressor_tokens: Tokens the compressor read; 0 without one.
-        document_tokens: Those of them that are documents, the question left out.
+        document_tokens: Those of them that are documents the generator gets, the question left out.
         slots: Memory embeddings among `tokens_in`.
         seconds: This question's share of its batch's time, from texts to text.
         batch: Which batch it was answered in.
@@ -130,39 +130,45 @@ class CompressedSystem:
         self._seed = seed
         self._memory = memory
         self._donors = donors
-        self._selection = selection
+        self._selection = selection or {}
 
     def prompt_lengths(self, examples: Sequence[Example]) -> list[int]:
-        """See `System.prompt_lengths`; with all documents, before a selection."""
-        return self._prompts(examples, self._encode(examples)[1])["attention_mask"].sum(dim=1).tolist()
+        """See `System.prompt_lengths`; with a selection, what it could come to."""
+        slots = self._encode(examples)[-1]
+        lengths = self._prompts(examples, slots)["attention_mask"].sum(dim=1).tolist()
+        most = [sum(sorted(numbers, reverse=True)[: self._selection.get("max_documents")]) for numbers in slots]
+        most = [min(number, self._selection.get("max_slots", number)) for number in most]
+        return [all_of - sum(row) + kept for all_of, row, kept in zip(lengths, slots, most, strict=True)]
 
     @torch.inference_mode()
     def answer(self, examples: Sequence[Example]) -> list[Answer]:
         """See `System.answer`."""
-        chunks, slots = self._encode(examples)
-        counts = _chunk_counts(chunks, len(examples), self._model.config)
-        compressed, scores = {}, [None] * len(examples)
+        chunks, documents, slots = self._encode(examples)
+        compressed, scores, stays = {}, [None] * len(examples), None
         if chunks:
             inputs = {name: chunks[name] for name in CHUNK_INPUTS}
             found = self._model.get_memory_embeddings(**inputs, batch_size=self._model.chunks_per_pass)
             memory, mask = found.memory_embeddings, found.memory_mask
-            if found.reranking_scores is not None and self._donors is None:
-                scores = _scores_by_example(found.reranking_scores.cpu(), chunks, examples)
+            if found.reranking_scores is not None:
+                scores = _scores_by_example(found.reranking_scores.cpu(), chunks, documents)
             if self._memory == "random":
                 memory = self._randomized(memory, mask, chunks, examples)
             if self._selection:
                 rows = zip(scores, slots, strict=True)
-                kept = [select_documents(row or [], numbers, **self._selection) for row, numbers in rows]
+                kept = [select_documents(row, numbers, **self._selection) for row, numbers in rows]
                 slots = [[n for n, stays in zip(*rows, strict=True) if stays] for rows in zip(slots, kept, strict=True)]
                 stays = torch.tensor([flag for row in kept for flag in row])[chunks["chunk_to_document"]]
                 mask = mask & stays.to(mask.device).unsqueeze(1)
             compressed = {"memory_embeddings": memory, "memory_mask": mask}
+        counts = _chunk_counts(chunks, len(examples), self._model.config, stays)
         batch = self._prompts(examples, slots)
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         sequences = self._model.generate(**batch.to(self._model.device), **compressed, generation_config=self._writing)
         prompt_length = batch["input_ids"].shape[1]
         texts = self.processor.decode_answers(sequences, prompt_length)
         written = _written(sequences[:, prompt_length:], self._writing)
+        if self._donors is not None:  # the scores are of documents that are not the question's
+            scores = [None] * len(examples)
         return [
             Answer(text, tokens, new, *count, sum(numbers), scores=row)
             for text, tokens, new, count, numbers, row in zip(
@@ -170,13 +176,13 @@ class CompressedSystem:
             )
         ]
 
-    def _encode(self, examples: Sequence[Example]) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
-        """Chunks for the compressor, and the slots of each question's documents."""
+    def _encode(self, examples: Sequence[Example]) -> tuple[dict[str, torch.Tensor], list[list[str]], list[list[int]]]:
+        """Chunks for the compressor, each question's documents, and their slots."""
         documents = [example.documents for example in examples]
         if self._donors is not None:
             documents = [self._donors[example.index] for example in examples]
         chunks = self.processor.encode_documents([example.query for example in examples], documents, self._rate)
-        return chunks, slots_by_document(chunks, documents)
+        return chunks, documents, slots_by_document(chunks, documents)
 
     def _prompts(self, examples: Sequence[Example], slots: list[list[int]]) -> Any:
         return self.processor.build_prompts([example.query for example in examples], slots)
@@ -376,23 +382,29 @@ def timed(system: System, examples: Sequence[Example], device: torch.device) -> 
     return answers
 
 
-def _chunk_counts(chunks: dict[str, torch.Tensor], num_examples: int, config: Any) -> list[tuple[int, int]]:
-    """Compressor tokens and document tokens of each question."""
+def _chunk_counts(
+    chunks: dict[str, torch.Tensor], num_examples: int, config: Any, stays: torch.Tensor | None
+) -> list[tuple[int, int]]:
+    """Of each question, tokens the compressor read, and document tokens of the chunks `(num_chunks,)` that stayed."""
     if not chunks:
         return [(0, 0)] * num_examples
     read = chunks["compressor_attention_mask"].sum(dim=1)
     if config.slot_pooling == "memory_tokens":  # which the compressor reads too
         read = read + chunks["chunk_slots"] + int(config.enable_reranking)
-    columns = torch.stack([read, chunks["compressor_document_mask"].sum(dim=1)], dim=1)  # (num_chunks, 2)
+    own = chunks["compressor_document_mask"].sum(dim=1)
+    own = own if stays is None else own * stays
+    columns = torch.stack([read, own], dim=1)  # (num_chunks, 2)
     owner = chunks["document_to_example"][chunks["chunk_to_document"]]
     sums = torch.zeros(num_examples, 2, dtype=torch.long).index_add_(0, owner, columns.long())
     return [tuple(row) for row in sums.tolist()]
 
 
-def _scores_by_example(chunk_scores: torch.Tensor, batch: Any, examples: Sequence[Example]) -> list[list[float] | None]:
-    count = batch["document_to_example"].shape[0]
-    scores = iter(document_scores(chunk_scores, batch["chunk_to_document"], count).tolist())
-    return [[next(scores) for _ in example.documents] for example in examples]
+def _scores_by_example(
+    chunk_scores: torch.Tensor, chunks: dict[str, torch.Tensor], documents: Sequence[Sequence[str]]
+) -> list[list[float]]:
+    count = chunks["document_to_example"].shape[0]
+    scores = iter(document_scores(chunk_scores, chunks["chunk_to_document"], count).tolist())
+    return [[next(scores) for _ in listed] for listed in documents]
 
 
 def _written(new: torch.Tensor, generation_config: GenerationConfig) -> list[int]:

@@ -31,7 +31,7 @@ from transformers import (
 
 from .command_line import run_command
 from .world import World
-from .world_tokenizer import SYSTEM_PROMPT, build_tokenizer
+from .world_tokenizer import SPECIAL, SYSTEM_PROMPT, build_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class Curriculum:
 
     def echo(self, rng: random.Random, lengths: list[int]) -> Row:
         """Segments of random tokens, and the same in another order; all but the first of each is learned."""
-        segments = [[rng.randrange(4, len(self.tokenizer)) for _ in range(length)] for length in lengths]
+        segments = [[rng.randrange(len(SPECIAL), len(self.tokenizer)) for _ in range(length)] for length in lengths]
         ids = [token for segment in segments for token in segment]
         labels = [-100] * len(ids)
         for segment in rng.sample(segments, len(segments)):

@@ -109,9 +109,31 @@ def test_a_selection_of_documents_is_the_models(folder):
         assert answer.text == expected
         assert answer.scores == pytest.approx(whole.scores, abs=1e-5)  # of all documents
         assert answer.compressor_tokens == whole.compressor_tokens
+        if answer.slots:
+            assert 0.6 < (answer.document_tokens / answer.slots) / (whole.document_tokens / whole.slots) < 1.6
         fewer = len(example.documents) > 1
         assert (answer.slots < whole.slots) == (answer.tokens_in < whole.tokens_in) == fewer
     assert found.description["selection"] == {"min_reranking_score": -1e9, "max_documents": 1}
+    assert any("max_documents=1" in note for note in found.notes)
+
+
+def test_prompts_are_as_long_as_a_selection_lets_them_be(folder):
+    every = systems_of(folder)[0]["compressed"].prompt_lengths(examples(3))
+    for limits in ({"max_documents": 1}, {"max_slots": 3}, {"max_slots": 3, "max_documents": 1}):
+        system = systems_of(folder, **limits)[0]["compressed"]
+        lengths = system.prompt_lengths(examples(3))
+        read = [answer.tokens_in for answer in system.answer(examples(3))]
+        assert all(some <= bound <= all_of for some, bound, all_of in zip(read, lengths, every, strict=True))
+        assert sum(lengths) < sum(every)
+
+
+def test_slots_that_hold_something_else_are_selected_too(folder):
+    names = ("random_memory", "shuffled_documents")
+    few = systems_of(folder, *names, max_documents=1)[0]
+    every = systems_of(folder, *names)[0]
+    for name in names:
+        less = sum(answer.slots for answer in few[name].answer(examples()))
+        assert 0 < less < sum(answer.slots for answer in every[name].answer(examples()))
 
 
 def test_a_model_that_does_not_rank_selects_nothing(folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from modeling_scaledown import CompressionCache, pass_sizes, select_documents
 from tiny import DOCUMENTS, QUESTIONS, build_model, randomize_lora
@@ -152,6 +153,15 @@ def test_decoding_that_compiles_has_a_static_cache_and_the_same_answers(monkeypa
     assert model.processor.decode_answers(output.sequences, batch["input_ids"].shape[1]) == answers
     assert model.generate(**batch, **WRITING, use_cache=False).tolist() == output.sequences.tolist()
     assert model.generation_config.cache_implementation is None  # nothing of it is saved
+    # What does not go with a static cache, or asks for another one, is left as it is.
+    alone = model.processor(QUESTIONS[:1], DOCUMENTS[:1])
+    assisted = model.generate(**alone, **WRITING, prompt_lookup_num_tokens=2)
+    assert assisted.tolist() == model.generate(**alone, **WRITING).tolist()
+    for implementation, expected in ((None, "StaticCache"), ("dynamic", "DynamicCache")):
+        settings = GenerationConfig(**WRITING, cache_implementation=implementation, return_dict_in_generate=True)
+        output = model.generate(**batch, generation_config=settings)
+        assert type(output.past_key_values).__name__ == expected
+        assert settings.cache_implementation == implementation
     model.optimize_for_inference()
     output = model.generate(**batch, **WRITING, return_dict_in_generate=True)
     assert type(output.past_key_values).__name__ == "DynamicCache"
@@ -160,11 +170,14 @@ def test_decoding_that_compiles_has_a_static_cache_and_the_same_answers(monkeypa
 def test_where_decoding_cannot_be_compiled_nothing_changes(monkeypatch, caplog):
     model = build_model("n_layers")
     assert not model.optimize_for_inference(compile=True).compiles_decoding
-    assert "Decoding is compiled on cuda, xpu, not on cpu." in caplog.text
+    assert "works on cuda and xpu, and the model is on cpu" in caplog.text
     monkeypatch.setattr("modeling_scaledown.COMPILING_DEVICES", ("cpu",))
+    model.hf_device_map = {"compressor": "cpu", "generator": "disk"}
+    assert not model.optimize_for_inference(compile=True).compiles_decoding
+    assert "parts of the model are offloaded" in caplog.text
     monkeypatch.setattr(type(model.generator), "_can_compile_fullgraph", False)
     assert not model.optimize_for_inference(compile=True).compiles_decoding
-    assert "LlamaForCausalLM cannot be compiled with a static cache." in caplog.text
+    assert "LlamaForCausalLM does not go with a static cache" in caplog.text
 
 
 # -- documents left out -----------------------------------------------------------------------------------------------
@@ -191,8 +204,9 @@ def test_the_best_documents_are_kept_in_their_order(any_model):
         ({}, [True, True, True, True]),
         ({"max_documents": 2}, [False, True, False, True]),
         ({"max_slots": 9}, [False, True, False, True]),
-        ({"max_slots": 8}, [False, False, False, True]),  # the third best would fit and is left out with the second
-        ({"max_slots": 2}, [False, False, False, False]),
+        ({"max_slots": 8}, [True, False, True, True]),  # the second best does not fit, what is behind it does
+        ({"max_slots": 2}, [False, False, True, False]),
+        ({"max_slots": 8, "max_documents": 2, "min_reranking_score": 0.6}, [False, False, False, True]),
         ({"max_slots": 9, "max_documents": 1}, [False, False, False, True]),
         ({"max_slots": 12, "min_reranking_score": 0.0}, [True, True, False, True]),
         ({"max_slots": 11, "min_reranking_score": 0.0}, [False, True, False, True]),
@@ -202,6 +216,10 @@ def test_documents_stay_by_score_as_long_as_they_fit(limits, kept):
     assert select_documents([0.5, 2.0, -1.0, 3.0], [3, 6, 1, 3], **limits) == kept
 
 
+def test_a_score_that_is_no_number_is_not_enough():
+    assert select_documents([float("nan"), 1.0], [1, 1], min_reranking_score=0.0) == [False, True]
+
+
 def test_a_limit_on_slots_is_that_of_what_the_generator_reads():
     model = build_model("n_layers")
     question, documents = QUESTIONS[0], DOCUMENTS[0]
@@ -209,10 +227,12 @@ def test_a_limit_on_slots_is_that_of_what_the_generator_reads():
     slots = int(model.compress(question, [documents[best]]).memory_mask.sum())
     expected = model.answer(question, documents, max_documents=1, **WRITING)
     assert model.answer(question, documents, max_slots=slots, **WRITING) == expected
-    closed = model.answer(question, [], **WRITING)
-    assert model.answer(question, documents, max_slots=slots - 1, **WRITING) == closed
-    with pytest.raises(ValueError, match="max_slots=0 must be at least 1"):
-        model.answer(question, documents, max_slots=0)
+    assert model.answer(question, [documents[best]], max_slots=slots - 1, **WRITING) == model.answer(
+        question, [], **WRITING
+    )
+    for limit in (0, 1.5):
+        with pytest.raises(ValueError, match=f"max_slots={limit} must be a whole number of at least 1"):
+            model.answer(question, documents, max_slots=limit)
 
 
 def test_a_question_without_a_document_left_is_asked_without():
@@ -242,5 +262,5 @@ def test_a_prompt_that_fits_after_the_choice_is_no_error():
 def test_choosing_documents_needs_reranking_and_a_number():
     with pytest.raises(ValueError, match="enable_reranking=False"):
         build_model("n_layers", enable_reranking=False).answer("Who?", ["A heron."], max_documents=1)
-    with pytest.raises(ValueError, match="max_documents=0 must be at least 1"):
+    with pytest.raises(ValueError, match="max_documents=0 must be a whole number"):
         build_model("n_layers").answer("Who?", ["A heron."], max_documents=0)

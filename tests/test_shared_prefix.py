@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from test_last_layer import CASES, WHOLE, build
 
 from scaledown import ScaleDownConfig, ScaleDownModel
@@ -44,8 +45,7 @@ def test_a_question_read_once_gives_the_result_of_reading_it_with_every_chunk(ki
             assert prefixes[0] == len(questions)
             assert sum(count for count, _ in passes) == every[0]
             assert max(length for _, length in passes) < every[1]
-            for key in ("memory_embeddings", "memory_mask", "reranking_scores"):
-                torch.testing.assert_close(compressed[key], expected[key], rtol=1e-4, atol=2e-5)
+            assert_same(compressed, expected)
 
 
 @torch.no_grad()
@@ -63,15 +63,54 @@ def test_what_is_not_shared_is_read_as_before():
     model = build_model("n_layers")
     alone = chunks_of(model, QUESTIONS, [[text] for text in TEXTS])  # a question per chunk
     together = chunks_of(model, QUESTIONS, DOCUMENTS)
-    for batch, settings in ((alone, {"batch_size": 64}), (together, {"batch_size": 2}), (together, {})):
+    for batch, settings in ((alone, {"batch_size": 64}), (together, {})):
         _, passes = read_lengths(model, batch, **settings)
         assert sum(count for count, _ in passes) == len(batch["chunk_slots"])
-    ids, mask, _ = prefix_inputs(together)
-    assert model.compressor.read_prefixes(ids, mask, mask.bool(), 64) is None  # nothing stands before the chunks
-    assert model.compressor.read_prefixes(ids, mask, None, 64) is None
+    ids, mask, own = prefix_inputs(together)
+    assert shares(model, ids, mask, own)
+    assert not shares(model, ids, mask, mask.bool())  # nothing stands before the chunks
+    assert not shares(model, ids, mask, None)
     with torch.enable_grad():
-        assert model.compressor.read_prefixes(*prefix_inputs(together), 64) is None
-    assert model.compressor.read_prefixes(*prefix_inputs(together), 64) is not None
+        assert not shares(model, ids, mask, own)
+
+
+@torch.no_grad()
+def test_many_questions_are_read_a_few_at_a_time():
+    model = build_model("n_layers")
+    questions = [f"Who wrote {'so ' * n}much?" for n in range(7)]
+    batch = chunks_of(model, questions, [TEXTS] * 7)
+    expected = model.get_memory_embeddings(**batch)
+    compressed, passes = read_lengths(model, batch, batch_size=3)
+    assert sum(count for count, _ in passes) == 7 + len(batch["chunk_slots"])
+    assert max(count for count, _ in passes) == 3
+    assert_same(compressed, expected)
+
+
+@torch.no_grad()
+def test_checkpointed_layers_in_training_share_nothing():
+    """transformers takes caches away from them, with gradients or without."""
+    model = build_model("n_layers", lora=False)
+    model.gradient_checkpointing_enable()
+    batch = chunks_of(model, QUESTIONS, DOCUMENTS)
+    assert_same(model.train().get_memory_embeddings(**batch, batch_size=64), model.get_memory_embeddings(**batch))
+
+
+@torch.no_grad()
+def test_an_offloaded_compressor_compresses_all_at_once():
+    model = build_model("n_layers")
+    batch = model.processor(QUESTIONS, DOCUMENTS)
+    expected = model.generate(**batch, max_new_tokens=4)
+    cpu_offload(model, execution_device="cpu")
+    assert model.generate(**batch, max_new_tokens=4).tolist() == expected.tolist()
+
+
+def shares(model: ScaleDownModel, *inputs: torch.Tensor) -> bool:
+    return all(prefixes is not None for _, prefixes, _ in model.compressor.read_prefixes(*inputs, 64))
+
+
+def assert_same(actual, expected):
+    for key in ("memory_embeddings", "memory_mask", "reranking_scores"):
+        torch.testing.assert_close(actual[key], expected[key], rtol=1e-4, atol=2e-5)
 
 
 def prefix_inputs(batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -83,13 +122,20 @@ def test_backbones_that_see_both_ways_or_have_no_known_cache_share_nothing(kind,
     assert not build(kind, name).compressor.shares_prefixes
 
 
-def test_a_decoder_that_sees_both_ways_shares_nothing():
-    config = build_model("n_layers", generator="gemma3").config.to_dict()
+@pytest.mark.parametrize(
+    ("generator", "flag"), [("gemma3", {"use_bidirectional_attention": True}), ("qwen2", {"is_causal": False})]
+)
+@torch.no_grad()
+def test_a_decoder_that_sees_both_ways_shares_nothing(generator, flag):
+    model = build_model("n_layers", generator=generator)
+    config = model.config.to_dict()
     for side in ("generator_config", "compressor_config"):
-        config[side]["use_bidirectional_attention"] = True
-    model = ScaleDownModel(ScaleDownConfig.from_dict(config))
-    assert model.compressor.prunes_last_layer
-    assert not model.compressor.shares_prefixes
+        config[side].update(flag)
+    changed = ScaleDownModel(ScaleDownConfig.from_dict(config)).eval()
+    assert changed.compressor.prunes_last_layer
+    assert not changed.compressor.shares_prefixes
+    batch = chunks_of(model, QUESTIONS, DOCUMENTS)
+    assert_same(changed.get_memory_embeddings(**batch, batch_size=64), changed.get_memory_embeddings(**batch))
 
 
 def test_answers_are_the_same_alone_together_and_without_sharing():
