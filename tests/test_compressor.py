@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import linear, pad
 
-from modeling_scaledown import COMPRESSORS
+from compressor_scaledown import COMPRESSORS
 from tiny import ANSWERS, DOCUMENTS, ENCODERS, GENERATORS, LEARNED_POSITIONS, QUESTIONS, build_config, build_model, only
 
 INPUTS = ("compressor_input_ids", "compressor_attention_mask", "chunk_slots")

@@ -13,7 +13,12 @@ from scaledown.metrics import exact_match
 from scaledown.world import World
 from tiny import build_model
 
-CODE = ("configuration_scaledown.py", "modeling_scaledown.py", "processing_scaledown.py")
+CODE = (
+    "compressor_scaledown.py",
+    "configuration_scaledown.py",
+    "modeling_scaledown.py",
+    "processing_scaledown.py",
+)
 
 
 @pytest.fixture

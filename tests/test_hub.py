@@ -16,7 +16,12 @@ from folders import ISOLATION_CHECK, ROOT, SETTINGS, save_generator
 from hub_standin import HubStandIn
 from tiny import DOCUMENTS, QUESTIONS
 
-CODE = {"configuration_scaledown.py", "modeling_scaledown.py", "processing_scaledown.py"}
+CODE = {
+    "compressor_scaledown.py",
+    "configuration_scaledown.py",
+    "modeling_scaledown.py",
+    "processing_scaledown.py",
+}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 PUSHED = (
     CODE

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import RobertaConfig, XLMRobertaConfig
 
-from modeling_scaledown import PRUNABLE_LAYERS
+from compressor_scaledown import PRUNABLE_LAYERS
 from scaledown import ScaleDownConfig, ScaleDownModel, ScaleDownProcessor
 from tiny import (
     DOCUMENTS,

@@ -17,7 +17,12 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 from folders import ISOLATION_CHECK, ROOT, from_backbones, outputs, save_backbones
 from tiny import DOCUMENTS, QUESTIONS, build_model, randomize_lora
 
-CODE = ("configuration_scaledown.py", "modeling_scaledown.py", "processing_scaledown.py")
+CODE = (
+    "compressor_scaledown.py",
+    "configuration_scaledown.py",
+    "modeling_scaledown.py",
+    "processing_scaledown.py",
+)
 
 # Goes before every script below.
 PREAMBLE = f"""

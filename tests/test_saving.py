@@ -27,7 +27,12 @@ from scaledown import ScaleDownModel, ScaleDownProcessor
 from tiny import ANSWERS, DOCUMENTS, ENCODERS, GENERATORS, QUESTIONS, build_model, build_tokenizer, randomize_lora
 
 KINDS = ("n_layers", "modernbert", "llm")
-CODE = {"configuration_scaledown.py", "modeling_scaledown.py", "processing_scaledown.py"}
+CODE = {
+    "compressor_scaledown.py",
+    "configuration_scaledown.py",
+    "modeling_scaledown.py",
+    "processing_scaledown.py",
+}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 SAVED = (
     CODE

@@ -1,0 +1,526 @@
+# Copyright 2026 The ScaleDown authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The compressor of ScaleDown: query and chunk in, memory embeddings and a relevance score out."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import AutoModel, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.utils import ModelOutput
+
+# Decoder stacks of transformers name their final norm one of these.
+FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "layer_norm")
+# Backbones whose last layer can attend to all positions and compute few, by where their layers are.
+CAUSAL_BACKBONES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+PRUNABLE_LAYERS = {
+    **dict.fromkeys(CAUSAL_BACKBONES, "layers"),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta"), "encoder.layer"),
+}
+# A question is read once for all its chunks where that saves at least this share of the tokens.
+MIN_SHARED_PREFIX = 0.04
+
+
+@dataclass
+class CompressedDocuments(ModelOutput):
+    r"""
+    What the compressor makes of documents.
+
+    Args:
+        memory_embeddings (`torch.FloatTensor` of shape `(num_chunks, slots, hidden_size)`):
+            Embeddings in the generator's input space; rows past a chunk's own slots are zero.
+        memory_mask (`torch.BoolTensor` of shape `(num_chunks, slots)`):
+            True where a chunk has a slot.
+        reranking_scores (`torch.FloatTensor` of shape `(num_chunks,)`, *optional*):
+            Relevance of each chunk to its query, higher is more relevant; `None` without reranking.
+        chunk_to_document (`torch.LongTensor` of shape `(num_chunks,)`, *optional*):
+            Document each chunk is a part of, counted over the whole batch.
+        document_to_example (`torch.LongTensor` of shape `(num_documents,)`, *optional*):
+            Question each document belongs to.
+    """
+
+    memory_embeddings: torch.FloatTensor | None = None
+    memory_mask: torch.BoolTensor | None = None
+    reranking_scores: torch.FloatTensor | None = None
+    chunk_to_document: torch.LongTensor | None = None
+    document_to_example: torch.LongTensor | None = None
+
+
+@dataclass
+class SharedPrefixes:
+    """
+    What a causal backbone keeps of the tokens in front of chunks: a question and its frame, read once for all of its
+    chunks.
+
+    Args:
+        keys_and_values (`list[tuple[torch.Tensor, torch.Tensor]]`):
+            Of each layer, each `(num_prefixes, heads, prefix_len, head_dim)`.
+        mask (`torch.BoolTensor` of shape `(num_prefixes, prefix_len)`): False on padding, which is at the left.
+        of_chunk (`torch.LongTensor` of shape `(num_chunks,)`): Which prefix a chunk begins with.
+    """
+
+    keys_and_values: list[tuple[torch.Tensor, torch.Tensor]]
+    mask: torch.BoolTensor
+    of_chunk: torch.LongTensor
+
+    def of(self, chunks: torch.LongTensor) -> "SharedPrefixes":
+        """The prefixes of some of the chunks."""
+        return replace(self, of_chunk=self.of_chunk[chunks])
+
+    def backbone_inputs(self, attention_mask: torch.BoolTensor) -> dict:
+        """Arguments with which a backbone reads on behind the prefixes, given what to read there."""
+        rows, cache = self.of_chunk, DynamicCache()
+        for layer, (keys, values) in enumerate(self.keys_and_values):
+            here = rows.to(keys.device)
+            cache.update(keys[here], values[here], layer)
+        mask = self.mask[rows]  # (num_chunks, prefix_len)
+        places = torch.arange(attention_mask.shape[1], device=mask.device)
+        return {
+            "attention_mask": torch.cat([mask, attention_mask], dim=1).long(),  # (num_chunks, prefix_len + total_len)
+            "position_ids": mask.sum(dim=1, keepdim=True) + places,
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+
+
+class RerankingHead(nn.Linear):
+    """A dense layer to one score, in 32 bits: 16 have too few digits to tell close documents apart."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """
+        Scores chunks.
+
+        Args:
+            states (`torch.FloatTensor` of shape `(num_chunks, hidden)`): Hidden states at the reranking position.
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_chunks,)`.
+        """
+        return (states.float() * self.weight.float()).sum(dim=-1) + self.bias.float()
+
+
+class ScaleDownCompressor(nn.Module):
+    r"""
+    Token ids of query and chunk in; hidden states at the memory positions and the reranking position out.
+
+    The input of the backbone is `[query] [chunk] MEM_1 … MEM_l RR` (OSCAR, arXiv 2504.07109). MEM and RR are
+    parameters of this module, not rows of a vocabulary. With `slot_pooling="span_mean"` there are none: slots are means
+    over the chunk's own tokens. A further kind of backbone is a subclass that overrides `prepare_backbone` or
+    `has_projector`, entered in `COMPRESSORS` and in the configuration's `COMPRESSOR_TYPES`.
+
+    Args:
+        config (`ScaleDownConfig`): The model's configuration.
+        backbone (`PreTrainedModel`, *optional*): Built from `config.compressor_config` when left out.
+        with_backbone (`bool`, defaults to `True`):
+            `False` leaves the backbone out: what is behind it can be trained on states from a cache.
+    """
+
+    has_projector = True
+    # A causal backbone has read everything at its last token, an encoder was pretrained to sum up at its first.
+    rerank_at_first_token = False
+
+    def __init__(self, config: PreTrainedConfig, backbone: PreTrainedModel | None = None, with_backbone: bool = True):
+        super().__init__()
+        if backbone is None and with_backbone:
+            backbone = AutoModel.from_config(config.compressor_config)
+        self.backbone = self.prepare_backbone(backbone) if backbone is not None else None
+        # The last layer computes only what is read; turned off, it computes every position, to the same result.
+        self.prunes_last_layer = self.backbone is not None and prepare_last_layer(self.backbone)
+        self.shares_prefixes = (
+            self.prunes_last_layer
+            and config.slot_pooling == "memory_tokens"
+            and config.compressor_config.model_type in CAUSAL_BACKBONES
+            # Some embedding models are decoders that see both ways.
+            and self.backbone.layers[-1].self_attn.is_causal
+            and getattr(config.compressor_config, "is_causal", True)
+        )
+        width = config.compressor_config.hidden_size
+        self.memory_embeddings, self.rerank_embedding = None, None
+        self.scores_relevance = config.enable_reranking
+        if config.slot_pooling == "memory_tokens":
+            self.memory_embeddings = nn.Parameter(torch.zeros(config.num_memory_tokens, width))
+            self.rerank_embedding = nn.Parameter(torch.zeros(width)) if config.enable_reranking else None
+        self.reranking_head = RerankingHead(width, 1) if config.enable_reranking else None
+        self.projector = None
+        if self.has_projector:
+            self.projector = nn.Sequential(
+                nn.Linear(width, config.projector_hidden_size),
+                nn.ReLU(),
+                nn.Linear(config.projector_hidden_size, config.generator_config.hidden_size),
+            )
+
+    def prepare_backbone(self, backbone: PreTrainedModel) -> PreTrainedModel:
+        """Takes off what compression never reads: a pooler would be weights without a gradient."""
+        if getattr(backbone, "pooler", None) is not None:
+            backbone.pooler = None
+        return backbone
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor,
+        chunk_slots: torch.LongTensor,
+        document_mask: torch.BoolTensor | None = None,
+        prefixes: SharedPrefixes | None = None,
+    ) -> CompressedDocuments:
+        """
+        Compresses chunks.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(num_chunks, chunk_len)`): Query and chunk, padded on any side.
+            attention_mask (`torch.LongTensor` of shape `(num_chunks, chunk_len)`): 0 on padding.
+            chunk_slots (`torch.LongTensor` of shape `(num_chunks,)`): Memory embeddings of each chunk.
+            document_mask (`torch.BoolTensor` of shape `(num_chunks, chunk_len)`, *optional*):
+                True on the chunk's own tokens; needed with `slot_pooling="span_mean"`.
+            prefixes (`SharedPrefixes`, *optional*):
+                What stands before the tokens that `attention_mask` lets be read, from `read_prefixes`.
+
+        Returns:
+            `CompressedDocuments`: Embeddings, mask and, with reranking, scores.
+        """
+        return self.project(*self.hidden_states(input_ids, attention_mask, chunk_slots, document_mask, prefixes))
+
+    def read_prefixes(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor,
+        document_mask: torch.BoolTensor | None,
+        batch_size: int,
+    ) -> Iterator[tuple[torch.LongTensor, SharedPrefixes | None, torch.BoolTensor]]:
+        """
+        Reads what stands before the chunks' own tokens once for all chunks that have it in common.
+
+        In a causal backbone nothing in front of a chunk depends on it, so that the result is the same.
+
+        Args:
+            input_ids, attention_mask, document_mask: As in `forward`.
+            batch_size (`int`): Prefixes read at once, and kept until the next ones are asked for.
+
+        Yields:
+            `tuple`: Indices of some of the chunks, their prefixes, and a mask `(num_chunks, chunk_len)` of what is left
+            to read. All chunks at once, and no prefixes, where the backbone cannot go on from a cache or too little
+            would be saved.
+        """
+        kept = attention_mask.bool()
+        if self._can_share_prefixes() and document_mask is not None:
+            prefix = kept & (document_mask.long().cumsum(dim=1) == 0)  # (num_chunks, chunk_len)
+            rows = [tuple(itertools.compress(*row)) for row in zip(input_ids.tolist(), prefix.tolist(), strict=True)]
+            different = sorted(set(rows), key=lambda row: (len(row), row))
+            groups = [different[start : start + batch_size] for start in range(0, len(different), batch_size)]
+            saved = sum(map(len, rows)) - sum(len(group) * len(group[-1]) for group in groups)
+            if different[0] and saved >= MIN_SHARED_PREFIX * int(kept.sum()):
+                for group in groups:
+                    number = {row: i for i, row in enumerate(group)}
+                    chunks = [i for i, row in enumerate(rows) if row in number]
+                    prefixes = self._read_prefixes(group, [number[rows[i]] for i in chunks])
+                    yield torch.tensor(chunks, device=kept.device), prefixes, kept & ~prefix
+                return
+        yield torch.arange(len(kept), device=kept.device), None, kept
+
+    def _can_share_prefixes(self) -> bool:
+        if not self.shares_prefixes or torch.is_grad_enabled():
+            return False
+        last = self.backbone.layers[-1]
+        return not (last.training and last.gradient_checkpointing)  # transformers takes caches away from those
+
+    def _read_prefixes(self, prefixes: list[tuple[int, ...]], of_chunk: list[int]) -> SharedPrefixes:
+        device, longest = self.memory_embeddings.device, max(map(len, prefixes))
+        pads = [longest - len(prefix) for prefix in prefixes]
+        ids = [[0] * pad + list(prefix) for pad, prefix in zip(pads, prefixes, strict=True)]
+        ids = torch.tensor(ids, device=device)  # (num_prefixes, prefix_len)
+        mask = torch.arange(longest, device=device) >= torch.tensor(pads, device=device).unsqueeze(1)
+        cache = DynamicCache()
+        self.backbone(
+            inputs_embeds=self.backbone.get_input_embeddings()(ids),
+            attention_mask=mask.long(),
+            position_ids=(mask.long().cumsum(dim=1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        return SharedPrefixes(layers, mask, torch.tensor(of_chunk, device=device))
+
+    def project(
+        self, memory_states: torch.Tensor, memory_mask: torch.BoolTensor, rerank_states: torch.Tensor | None
+    ) -> CompressedDocuments:
+        """
+        Takes the backbone's states into the generator's space and to scores; all that two-stage training learns here.
+
+        Args:
+            memory_states (`torch.FloatTensor` of shape `(num_chunks, slots, hidden)`): States of the slots.
+            memory_mask (`torch.BoolTensor` of shape `(num_chunks, slots)`): True where a chunk has a slot.
+            rerank_states (`torch.FloatTensor` of shape `(num_chunks, hidden)`, *optional*): States to score.
+
+        Returns:
+            `CompressedDocuments`: Embeddings, mask and, with reranking, scores.
+        """
+        memory = memory_states
+        if self.projector is not None:
+            memory = self.projector(memory)  # (num_chunks, slots, generator_hidden)
+        memory = memory.masked_fill(~memory_mask.unsqueeze(-1), 0.0)
+        scores = None
+        if self.reranking_head is not None and rerank_states is not None:
+            scores = self.reranking_head(rerank_states)  # (num_chunks,)
+        return CompressedDocuments(memory_embeddings=memory, memory_mask=memory_mask, reranking_scores=scores)
+
+    def hidden_states(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor,
+        chunk_slots: torch.LongTensor,
+        document_mask: torch.BoolTensor | None = None,
+        prefixes: SharedPrefixes | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """
+        Runs the backbone and reads the states of the slots and the one to score.
+
+        Args:
+            input_ids, attention_mask, chunk_slots, document_mask, prefixes: As in `forward`.
+
+        Returns:
+            `tuple`: memory states `(num_chunks, slots, hidden)`, their mask `(num_chunks, slots)`, and reranking
+            states `(num_chunks, hidden)` or `None`.
+
+        Raises:
+            ValueError: there is no backbone, or no `document_mask` where it is needed.
+        """
+        if self.backbone is None:
+            raise ValueError("This model was loaded without its compressor's backbone; it reads cached states only.")
+        if self.memory_embeddings is None and document_mask is None:
+            raise ValueError(
+                'slot_pooling="span_mean" needs compressor_document_mask; pass all that the processor returned.'
+            )
+        num_chunks = input_ids.shape[0]
+        num_slots = int(chunk_slots.max())
+        embeds = self.backbone.get_input_embeddings()(input_ids)  # (num_chunks, chunk_len, hidden)
+        slot_ids = torch.arange(num_slots, device=input_ids.device)
+        memory_mask = slot_ids < chunk_slots.unsqueeze(1)  # (num_chunks, slots)
+        parts, masks = [embeds], [attention_mask.bool()]
+        if self.memory_embeddings is not None:
+            memory = self.memory_embeddings[:num_slots].to(embeds.dtype)
+            parts.append(memory.expand(num_chunks, -1, -1))
+            masks.append(memory_mask)
+        if self.rerank_embedding is not None:
+            parts.append(self.rerank_embedding.to(embeds.dtype).expand(num_chunks, 1, -1))
+            masks.append(torch.ones_like(memory_mask[:, :1]))
+        source, keep = torch.cat(parts, dim=1), torch.cat(masks, dim=1)  # (num_chunks, chunk_len + slots + 1, …)
+
+        # Every backbone counts positions, and some measure distances, by index: what is kept moves together at the
+        # left, so that neither padding nor unused slots shift anything.
+        total = keep.sum(dim=1)
+        order = (~keep).long().argsort(dim=1, stable=True)[:, : int(total.max())]  # (num_chunks, total_len)
+        embeds = source.gather(1, order.unsqueeze(-1).expand(-1, -1, source.shape[-1]))
+        keep = keep.gather(1, order)  # (num_chunks, total_len)
+        if self.memory_embeddings is not None:
+            first = attention_mask.long().sum(dim=1, keepdim=True)  # (num_chunks, 1)
+            read = (first + slot_ids).clamp(max=embeds.shape[1] - 1)  # (num_chunks, slots)
+            if self.scores_relevance:
+                read = torch.cat([read, total.unsqueeze(1) - 1], dim=1)  # (num_chunks, slots + 1)
+            states = self._states_at(read, embeds, keep, prefixes)  # (num_chunks, slots + 1, hidden)
+            return states[:, :num_slots], memory_mask, states[:, -1] if self.scores_relevance else None
+
+        states = self.backbone(inputs_embeds=embeds, attention_mask=keep.long(), use_cache=False).last_hidden_state
+        memory = mean_over_spans(states, document_mask.gather(1, order), chunk_slots, num_slots)
+        rerank = None
+        if self.scores_relevance:
+            position = torch.zeros_like(total) if self.rerank_at_first_token else total - 1
+            rerank = states[torch.arange(num_chunks, device=states.device), position]  # (num_chunks, hidden)
+        return memory, memory_mask, rerank
+
+    def _states_at(
+        self,
+        read: torch.LongTensor,
+        embeds: torch.Tensor,
+        attention_mask: torch.BoolTensor,
+        prefixes: SharedPrefixes | None,
+    ) -> torch.Tensor:
+        """The backbone's states `(num_chunks, num_read, hidden)` at the positions `read` `(num_chunks, num_read)`."""
+        inputs = {"attention_mask": attention_mask.long(), "use_cache": False}
+        if prefixes is not None:
+            inputs = prefixes.backbone_inputs(attention_mask)
+        if self.prunes_last_layer and read.shape[1] < embeds.shape[1]:
+            inputs["read_positions"] = read
+        outputs = self.backbone(inputs_embeds=embeds, **inputs)
+        states = outputs.last_hidden_state
+        if states.shape[1] == read.shape[1] < embeds.shape[1]:
+            return states
+        return states.gather(1, read.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+
+    @torch.no_grad()
+    def initialize_from_vocabulary(self):
+        """Draws memory and reranking embeddings from the distribution of the backbone's token embeddings."""
+        embedding = self.backbone.get_input_embeddings()
+        count = min(embedding.weight.shape[0], 4096)
+        ids = torch.linspace(0, embedding.weight.shape[0] - 1, count, device=embedding.weight.device).long()
+        rows = embedding(ids).float()  # (count, hidden)
+        for parameter in (self.memory_embeddings, self.rerank_embedding):
+            if parameter is not None:
+                noise = torch.randn(parameter.shape, device=rows.device)
+                parameter.copy_(rows.mean(dim=0) + rows.std(dim=0) * noise)
+
+
+class NLayersCompressor(ScaleDownCompressor):
+    """Own copy of the generator's first layers; its raw hidden states already live in the generator's space."""
+
+    has_projector = False
+
+    def prepare_backbone(self, backbone: PreTrainedModel) -> PreTrainedModel:
+        """Takes off the final norm: the method reads the raw hidden state of layer N (OSCAR, arXiv 2504.07109)."""
+        for name in FINAL_NORM_NAMES:
+            if isinstance(getattr(backbone, name, None), nn.Module):
+                setattr(backbone, name, nn.Identity())
+                return backbone
+        raise ValueError(
+            f"{type(backbone).__name__} has no final norm under any of the names {', '.join(FINAL_NORM_NAMES)}; "
+            'use compressor_type="llm" with this architecture.'
+        )
+
+
+class EncoderCompressor(ScaleDownCompressor):
+    """Any bidirectional encoder; query and chunk arrive framed as a pair, all of one token type."""
+
+    rerank_at_first_token = True
+
+
+class LLMCompressor(ScaleDownCompressor):
+    """Any small causal language model without its head."""
+
+
+COMPRESSORS = {"n_layers": NLayersCompressor, "modernbert": EncoderCompressor, "llm": LLMCompressor}
+
+
+def prepare_last_layer(backbone: PreTrainedModel) -> bool:
+    """
+    Lets the last layer of a backbone compute the positions named in the call's `read_positions`, and no others.
+
+    All earlier layers and the keys and values of the last one need every position; its queries, its attention's output
+    and its feed-forward part do not, which saves almost all of one layer, and changes no result and no gradient.
+
+    Args:
+        backbone (`PreTrainedModel`): A decoder or an encoder.
+
+    Returns:
+        `bool`: Whether the architecture is one of those in `PRUNABLE_LAYERS`; others are left as they are.
+    """
+    name = PRUNABLE_LAYERS.get(backbone.config.model_type)
+    if name is None or not type(backbone).__module__.startswith("transformers.models."):
+        return False
+    backbone.get_submodule(name)[-1].register_forward_pre_hook(_read_few, with_kwargs=True)
+    return True
+
+
+def _read_few(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook of a last layer; where it cannot be sure of the result, the whole layer is computed."""
+    read = kwargs.pop("read_positions", None)
+    states, *others = args
+    attention = layer.self_attn if hasattr(layer, "self_attn") else layer.attention.self
+    mask = kwargs.get("attention_mask", others[0] if others else None)
+    cache = kwargs.get("past_key_values")
+    if (
+        read is None
+        or (layer.training and layer.gradient_checkpointing)  # takes away what stands in for a cache
+        or attention.config._attn_implementation not in ("sdpa", "eager")
+        or not (cache is None or isinstance(cache, DynamicCache))
+        or not (mask is None or mask.dim() == 4)
+    ):
+        return args, kwargs
+    read = read.to(states.device)
+    few = read.unsqueeze(-1)  # (num_chunks, num_read, 1)
+    before = 0 if cache is None else cache.get_seq_length(attention.layer_idx)
+    if mask is None and attention.is_causal:
+        places = torch.arange(before + states.shape[1], device=states.device)
+        unseen = places > before + few  # (num_chunks, num_read, before + total_len)
+        mask = states.new_zeros(unseen.shape).masked_fill(unseen, torch.finfo(states.dtype).min).unsqueeze(1)
+    elif mask is not None and mask.shape[2] > 1:
+        mask = mask.expand(len(read), -1, -1, -1)
+        mask = mask.gather(2, few.unsqueeze(1).expand(-1, mask.shape[1], -1, mask.shape[3]))
+    positions = kwargs.get("position_embeddings")
+    read_before = None if before == 0 else cache.layers[attention.layer_idx]
+    kwargs["past_key_values"] = _AllKeys(layer, attention, states, positions, read_before)
+    if positions is not None:
+        kwargs["position_embeddings"] = tuple(
+            part.expand(len(read), -1, -1).gather(1, few.expand(-1, -1, part.shape[-1])) for part in positions
+        )
+    if "attention_mask" in kwargs:
+        kwargs["attention_mask"] = mask
+    else:
+        others[0] = mask
+    return (states.gather(1, few.expand(-1, -1, states.shape[-1])), *others), kwargs
+
+
+class _AllKeys:
+    """In the place of a cache: an attention that was given few positions gets the keys and values of all."""
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        attention: nn.Module,
+        states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        read_before: CacheLayerMixin | None,
+    ):
+        self._layer, self._attention = layer, attention
+        self._states, self._position_embeddings = states, position_embeddings
+        self._read_before = read_before
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `(num_chunks, heads, kv_len, head_dim)` of all positions, whatever those of the few are."""
+        states = self._states.to(keys.device)
+        if self._position_embeddings is None:
+            return tuple(
+                part(states).unflatten(-1, (-1, keys.shape[-1])).transpose(1, 2)
+                for part in (self._attention.key, self._attention.value)
+            )
+        states = self._layer.input_layernorm(states)
+        keys, values = (
+            part(states).unflatten(-1, (-1, keys.shape[-1]))
+            for part in (self._attention.k_proj, self._attention.v_proj)
+        )
+        if hasattr(self._attention, "k_norm"):
+            keys = self._attention.k_norm(keys)
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        cos, sin = (part.to(keys.device) for part in self._position_embeddings)
+        keys = apply_rotary_pos_emb(keys, keys, cos, sin)[1]
+        if self._read_before is not None:
+            keys = torch.cat([self._read_before.keys, keys], dim=2)
+            values = torch.cat([self._read_before.values, values], dim=2)
+        return keys, values
+
+
+def mean_over_spans(
+    states: torch.Tensor, document_mask: torch.BoolTensor, chunk_slots: torch.LongTensor, num_slots: int
+) -> torch.Tensor:
+    """
+    Averages the states of a chunk's tokens over as many spans of equal length as the chunk has slots.
+
+    Args:
+        states (`torch.FloatTensor` of shape `(num_chunks, length, hidden)`): Hidden states.
+        document_mask (`torch.BoolTensor` of shape `(num_chunks, length)`): True on the chunk's own tokens.
+        chunk_slots (`torch.LongTensor` of shape `(num_chunks,)`): Slots of each chunk.
+        num_slots (`int`): Slots of the chunk that has most.
+
+    Returns:
+        `torch.FloatTensor` of shape `(num_chunks, num_slots, hidden)`; zeros past a chunk's own slots.
+    """
+    document_mask = document_mask.bool()
+    rank = document_mask.long().cumsum(dim=1) - 1  # (num_chunks, length)
+    span = rank * chunk_slots.unsqueeze(1) // document_mask.sum(dim=1, keepdim=True).clamp(min=1)
+    slot_ids = torch.arange(num_slots, device=states.device).view(1, -1, 1)
+    member = (span.unsqueeze(1) == slot_ids) & document_mask.unsqueeze(1)  # (num_chunks, num_slots, length)
+    weights = member.float() / member.sum(dim=-1, keepdim=True).clamp(min=1)
+    return weights.to(states.dtype) @ states  # (num_chunks, num_slots, hidden)
