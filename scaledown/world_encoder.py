@@ -112,7 +112,7 @@ def main() -> int:
         tokenizer = encoder_tokenizer()
         model = build_encoder(tokenizer, args)
         tokenizer.save_pretrained(args.output)
-        teach(model, EncoderCurriculum(tokenizer, args.seed).lessons(), args, read_masked)
+        teach(model, EncoderCurriculum(tokenizer, args.seed).lessons()[: args.num_lessons], args, read_masked)
         return f"encoder in {args.output}"
 
     return run_command(command)

@@ -48,6 +48,9 @@ class BackboneArguments:
     num_layers: int = field(default=5, metadata={"help": "Layers."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate of AdamW."})
     lesson_steps: int = field(default=3000, metadata={"help": "Steps per lesson at most."})
+    num_lessons: int | None = field(
+        default=None, metadata={"help": "Stop behind so many lessons; the same command without it goes on from there."}
+    )
     bf16: bool = field(default=False, metadata={"help": "Multiply in bfloat16, where the processor can."})
     torch_compile: bool = field(default=False, metadata={"help": "Compile the layers; needs a C++ compiler."})
     seed: int = field(default=0, metadata={"help": "Decides everything."})
@@ -294,7 +297,7 @@ def main() -> int:
         tokenizer = build_tokenizer()
         model = build_generator(tokenizer, args)
         tokenizer.save_pretrained(args.output)
-        teach(model, Curriculum(tokenizer, args.seed).lessons(), args, read_causally)
+        teach(model, Curriculum(tokenizer, args.seed).lessons()[: args.num_lessons], args, read_causally)
         return f"generator in {args.output}"
 
     return run_command(command)

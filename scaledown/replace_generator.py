@@ -1,0 +1,82 @@
+"""Puts a generator that has learned more under a trained model, which then needs far less training than a new one.
+
+    python -m scaledown.replace_generator --model runs/old --generator runs/generator --output runs/new
+
+LoRA and the compressor stay as they are; the generator must be of the same shape and vocabulary, such as the same one
+after further training.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+from modeling_scaledown import ScaleDownModel, weights_fingerprint
+
+from .command_line import run_command
+from .devices import load_model
+
+
+@dataclass
+class ReplacementArguments:
+    """Which model, which generator, and where to."""
+
+    model: str = field(metadata={"help": "Folder of a trained model whose LoRA was not merged."})
+    generator: str = field(metadata={"help": "Folder of the generator to put in."})
+    output: str = field(metadata={"help": "Folder for the new model."})
+
+
+@torch.no_grad()
+def replace_generator(model: ScaleDownModel, generator: str) -> None:
+    """Load a generator's weights in place of those a model's LoRA stands on.
+
+    Args:
+        model: The model.
+        generator: Folder of the generator.
+
+    Raises:
+        ValueError: The model has no LoRA that could stay, or the generator another shape or vocabulary.
+    """
+    if model.config.lora_config is None:
+        raise ValueError("the model has no LoRA apart from its generator: it was merged; train with merge_lora=false.")
+    weights = AutoModelForCausalLM.from_pretrained(generator, dtype=model.dtype).state_dict()
+    own = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in model.generator.state_dict().items()
+        if ".lora_" not in name
+    }
+    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    others = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    differing = sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{generator} has another shape than the model's generator: {name} is {others.get(name)}, not "
+            f"{shapes.get(name)}; train a new model on top of it."
+        )
+    if AutoTokenizer.from_pretrained(generator).get_vocab() != model.processor.tokenizer.get_vocab():
+        raise ValueError(f"{generator} has another vocabulary than the model; train a new model on top of it.")
+    for name, tensor in own.items():
+        tensor.copy_(weights[name])
+    model.config.generator_name_or_path = generator
+    model.config.generator_fingerprint = weights_fingerprint(generator)
+    model.config.weights_format = "full"
+
+
+def main() -> int:
+    """Run the command; returns its exit status."""
+
+    def command() -> str:
+        (args,) = HfArgumentParser(ReplacementArguments).parse_args_into_dataclasses(look_for_args_file=False)
+        model = load_model(lambda: ScaleDownModel.from_pretrained(args.model), args.model, "--model")
+        replace_generator(model, args.generator)
+        model.save_pretrained(Path(args.output))
+        return f"{args.model} on top of {args.generator}, in {args.output}"
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

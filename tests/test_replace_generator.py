@@ -1,0 +1,55 @@
+"""A further trained generator under a model: the model's own parts stay, the generator is the new one."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from folders import SETTINGS, save_generator
+from scaledown import ScaleDownModel
+from scaledown.replace_generator import replace_generator
+from tiny import DOCUMENTS, QUESTIONS, randomize_lora
+
+
+@pytest.fixture
+def model(tmp_path):
+    model = ScaleDownModel.from_backbones(str(save_generator(tmp_path / "generator")), **SETTINGS)
+    model.add_lora(r=4, lora_alpha=8)
+    return randomize_lora(model).eval()
+
+
+def change(folder, target):
+    """Save the generator with other weights."""
+    generator = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    generator.save_pretrained(target)
+    for path in folder.glob("*token*"):
+        (target / path.name).write_bytes(path.read_bytes())
+    return generator
+
+
+def test_the_generator_is_replaced_and_nothing_else(model, tmp_path):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other = change(tmp_path / "generator", tmp_path / "other")
+    replace_generator(model, str(tmp_path / "other"))
+    model.save_pretrained(tmp_path / "model")
+    loaded = ScaleDownModel.from_pretrained(tmp_path / "model")
+    for name, tensor in loaded.state_dict().items():
+        if name.startswith("generator.") and ".lora_" not in name:
+            expected = other.state_dict()[name.removeprefix("generator.").replace(".base_layer.", ".")]
+            assert not torch.equal(tensor, before[name])
+        else:
+            expected = before[name]
+        torch.testing.assert_close(tensor, expected, msg=name)
+    assert isinstance(loaded.answer(QUESTIONS[0], DOCUMENTS[0], max_new_tokens=3), str)
+
+
+def test_what_does_not_fit_is_refused(model, tmp_path):
+    wider = save_generator(tmp_path / "wider", hidden_size=64)
+    with pytest.raises(ValueError, match="has another shape than the model's generator"):
+        replace_generator(model, str(wider))
+    model.merge_lora()
+    with pytest.raises(ValueError, match="it was merged; train with merge_lora=false"):
+        replace_generator(model, str(tmp_path / "generator"))
