@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
-import modeling_scaledown
+import compressor_scaledown
 from folders import (
     SETTINGS,
     assert_same_outputs,
@@ -269,7 +269,7 @@ def test_a_generator_with_missing_weights_is_an_error(lost, tmp_path):
 
 
 def test_an_architecture_without_a_known_final_norm_is_refused(generator, monkeypatch):
-    monkeypatch.setattr(modeling_scaledown, "FINAL_NORM_NAMES", ("end_norm",))
+    monkeypatch.setattr(compressor_scaledown, "FINAL_NORM_NAMES", ("end_norm",))
     with pytest.raises(ValueError, match=r'LlamaModel has no final norm .* use compressor_type="llm"'):
         build_model()
 
