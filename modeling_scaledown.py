@@ -834,11 +834,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                     found = self._scores_by_example(memory.reranking_scores, chunks, given)
             scores += found
             if selects:
-                kept = [select_documents(*rows, *limits) for rows in zip(found, slots, strict=True)]
-                slots = [[n for n, stays in zip(*rows, strict=True) if stays] for rows in zip(slots, kept, strict=True)]
+                slots, stays = select_chunks(found, slots, chunks, *limits)
                 batch = self._build_prompts(asked, slots, max_new_tokens, start)
                 if chunks:
-                    stays = torch.tensor([flag for row in kept for flag in row])[chunks["chunk_to_document"]]
                     compressed["memory_mask"] = memory.memory_mask & stays.to(self.device).unsqueeze(1)
             sequences = self.generate(**batch, **compressed, **generation_kwargs)
             answers += self.processor.decode_answers(_sequences(sequences), batch["input_ids"].shape[1])
@@ -1963,6 +1961,28 @@ def select_documents(
             kept.add(i)
             room -= slots[i]
     return [i in kept for i in range(len(scores))]
+
+
+def select_chunks(
+    scores: list[list[float]], slots: list[list[int]], chunks: dict[str, torch.Tensor], *limits, **named_limits
+) -> tuple[list[list[int]], torch.BoolTensor | None]:
+    """
+    Selects documents for every question of a batch.
+
+    Args:
+        scores (`list[list[float]]`): Reranking scores of each question's documents.
+        slots (`list[list[int]]`): Their slots.
+        chunks (`dict[str, torch.Tensor]`): What the processor's `encode_documents` returned; empty without documents.
+        limits, named_limits: As in `select_documents`.
+
+    Returns:
+        `tuple`: slots of the documents that stay, and which chunks `(num_chunks,)` are theirs; `None` without chunks.
+    """
+    kept = [select_documents(*rows, *limits, **named_limits) for rows in zip(scores, slots, strict=True)]
+    left = [[n for n, stays in zip(*rows, strict=True) if stays] for rows in zip(slots, kept, strict=True)]
+    if not chunks:
+        return left, None
+    return left, torch.tensor([flag for row in kept for flag in row])[chunks["chunk_to_document"]]
 
 
 def _check_batch_size(batch_size: int):

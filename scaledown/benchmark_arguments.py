@@ -1,15 +1,13 @@
 """Arguments of `benchmark.py`."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from transformers import HfArgumentParser
-
 from .benchmark_flops import Protocol
 from .benchmark_shapes import SHAPES
+from .command_line import parse_options
 from .devices import DTYPES
 
 MODES = ("flops", "speed", "train", "scaling")
@@ -135,12 +133,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> BenchmarkArguments:
         FileExistsError: The output folder exists.
         ValueError: An option is wrong.
     """
-    parser = HfArgumentParser(
+    return parse_options(
         BenchmarkArguments,
+        argv,
         prog="benchmark.py",
         usage="%(prog)s --mode MODE [--option value ...]",
         description="Measure what compression saves, beside the same generator on whole documents.",
     )
-    argv = list(sys.argv[1:] if argv is None else argv)
-    (arguments,) = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
-    return arguments

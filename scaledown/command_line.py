@@ -2,7 +2,12 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from transformers import HfArgumentParser
+
+Arguments = TypeVar("Arguments")
 
 logger = logging.getLogger(__name__)
 # These speak at every step of their work, below what a user of a command needs.
@@ -29,3 +34,20 @@ def run_command(command: Callable[[], str]) -> int:
         return 2
     print(report)
     return 0
+
+
+def parse_options(kind: type[Arguments], argv: Sequence[str] | None, **described: Any) -> Arguments:
+    """Parse options into a dataclass.
+
+    Args:
+        kind: The dataclass.
+        argv: `[--option value …]`; None for the command line.
+        **described: How `ArgumentParser` describes the program.
+
+    Returns:
+        The arguments.
+    """
+    parser = HfArgumentParser(kind, **described)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    (arguments,) = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    return arguments

@@ -1,14 +1,12 @@
 """Arguments of `evaluate.py`."""
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import HfArgumentParser
-
+from .command_line import parse_options
 from .devices import DTYPES
 from .formats import FORMATS
 from .systems import BASELINES
@@ -221,15 +219,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EvaluationArguments:
         FileExistsError: The output folder exists.
         ValueError: An option is wrong.
     """
-    parser = HfArgumentParser(
+    return parse_options(
         EvaluationArguments,
+        argv,
         prog="evaluate.py",
         usage="%(prog)s --model MODEL --data DATA [--option value ...]",
         description="Measure a ScaleDown model, and compare it with the same generator on whole documents.",
     )
-    argv = list(sys.argv[1:] if argv is None else argv)
-    (arguments,) = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
-    return arguments
 
 
 def _names(text: str | None) -> list[str]:

@@ -25,7 +25,7 @@ from modeling_scaledown import (
     CHUNK_INPUTS,
     ScaleDownModel,
     document_scores,
-    select_documents,
+    select_chunks,
     slots_by_document,
 )
 from processing_scaledown import ScaleDownProcessor, _encode_as_text, _encode_continuations, _pad
@@ -154,10 +154,7 @@ class CompressedSystem:
             if self._memory == "random":
                 memory = self._randomized(memory, mask, chunks, examples)
             if self._selection:
-                rows = zip(scores, slots, strict=True)
-                kept = [select_documents(row, numbers, **self._selection) for row, numbers in rows]
-                slots = [[n for n, stays in zip(*rows, strict=True) if stays] for rows in zip(slots, kept, strict=True)]
-                stays = torch.tensor([flag for row in kept for flag in row])[chunks["chunk_to_document"]]
+                slots, stays = select_chunks(scores, slots, chunks, **self._selection)
                 mask = mask & stays.to(mask.device).unsqueeze(1)
             compressed = {"memory_embeddings": memory, "memory_mask": mask}
         counts = _chunk_counts(chunks, len(examples), self._model.config, stays)
