@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from .command_line import run_command
-from .world_generator import BackboneArguments, Curriculum, Lesson, Row, teach
+from .world_generator import BackboneArguments, Curriculum, Lesson, Row, teach, whole
 from .world_tokenizer import build_tokenizer
 
 MASK = "<|system|>"  # not in what an encoder reads otherwise
@@ -39,36 +39,34 @@ class EncoderCurriculum(Curriculum):
 
     def echo(self, rng: random.Random, lengths: list[int]) -> Row:
         """As for the generator, but of what it learns half is masked, and the rest is there to see."""
-        ids, labels = super().echo(rng, lengths)
-        return ids, [label if rng.random() < 0.5 else -100 for label in labels]
+        row = super().echo(rng, lengths)
+        return row._replace(labels=[label if rng.random() < 0.5 else -100 for label in row.labels])
 
-    def prompt(self, documents: list[str], asked: list[tuple[str, str]]) -> Row:
-        """Questions with their answers, and behind them the passage."""
+    def prompt(self, documents: list[str], asked: list[tuple[str, str]], gaps: list[int] | None = None) -> Row:
+        """Questions with their answers, and behind them the passage; without gaps."""
         ids, labels = [self.tokenizer.bos_token_id], [-100]
         for question, answer in asked[:4]:
             part, learned = self._ids(question), self._ids(answer)
             ids, labels = ids + part + learned, labels + [-100] * len(part) + learned
         behind = [*self.end, *(token for text in documents for token in self._ids(text)), *self.end]
-        return ids + behind, labels + [-100] * len(behind)
+        return whole(ids + behind, labels + [-100] * len(behind))
 
 
-def read_masked(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def read_masked(model: PreTrainedModel, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
     """Have an encoder fill in what is learned.
 
     Args:
         model: The encoder with its head.
-        ids: `(batch, length)`, token ids.
-        labels: `(batch, length)`, the ids to learn, -100 elsewhere.
+        row: A batch.
 
     Returns:
         Logits `(answer tokens, vocabulary)` and the ids they should give `(answer tokens,)`.
     """
-    known = labels != -100
-    masked = ids.masked_fill(known, model.config.mask_token_id)
-    read = model.model(masked, attention_mask=(ids != model.config.pad_token_id).long()).last_hidden_state[
-        known
-    ]  # (answer tokens, hidden)
-    return model.decoder(model.head(read)), labels[known]
+    known = row.labels != -100
+    masked = row.ids.masked_fill(known, model.config.mask_token_id)
+    padded = (row.ids != model.config.pad_token_id).long()
+    states = model.model(masked, attention_mask=padded).last_hidden_state[known]  # (answer tokens, hidden)
+    return model.decoder(model.head(states)), row.labels[known]
 
 
 def encoder_tokenizer() -> PreTrainedTokenizerBase:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -35,8 +36,35 @@ from .world_tokenizer import SPECIAL, SYSTEM_PROMPT, build_tokenizer
 
 logger = logging.getLogger(__name__)
 
-Row = tuple[list[int], list[int]]  # token ids, and labels (-100: not learned)
-Reading = Callable[[PreTrainedModel, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+LEFT_OUT = 2048  # positions at most; 20 passages reach about as far
+
+
+class Row(NamedTuple):
+    """What is read and learned at once.
+
+    Attributes:
+        ids: Token ids; in a batch `(batch, length)`, as all others.
+        labels: The ids to learn, -100 elsewhere.
+        positions: Position of each token.
+        groups: 0 for tokens all later ones see; others are seen by those of their own group alone.
+    """
+
+    ids: list[int] | torch.Tensor
+    labels: list[int] | torch.Tensor
+    positions: list[int] | torch.Tensor
+    groups: list[int] | torch.Tensor
+
+    def followed_by(self, row: "Row") -> "Row":
+        """Both rows as one."""
+        return Row(*(mine + others for mine, others in zip(self, row, strict=True)))
+
+
+def whole(ids: list[int], labels: list[int] | None = None, begin: int = 0, group: int = 0) -> Row:
+    """A row of one piece, of which nothing is learned unless labels say so."""
+    return Row(ids, labels or [-100] * len(ids), list(range(begin, begin + len(ids))), [group] * len(ids))
+
+
+Reading = Callable[[PreTrainedModel, Row], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
@@ -89,15 +117,16 @@ class Rows(IterableDataset):
     def __init__(self, lesson: Lesson, seed: int, padding: int):
         self.lesson, self.seed, self.padding = lesson, seed, padding
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[Row]:
         torch.set_num_threads(1)
         rng = random.Random(f"{self.lesson.name} {self.seed}")
         while True:
             rows = [self.lesson.draw(rng) for _ in range(self.lesson.batch_size)]
-            length = max(len(ids) for ids, _ in rows)
+            length = max(len(row.ids) for row in rows)
             # Padding stands behind what a causal model reads, and no label looks at it.
-            ids = torch.tensor([ids + [self.padding] * (length - len(ids)) for ids, _ in rows])
-            yield ids, torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in rows])
+            fill = Row(self.padding, -100, 0, 0)
+            columns = zip(fill, zip(*rows, strict=True), strict=True)
+            yield Row(*(torch.tensor([part + [by] * (length - len(part)) for part in parts]) for by, parts in columns))
 
 
 class Curriculum:
@@ -125,6 +154,11 @@ class Curriculum:
         lessons.append(self.reading("3 passages of 3 facts, two hops", 3, 64, 3, True, two_hops=0.6))
         lessons.append(self.reading("2 to 5 long passages, two hops", 5, 32, two_hops=0.35, fewest=2, steps=700))
         lessons.append(self.reading("3 to 5 long passages, more two hops", 5, 32, two_hops=0.7, fewest=3, steps=1000))
+        lessons.append(
+            self.reading(
+                "3 to 5 long passages, each question on its own", 5, 32, two_hops=0.7, fewest=3, steps=1200, apart=True
+            )
+        )
         return lessons
 
     def echoes(self) -> list[Lesson]:
@@ -151,19 +185,26 @@ class Curriculum:
         fewest: int | None = None,
         target: float = 0.9,
         steps: int | None = None,
+        apart: bool = False,
     ) -> Lesson:
-        """A lesson of passages and questions about them."""
+        """A lesson of passages and questions about them: eight that follow each other, or twelve apart."""
+        most, across = (12, None) if apart else (8, 3)
 
         def draw(rng: random.Random) -> Row:
             self.world.random = rng
             hops = 1 + (rng.random() < two_hops)
             count = rng.randint(fewest or documents, documents)
             passages, first, second = self.world.context(count, hops, num_facts=num_facts, plain=plain)
-            questions = list(self.world.ask_across(passages, first, second))[:3] if hops == 2 else []
+            questions = list(self.world.ask_across(passages, first, second))[:across] if hops == 2 else []
             single = [question for index in range(count) for question in self.world.ask(passages, index)]
-            questions += rng.sample(single, min(len(single), 8 - len(questions)))
+            questions += rng.sample(single, min(len(single), most - len(questions)))
             rng.shuffle(questions)
-            return self.prompt([passage.text for passage in passages], [(q.text, q.answer) for q in questions])
+            asked = [(question.text, question.answer) for question in questions]
+            # Positions are left out in half of all rows, so that those of longer prompts are known, too.
+            left_out = rng.randrange(LEFT_OUT) if apart and rng.random() < 0.5 else 0
+            cuts = sorted(rng.randint(0, left_out) for _ in passages)
+            gaps = [cut - before for before, cut in itertools.pairwise([0, *cuts])] if apart else None
+            return self.prompt([passage.text for passage in passages], asked, gaps)
 
         return Lesson(name, draw, batch_size, target, steps)
 
@@ -175,17 +216,32 @@ class Curriculum:
         for segment in rng.sample(segments, len(segments)):
             ids = ids + segment
             labels += [-100, *segment[1:]]
-        return ids, labels
+        return whole(ids, labels)
 
-    def prompt(self, documents: list[str], asked: list[tuple[str, str]]) -> Row:
-        """ScaleDown's prompt with the documents as text, and several questions, one after the other."""
-        ids = self.before + [token for text in self.tokenizer(documents)["input_ids"] for token in text]
-        labels = [-100] * len(ids)
+    def prompt(self, documents: list[str], asked: list[tuple[str, str]], gaps: list[int] | None = None) -> Row:
+        """ScaleDown's prompt with the documents as text, and several questions.
+
+        Args:
+            documents: Texts of the documents.
+            asked: Questions and their answers.
+            gaps: Positions left out in front of each document. Then each question stands right behind the documents
+                and sees no other; else one follows the other.
+
+        Returns:
+            The prompt; the answers are learned.
+        """
+        apart = gaps is not None
+        row = whole(self.before)
+        for text, gap in zip(self.tokenizer(documents)["input_ids"], gaps or [0] * len(documents), strict=True):
+            row = row.followed_by(whole(text, begin=row.positions[-1] + 1 + gap))
+        documents_end = row.positions[-1] + 1
         for number, (question, answer) in enumerate(asked):
-            part = ([] if number == 0 else self.user) + self.asked + self._ids(question) + self.turn
+            part = ([] if apart or number == 0 else self.user) + self.asked + self._ids(question) + self.turn
             learned = self._ids(answer) + self.end
-            ids, labels = ids + part + learned, labels + [-100] * len(part) + learned
-        return ids, labels
+            begin, group = (documents_end, number + 1) if apart else (row.positions[-1] + 1, 0)
+            row = row.followed_by(whole(part, begin=begin, group=group))
+            row = row.followed_by(whole(learned, learned, row.positions[-1] + 1, group))
+        return row
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -242,12 +298,12 @@ def teach(model: PreTrainedModel, lessons: list[Lesson], args: BackboneArguments
         steps = min(lesson.steps or args.lesson_steps, args.lesson_steps)
         started, right = time.perf_counter(), 0.0
         rows = Rows(lesson, args.seed, model.config.pad_token_id)
-        for step, (ids, labels) in enumerate(DataLoader(rows, batch_size=None, num_workers=1), 1):
+        for step, row in enumerate(DataLoader(rows, batch_size=None, num_workers=1), 1):
             falling = (steps - step + 1) / (0.7 * steps) if lesson.steps else 1.0
             for group in optimizer.param_groups:
                 group["lr"] = args.learning_rate * lesson.rate * min(1.0, next(taken) / 100, falling)
             with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-                logits, learned = read(model, ids, labels)
+                logits, learned = read(model, row)
             right = 0.95 * right + 0.05 * _step(model, optimizer, logits.float(), learned)
             if step % 50 == 0:
                 logger.info("%s: step %d, %.0f s, %.3f right", lesson.name, step, time.perf_counter() - started, right)
@@ -273,20 +329,23 @@ def _step(
     return (logits.argmax(dim=-1) == learned).float().mean().item()
 
 
-def read_causally(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def read_causally(model: PreTrainedModel, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
     """Have a causal model predict what is learned.
 
     Args:
         model: The model.
-        ids: `(batch, length)`, token ids.
-        labels: `(batch, length)`, the ids to learn, -100 elsewhere.
+        row: A batch.
 
     Returns:
         Logits `(answer tokens, vocabulary)` and the ids they should give `(answer tokens,)`.
     """
-    known = labels[:, 1:] != -100
-    states = model.model(ids).last_hidden_state[:, :-1][known]  # (answer tokens, hidden)
-    return model.lm_head(states), labels[:, 1:][known]
+    known = row.labels[:, 1:] != -100
+    seen = None
+    if row.groups.any():
+        seen = (row.groups[:, None] == row.groups[:, :, None]) | (row.groups[:, None] == 0)  # (batch, length, length)
+        seen = seen.tril()[:, None]  # (batch, 1, length, length)
+    states = model.model(row.ids, attention_mask=seen, position_ids=row.positions).last_hidden_state
+    return model.lm_head(states[:, :-1][known]), row.labels[:, 1:][known]
 
 
 def main() -> int:

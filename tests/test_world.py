@@ -4,10 +4,11 @@ import json
 import random
 
 import pytest
+import torch
 
 from scaledown.world import RIGHT, SPLITS, World, split_of
 from scaledown.world_encoder import EncoderCurriculum, build_encoder, encoder_tokenizer, read_masked
-from scaledown.world_generator import BackboneArguments, Curriculum, Rows, build_generator, read_causally, teach
+from scaledown.world_generator import BackboneArguments, Curriculum, Row, Rows, build_generator, read_causally, teach
 from scaledown.world_text import RELATIONS
 from scaledown.world_tokenizer import build_tokenizer
 
@@ -128,7 +129,7 @@ def test_unknown_split_is_refused():
 def test_labels_of_every_lesson_stand_at_what_can_be_answered(tokenizer):
     rng = random.Random(0)
     for lesson in Curriculum(tokenizer, 0).lessons():
-        ids, labels = lesson.draw(rng)
+        ids, labels, *_ = lesson.draw(rng)
         learned = [place for place, label in enumerate(labels) if label != -100]
         assert learned
         assert all(labels[place] == ids[place] for place in learned)
@@ -147,7 +148,8 @@ def test_prompt_of_the_curriculum_is_the_processors_with_text_in_the_slots(token
     )
     processor = ScaleDownProcessor.from_config(config, tokenizer)
     record = records("train", 1)[0]
-    ids, labels = Curriculum(tokenizer, 0).prompt(record["documents"], [(record["query"], record["answer"])])
+    asked = [(record["query"], record["answer"])]
+    ids, labels, *_ = Curriculum(tokenizer, 0).prompt(record["documents"], asked)
     texts = tokenizer(record["documents"])["input_ids"]
     batch = processor.build_prompts([record["query"]], [[len(text) for text in texts]], [record["answer"]])
     expected = batch["input_ids"][0].tolist()
@@ -156,6 +158,36 @@ def test_prompt_of_the_curriculum_is_the_processors_with_text_in_the_slots(token
         token for token, slot in zip(expected, slots, strict=True) if not slot
     ]
     assert labels == batch["labels"][0].tolist()
+
+
+def test_questions_apart_are_read_as_if_each_were_alone(tokenizer):
+    curriculum = Curriculum(tokenizer, 0)
+    model = build_generator(tokenizer, BackboneArguments(output="", hidden_size=32, num_layers=2))
+    documents = ["Griren Brurard kept a cat.", "Proud Petrel sailed in 1824."]
+    asked = [("What pet did Griren Brurard have?", "cat"), ("When did Proud Petrel sail?", "1824")]
+    together, *alone = (
+        Row(*(torch.tensor([part]) for part in curriculum.prompt(documents, some, gaps=[3, 40])))
+        for some in (asked, asked[:1], asked[1:])
+    )
+    logits, learned = read_causally(model, together)
+    apart = [read_causally(model, row) for row in alone]
+    assert torch.equal(learned, torch.cat([ids for _, ids in apart]))
+    torch.testing.assert_close(logits, torch.cat([given for given, _ in apart]))
+    first = together.positions[0].tolist()
+    assert first[: len(curriculum.before) + 1] == [*range(len(curriculum.before)), len(curriculum.before) + 3]
+    # What one question says changes nothing for the other, though it stands in front of it.
+    ids = together.ids.clone()
+    ids[together.groups == 1] = tokenizer.bos_token_id
+    changed, _ = read_causally(model, together._replace(ids=ids))
+    torch.testing.assert_close(changed[len(apart[0][1]) :], apart[1][0])
+
+
+def test_without_gaps_a_question_apart_is_the_question_alone(tokenizer):
+    curriculum = Curriculum(tokenizer, 0)
+    arguments = ["Griren Brurard kept a cat."], [("What pet did Griren Brurard have?", "cat")]
+    apart, alone = curriculum.prompt(*arguments, gaps=[0]), curriculum.prompt(*arguments)
+    assert apart[:3] == alone[:3]
+    assert alone.positions == list(range(len(alone.ids)))
 
 
 def test_a_stopped_training_goes_on_behind_its_last_lesson(tokenizer, tmp_path):
@@ -179,8 +211,9 @@ def test_an_encoder_does_not_see_what_it_learns():
 
     model.model.register_forward_pre_hook(keep, with_kwargs=True)
     lesson = EncoderCurriculum(tokenizer, 0).lessons()[-1]
-    ids, labels = next(iter(Rows(lesson, 0, tokenizer.pad_token_id)))
-    logits, learned = read_masked(model, ids, labels)
+    batch = next(iter(Rows(lesson, 0, tokenizer.pad_token_id)))
+    logits, learned = read_masked(model, batch)
+    ids, labels, *_ = batch
     known = labels != -100
     assert (read[0][known] == model.config.mask_token_id).all()
     assert (read[0][~known] == ids[~known]).all()
