@@ -433,7 +433,7 @@ class ScaleDownProcessor(ProcessorMixin):
             learned = self._encode_answers(answers, max_answer_length)
         separator = _encode_continuations(self.tokenizer, [self.document_separator])[0]
         filler = self._slot_filler_id()
-        frames = {closed_book: self._prompt_frame(closed_book) for closed_book in {not row for row in document_slots}}
+        frames = {closed_book: self.prompt_frame(closed_book) for closed_book in {not row for row in document_slots}}
         leads = [frames[not row][3] for row in document_slots]
         asked = [lead + text for lead, text in zip(leads, questions, strict=True)]
         encoded = _encode_continuations(self.tokenizer, asked)
@@ -470,8 +470,16 @@ class ScaleDownProcessor(ProcessorMixin):
         end = [self.tokenizer.eos_token_id]
         return [(ids + end)[:max_answer_length] for ids in _encode_as_text(self.tokenizer, answers)]
 
-    def _prompt_frame(self, closed_book: bool) -> tuple[list[int], list[int], list[int], str]:
-        """Ids before the documents, between documents and question, after the question; white space leading it in."""
+    def prompt_frame(self, closed_book: bool) -> tuple[list[int], list[int], list[int], str]:
+        """The prompt without documents and question.
+
+        Args:
+            closed_book: The prompt for a question without documents.
+
+        Returns:
+            Token ids before the documents, between documents and question, and after the question; and the white space
+            that belongs in front of the question's text.
+        """
         text = self._render_prompt(closed_book)
         before, rest = ("", text) if closed_book else text.split(_DOCUMENTS_MARK)
         between, after = rest.split(_QUESTION_MARK)

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, HfArgumentParser, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scaledown.command_line import run_command
+from scaledown.command_line import parse_options, run_command
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ def main() -> int:
     """Run the command; returns its exit status."""
 
     def command() -> str:
-        (args,) = HfArgumentParser(FactArguments).parse_args_into_dataclasses(look_for_args_file=False)
+        args = parse_options(FactArguments)
         world, folder = World(args.seed), Path(args.output)
         folder.mkdir(parents=True, exist_ok=True)
         for name, count in (("train", args.num_train), ("dev", args.num_dev)):

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, HfArgumentParser
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scaledown import ScaleDownModel
 from scaledown.collators import PretrainingCollator
-from scaledown.command_line import run_command
+from scaledown.command_line import parse_options, run_command
 from scaledown.pretraining import AUTOENCODING, CONTINUATION, load_pretraining_data
 
 
@@ -89,7 +89,7 @@ def main() -> int:
     """Run the command; returns its exit status."""
 
     def command() -> str:
-        (args,) = HfArgumentParser(MeasurementArguments).parse_args_into_dataclasses(look_for_args_file=False)
+        args = parse_options(MeasurementArguments)
         model = ScaleDownModel.from_pretrained(args.model).eval()
         generator = AutoModelForCausalLM.from_pretrained(args.generator).eval()
         rows = load_pretraining_data(args.text, model.processor.compressor_tokenizer, model.config.chunk_length)

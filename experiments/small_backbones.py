@@ -15,7 +15,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     DataCollatorForLanguageModeling,
-    HfArgumentParser,
     LlamaConfig,
     ModernBertConfig,
     PreTrainedTokenizerFast,
@@ -26,7 +25,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scaledown.command_line import run_command
+from scaledown.command_line import parse_options, run_command
 from scaledown.slots_demo import train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -104,7 +103,7 @@ def main() -> int:
     """Run the command; returns its exit status."""
 
     def command() -> str:
-        (args,) = HfArgumentParser(BackboneArguments).parse_args_into_dataclasses(look_for_args_file=False)
+        args = parse_options(BackboneArguments)
         set_seed(args.seed)
         texts = datasets.load_dataset("text", data_files=args.text, split="train").filter(
             lambda row: row["text"].strip()

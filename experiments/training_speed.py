@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser, LlamaConfig, set_seed
+from transformers import LlamaConfig, set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scaledown import ScaleDownConfig, ScaleDownModel, ScaleDownProcessor
 from scaledown.collators import JointCollator
-from scaledown.command_line import run_command
+from scaledown.command_line import parse_options, run_command
 from scaledown.records import read_records
 from scaledown.slots_demo import train_tokenizer
 
@@ -100,7 +100,7 @@ def main() -> int:
     """Run the command; returns its exit status."""
 
     def command() -> str:
-        (args,) = HfArgumentParser(SpeedArguments).parse_args_into_dataclasses(look_for_args_file=False)
+        args = parse_options(SpeedArguments)
         records = [
             {**record, "reranking_scores": None}
             for record, _ in zip(read_records(args.data), range(args.batch_size * (args.num_steps + 1)), strict=False)

@@ -22,12 +22,12 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from transformers import AutoModel, HfArgumentParser, ModernBertConfig, PreTrainedTokenizerFast
+from transformers import AutoModel, ModernBertConfig, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scaledown import ScaleDownModel
-from scaledown.command_line import run_command
+from scaledown.command_line import parse_options, run_command
 from scaledown.metrics import exact_match
 from scaledown.records import read_records
 
@@ -201,7 +201,7 @@ def main() -> int:
     """Run the command; returns its exit status."""
 
     def command() -> str:
-        (args,) = HfArgumentParser(ComparisonArguments).parse_args_into_dataclasses(look_for_args_file=False)
+        args = parse_options(ComparisonArguments)
         output = Path(args.output)
         output.mkdir(parents=True, exist_ok=True)
         save_encoder(PreTrainedTokenizerFast.from_pretrained(Path(args.facts) / "generator"), output / "encoder")

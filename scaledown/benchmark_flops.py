@@ -18,6 +18,7 @@ from configuration_scaledown import ScaleDownConfig
 from modeling_scaledown import ScaleDownModel
 
 from .benchmark_shapes import build_config, label
+from .tables import table
 from .tracing import META, MemoryTracker
 
 aten = torch.ops.aten
@@ -292,11 +293,8 @@ def render(rows: list[Row]) -> str:
     Returns:
         The table.
     """
-    lines = [
-        "| generator | compressor | generation | compression | all, TFLOP | times fewer | paper, generation | paper, "
-        "compression | paper, times fewer |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    counted = ("generation", "compression", "all, TFLOP", "times fewer")
+    lines = [("generator", "compressor", *counted, "paper, generation", "paper, compression", "paper, times fewer")]
     for row in rows:
         name = "none" if row.compressor is None else label(row.compressor)
         own = [row.generation.total / TERA, row.compression.total / TERA, row.total / TERA, row.ratio]
@@ -309,5 +307,5 @@ def render(rows: list[Row]) -> str:
                 for figure, deviation in zip(row.paper, row.deviations(), strict=True)
             ]
             paper.append(f"{sum(text.paper) / sum(row.paper):.2f}")
-        lines.append(f"| {row.generator} | {name} | " + " | ".join([*cells, *paper]) + " |")
-    return "\n".join(lines)
+        lines.append((row.generator, name, *cells, *paper))
+    return table(lines, text_columns=2)

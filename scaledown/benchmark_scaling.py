@@ -8,6 +8,7 @@ import numpy as np
 from .benchmark_arguments import BenchmarkArguments
 from .benchmark_flops import TERA, Flops, build_on_meta, count_compression, count_generation
 from .benchmark_shapes import build_config, label
+from .tables import table
 
 DOCUMENTS = (1, 2, 5, 10, 20, 50, 100, 200)
 LENGTHS = (32, 64, 128, 256, 512, 1024)
@@ -80,19 +81,14 @@ def render_exponents(found: list[dict[str, Any]]) -> str:
     Returns:
         The table.
     """
-    lines = [
-        "| against | reads | exponent | TFLOP at the smallest | TFLOP at the largest | times fewer there |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-    ]
+    lines = [("against", "reads", "exponent", "TFLOP at the smallest", "TFLOP at the largest", "times fewer there")]
     for row in found:
         text = next(r for r in found if r["swept"] == row["swept"] and r["contestant"] == FULL_TEXT)
+        costs = [f"{row[f'cost_{end}']:.3f} ({row[end]})" for end in ("smallest", "largest")]
+        fewer = f"{text['cost_largest'] / row['cost_largest']:.2f}"
         name = label(row["contestant"])
-        lines.append(
-            f"| {row['swept'].replace('_', ' ')} | {name} | {row['exponent']:.2f} | "
-            f"{row['cost_smallest']:.3f} ({row['smallest']}) | {row['cost_largest']:.3f} ({row['largest']}) | "
-            f"{text['cost_largest'] / row['cost_largest']:.2f} |"
-        )
-    return "\n".join(lines)
+        lines.append((row["swept"].replace("_", " "), name, f"{row['exponent']:.2f}", *costs, fewer))
+    return table(lines, text_columns=2)
 
 
 def _parts(generation: Flops, compression: Flops) -> dict[str, float]:

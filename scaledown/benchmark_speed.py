@@ -21,6 +21,7 @@ from .benchmark_arguments import BenchmarkArguments
 from .benchmark_flops import Protocol
 from .benchmark_shapes import build_config, label
 from .devices import find_device, pick_dtype, wait_for
+from .tables import table
 from .tracing import MemoryTracker, storage_bytes
 
 FULL_TEXT, TRUNCATED = "full text", "truncated text"
@@ -368,7 +369,7 @@ def render(rows: list[dict[str, Any]]) -> str:
     shown = [name for name in names if len({row[name] for row in rows}) > 1]
     titles = [name.replace("_", " ") for name in shown]
     titles += ["reads", "compression, s", "first token, s", "gain", "answer, s", "gain", "questions/s", "peak, MB"]
-    lines = ["| " + " | ".join(titles) + " |", "| " + " | ".join(["---"] * len(titles)) + " |"]
+    lines = [titles]
     for row in rows:
         name = row["contestant"]
         cells = [str(row[name]) for name in shown] + [label(name)]
@@ -382,8 +383,8 @@ def render(rows: list[dict[str, Any]]) -> str:
         ):
             cells.append(_cell(figure, digits, unit))
         cells += [f"{row['questions_per_second']:.3f}", f"{row['peak_bytes'] / 1e6:.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return table(lines)
 
 
 def _cell(figure: dict[str, float | None], digits: int, unit: str) -> str:

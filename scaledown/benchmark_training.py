@@ -17,6 +17,7 @@ from .benchmark_arguments import BenchmarkArguments
 from .benchmark_shapes import build_config, label
 from .benchmark_speed import Inputs, draw_inputs, spread
 from .devices import find_device, pick_dtype, wait_for
+from .tables import table
 from .tracing import MemoryTracker
 
 STAGES = ("joint", "compress", "generate")
@@ -80,18 +81,12 @@ def render_training(rows: list[dict[str, Any]]) -> str:
     Returns:
         The table.
     """
-    lines = [
-        "| compressor | stage | step, s | tokens/s | peak beside weights and optimizer, MB |",
-        "| --- | --- | ---: | ---: | ---: |",
-    ]
+    lines = [("compressor", "stage", "step, s", "tokens/s", "peak beside weights and optimizer, MB")]
     for row in rows:
-        name = label(row["compressor"])
-        step = row["step"]
-        lines.append(
-            f"| {name} | {row['stage']} | {step['median']:.3f} ({step['low']:.3f}–{step['high']:.3f}) | "
-            f"{row['tokens_per_second']:.0f} | {row['peak_bytes'] / 1e6:.0f} |"
-        )
-    return "\n".join(lines)
+        step = f"{row['step']['median']:.3f} ({row['step']['low']:.3f}–{row['step']['high']:.3f})"
+        speed, peak = f"{row['tokens_per_second']:.0f}", f"{row['peak_bytes'] / 1e6:.0f}"
+        lines.append((label(row["compressor"]), row["stage"], step, speed, peak))
+    return table(lines, text_columns=2)
 
 
 def _steps(

@@ -36,7 +36,7 @@ def run_command(command: Callable[[], str]) -> int:
     return 0
 
 
-def parse_options(kind: type[Arguments], argv: Sequence[str] | None, **described: Any) -> Arguments:
+def parse_options(kind: type[Arguments], argv: Sequence[str] | None = None, **described: Any) -> Arguments:
     """Parse options into a dataclass.
 
     Args:

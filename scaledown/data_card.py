@@ -4,6 +4,8 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from .tables import table
+
 SIZES = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
 FIELDS = {
     "query": "the question",
@@ -42,39 +44,34 @@ def build_card(report: dict[str, Any], file_name: str) -> DatasetCard:
         f"Questions with passages and answers, made from `{report['source']}` by ScaleDown's `prepare_data.py`. "
         "Whoever shares the file states the licences of its sources.",
         "## Fields",
-        _table(["field", "what it is"], FIELDS.items()),
+        table([("field", "what it is"), *FIELDS.items()]),
         "## Counts",
-        _table(["what", "count"], [(name.replace("_", " "), value) for name, value in counts.items()]),
+        table([("what", "count"), *((name.replace("_", " "), value) for name, value in counts.items())]),
         "## Left out",
-        _table(
-            ["reason", "count", "such as"],
-            [(reason, row["count"], ", ".join(row["examples"])) for reason, row in report["dropped"].items()],
+        table(
+            [
+                ("reason", "count", "such as"),
+                *((reason, row["count"], ", ".join(row["examples"])) for reason, row in report["dropped"].items()),
+            ]
         )
         if report["dropped"]
         else "Nothing.",
         "## Settings",
-        _table(
-            ["setting", "value"],
+        table(
             [
-                (f"`{name}`", f"`{value}`")
-                for name, value in {**_source(report), **settings}.items()
-                if value is not None and value is not False
-            ],
+                ("setting", "value"),
+                *(
+                    (f"`{name}`", f"`{value}`")
+                    for name, value in {**_source(report), **settings}.items()
+                    if value is not None and value is not False
+                ),
+            ]
         ),
         "## Versions",
-        _table(["package", "version"], report["versions"].items()),
+        table([("package", "version"), *report["versions"].items()]),
     ]
     return DatasetCard("\n\n".join(parts) + "\n", ignore_metadata_errors=False)
 
 
 def _source(report: dict[str, Any]) -> dict[str, Any]:
     return {name: report[name] for name in ("source", "format", "config", "split")}
-
-
-def _table(head: list[str], rows: Any) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    return " ".join(str(value).replace("|", "\\|").split())

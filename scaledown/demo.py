@@ -13,16 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from transformers import HfArgumentParser
-
 from modeling_scaledown import ScaleDownModel
 
-from .command_line import run_command
+from .command_line import parse_options, run_command
 from .devices import load_model
 from .evaluation_data import Example
 from .evaluation_models import without_lora
 from .metrics import exact_match
 from .systems import Answer, CompressedSystem, System, TextSystem
+from .tables import table
 from .world import World
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,12 +118,13 @@ def show(examples: list[Example], answers: dict[str, list[Answer]]) -> str:
             beginning = example.documents[best[0]][:60].rsplit(" ", 1)[0]
             lines.append(f"  {'best passages':<15} {ranked}; the first begins: {beginning} …")
         lines.append("")
-    lines += ["| | right | tokens the generator reads | ms per question |", "| --- | --- | --- | --- |"]
+    rows = [("", "right", "tokens the generator reads", "ms per question")]
     for name, given in answers.items():
         right = sum(exact_match(a.text, e.gold) for a, e in zip(given, examples, strict=True))
         tokens = median(answer.tokens_in for answer in given)
         milliseconds = 1000 * median(answer.seconds for answer in given)
-        lines.append(f"| {WAYS[name]} | {right:.0f} of {len(given)} | {tokens:.0f} | {milliseconds:.0f} |")
+        rows.append((WAYS[name], f"{right:.0f} of {len(given)}", f"{tokens:.0f}", f"{milliseconds:.0f}"))
+    lines.append(table(rows))
     lines.append("\nMedians, one question at a time. Scores with * are of a passage that is needed.")
     return "\n".join(lines)
 
@@ -133,9 +133,7 @@ def main() -> int:
     """Run the command; returns its exit status."""
 
     def command() -> str:
-        (args,) = HfArgumentParser(DemoArguments, prog="python -m scaledown.demo").parse_args_into_dataclasses(
-            look_for_args_file=False
-        )
+        args = parse_options(DemoArguments, prog="python -m scaledown.demo")
         model = load_model(lambda: ScaleDownModel.from_pretrained(args.model), args.model, "--model").eval()
         generator = without_lora(model.generator)
         if model.config.lora_config is not None:

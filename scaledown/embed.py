@@ -12,11 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from transformers import HfArgumentParser
-
 from modeling_scaledown import ScaleDownModel
 
-from .command_line import run_command
+from .command_line import parse_options, run_command
 from .devices import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,7 +66,7 @@ def main() -> int:
     """Run the command; returns its exit status."""
 
     def command() -> str:
-        (args,) = HfArgumentParser(EmbedArguments).parse_args_into_dataclasses(look_for_args_file=False)
+        args = parse_options(EmbedArguments)
         size = embed(Path(args.model), Path(args.output))
         return f"{args.output} loads as a model; its weights take {size / 1e6:.1f} MB"
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .evaluation_results import QUALITY, REFERENCE
+from .tables import table
 
 TITLES = {
     "exact_match": "exact match",
@@ -128,19 +129,6 @@ def render_report(metrics: dict[str, Any], plots: Sequence[str] = ()) -> str:
     sections += [f"![{Path(plot).stem.replace('_', ' ')}]({plot})" for plot in plots]
     sections += ["## How it was measured", _run(metrics)]
     return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def table(rows: list[list[str]]) -> str:
-    """Lay out a table.
-
-    Args:
-        rows: Cells, the header first.
-
-    Returns:
-        Markdown.
-    """
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
 def estimate(value: dict[str, Any] | None, form: str = ".3f") -> str:

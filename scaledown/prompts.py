@@ -52,7 +52,7 @@ class PromptEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
         processor = ScaleDownProcessor(tokenizer, tokenizer)
-        self._frames = {closed_book: processor._prompt_frame(closed_book) for closed_book in (False, True)}
+        self._frames = {closed_book: processor.prompt_frame(closed_book) for closed_book in (False, True)}
 
     def __call__(self, query: str, documents: Sequence[str]) -> list[int]:
         """Encode the prompt of one question.

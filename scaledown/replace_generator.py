@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_scaledown import ScaleDownModel, weights_fingerprint
 
-from .command_line import run_command
+from .command_line import parse_options, run_command
 from .devices import load_model
 
 
@@ -69,7 +69,7 @@ def main() -> int:
     """Run the command; returns its exit status."""
 
     def command() -> str:
-        (args,) = HfArgumentParser(ReplacementArguments).parse_args_into_dataclasses(look_for_args_file=False)
+        args = parse_options(ReplacementArguments)
         model = load_model(lambda: ScaleDownModel.from_pretrained(args.model), args.model, "--model")
         replace_generator(model, args.generator)
         model.save_pretrained(Path(args.output))

@@ -28,7 +28,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
     DataCollatorForLanguageModeling,
-    HfArgumentParser,
     LlamaConfig,
     ModernBertConfig,
     ModernBertModel,
@@ -44,7 +43,7 @@ from processing_scaledown import ScaleDownProcessor
 
 from .arguments import ScaleDownTrainingArguments
 from .collators import num_answer_positions
-from .command_line import run_command
+from .command_line import parse_options, run_command
 from .records import read_records
 from .trainer import ScaleDownTrainer
 
@@ -445,8 +444,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
 
     def command() -> str:
-        parser = HfArgumentParser(DemoArguments, prog="python -m scaledown.slots_demo")
-        (args,) = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+        args = parse_options(DemoArguments, argv, prog="python -m scaledown.slots_demo")
         report = run(args)
         return (
             f"\n{args.num_passages} passages, one and the same prompt for all; {args.compressor_type}\n"

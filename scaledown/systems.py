@@ -244,7 +244,7 @@ class TextSystem:
         """
         bodies = [None] * len(examples) if self.name == "no_documents" else self._bodies(examples)
         tokenizer = self.processor.tokenizer
-        frames = {closed: self.processor._prompt_frame(closed) for closed in {body is None for body in bodies}}
+        frames = {closed: self.processor.prompt_frame(closed) for closed in {body is None for body in bodies}}
         asked = [frames[body is None][3] + e.query for body, e in zip(bodies, examples, strict=True)]
         prompts = []
         for body, question in zip(bodies, _encode_continuations(tokenizer, asked), strict=True):

@@ -17,9 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
-from .command_line import run_command
+from .command_line import parse_options, run_command
 from .world_text import (
     CONTRASTS,
     FILLERS,
@@ -402,7 +400,7 @@ def main() -> int:
     """Run the command; returns its exit status."""
 
     def command() -> str:
-        (args,) = HfArgumentParser(WorldArguments).parse_args_into_dataclasses(look_for_args_file=False)
+        args = parse_options(WorldArguments)
         folder = Path(args.output)
         folder.mkdir(parents=True, exist_ok=True)
         for split, count in zip(SPLITS, (args.num_train, args.num_validation, args.num_test), strict=True):

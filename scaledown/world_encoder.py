@@ -13,13 +13,12 @@ import torch
 from tokenizers import processors
 from transformers import (
     AutoModelForMaskedLM,
-    HfArgumentParser,
     ModernBertConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from .command_line import run_command
+from .command_line import parse_options, run_command
 from .world_generator import BackboneArguments, Curriculum, Lesson, Row, teach, whole
 from .world_tokenizer import build_tokenizer
 
@@ -106,7 +105,7 @@ def main() -> int:
     """Run the command; returns its exit status."""
 
     def command() -> str:
-        (args,) = HfArgumentParser(BackboneArguments).parse_args_into_dataclasses(look_for_args_file=False)
+        args = parse_options(BackboneArguments)
         tokenizer = encoder_tokenizer()
         model = build_encoder(tokenizer, args)
         tokenizer.save_pretrained(args.output)

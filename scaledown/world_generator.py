@@ -24,13 +24,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
-    HfArgumentParser,
     LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from .command_line import run_command
+from .command_line import parse_options, run_command
 from .world import World
 from .world_tokenizer import SPECIAL, SYSTEM_PROMPT, build_tokenizer
 
@@ -154,11 +153,8 @@ class Curriculum:
         lessons.append(self.reading("3 passages of 3 facts, two hops", 3, 64, 3, True, two_hops=0.6))
         lessons.append(self.reading("2 to 5 long passages, two hops", 5, 32, two_hops=0.35, fewest=2, steps=700))
         lessons.append(self.reading("3 to 5 long passages, more two hops", 5, 32, two_hops=0.7, fewest=3, steps=1000))
-        lessons.append(
-            self.reading(
-                "3 to 5 long passages, each question on its own", 5, 32, two_hops=0.7, fewest=3, steps=1200, apart=True
-            )
-        )
+        name = "3 to 5 long passages, each question on its own"
+        lessons.append(self.reading(name, 5, 16, two_hops=0.7, fewest=3, steps=1400, apart=True))
         return lessons
 
     def echoes(self) -> list[Lesson]:
@@ -187,8 +183,8 @@ class Curriculum:
         steps: int | None = None,
         apart: bool = False,
     ) -> Lesson:
-        """A lesson of passages and questions about them: eight that follow each other, or twelve apart."""
-        most, across = (12, None) if apart else (8, 3)
+        """A lesson of passages and questions about them: eight that follow each other, or ten apart."""
+        most, across = (10, None) if apart else (8, 3)
 
         def draw(rng: random.Random) -> Row:
             self.world.random = rng
@@ -352,7 +348,7 @@ def main() -> int:
     """Run the command; returns its exit status."""
 
     def command() -> str:
-        (args,) = HfArgumentParser(BackboneArguments).parse_args_into_dataclasses(look_for_args_file=False)
+        args = parse_options(BackboneArguments)
         tokenizer = build_tokenizer()
         model = build_generator(tokenizer, args)
         tokenizer.save_pretrained(args.output)
