@@ -53,6 +53,7 @@ from transformers.utils import (
     is_bitsandbytes_available,
     logging,
 )
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 try:
     from .compressor_scaledown import COMPRESSORS, FINAL_NORM_NAMES, CompressedDocuments, ScaleDownCompressor
@@ -1360,7 +1361,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             config (`ScaleDownConfig`, *optional*): In place of the saved one.
             load_in_4bit, load_in_8bit (`bool`, defaults to `False`):
                 Quantise the generator with bitsandbytes; the compressor keeps its precision.
-            model_args, kwargs: As in `PreTrainedModel.from_pretrained`.
+            model_args, kwargs:
+                As in `PreTrainedModel.from_pretrained`. A `quantization_config` concerns the generator, too.
 
         Returns:
             `ScaleDownModel` in evaluation mode, the generator frozen.
@@ -1379,6 +1381,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
         quantization = _quantization_config(load_in_4bit, load_in_8bit, kwargs.get("dtype"))
+        if quantization is None:
+            quantization = _spare_compressor(kwargs.get("quantization_config"))
         if quantization is not None:
             kwargs["quantization_config"] = quantization
         is_delta = False
@@ -1480,9 +1484,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 module.support_avx512bf16_for_cpu = False
         # Trainer refuses to train a model that is quantised all through; this one trains compressor and LoRA.
         self.is_quantized, self.generator.is_quantized = False, True
-        settings = copy.deepcopy(source.config.quantization_config)
-        if isinstance(settings, BitsAndBytesConfig):
-            settings.llm_int8_skip_modules = sorted({*(settings.llm_int8_skip_modules or ()), *NEVER_QUANTIZED})
+        settings = _spare_compressor(source.config.quantization_config)
         self.config.quantization_config = settings
 
     # -- saving --------------------------------------------------------------------------------------------------------
@@ -1644,8 +1646,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if weights_format == "full":
             if quantizer is not None and not isinstance(quantizer.quantization_config, BitsAndBytesConfig):
                 raise ValueError(
-                    "The generator comes from a checkpoint that is quantised in a way only it knows; save with "
-                    'weights_format="delta".'
+                    "The generator is quantised in a way that is not saved with a model. If its own repository is, "
+                    'save with weights_format="delta"; if it was quantised while loading, save the model without that.'
                 )
             return
         if not self.config.generator_name_or_path or not self.config.generator_fingerprint:
@@ -1916,6 +1918,15 @@ def _quantization_config(
         bnb_4bit_compute_dtype=torch.float16 if dtype in (torch.float16, "float16") else torch.bfloat16,
         llm_int8_skip_modules=list(NEVER_QUANTIZED),
     )
+
+
+def _spare_compressor(settings: QuantizationConfigMixin | None) -> QuantizationConfigMixin | None:
+    """The same settings of a quantisation, for the generator's linear layers alone."""
+    settings = copy.deepcopy(settings)
+    for name in ("modules_to_not_convert", "llm_int8_skip_modules"):
+        if hasattr(settings, name):
+            setattr(settings, name, sorted({*(getattr(settings, name) or ()), *NEVER_QUANTIZED}))
+    return settings
 
 
 def slots_by_document(chunks: dict[str, torch.Tensor], documents: list[list[str]]) -> list[list[int]]:

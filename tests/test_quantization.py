@@ -121,6 +121,21 @@ def test_from_pretrained(weights_format, lora, bits, generator, tmp_path):
     assert isinstance(model.answer(QUESTIONS[0], DOCUMENTS[0], max_new_tokens=3), str)
 
 
+def test_settings_of_a_users_own_concern_the_generator_alone(bits, generator, tmp_path):
+    built(generator).save_pretrained(tmp_path)
+    settings = BitsAndBytesConfig(**quantized(bits), bnb_4bit_quant_type="fp4", llm_int8_skip_modules=["o_proj"])
+    before = settings.to_dict()
+    model = load_silently(tmp_path, quantization_config=settings)
+    kinds = {
+        name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+    }
+    left_whole = {name for name, kind in kinds.items() if kind == "Linear" and name.startswith("generator.model.")}
+    assert left_whole == {f"generator.model.layers.{layer}.self_attn.o_proj" for layer in range(4)}
+    assert {kind for name, kind in kinds.items() if name.startswith("compressor.")} == {"Linear", "RerankingHead"}
+    assert isinstance(model.answer(QUESTIONS[0], DOCUMENTS[0], max_new_tokens=3), str)
+    assert settings.to_dict() == before
+
+
 def train(model, steps=8):
     """Losses of a few steps on one batch."""
     model.train()
