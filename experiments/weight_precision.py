@@ -1,0 +1,138 @@
+"""Times a generator with its weights in 32 and 16 bits, and quantised, on the text and on the slots of one question.
+
+    pip install torchao
+    python experiments/weight_precision.py --generator qwen2.5-0.5b --threads 2
+
+Weights and token ids are random, shapes are real. Slots are read as embeddings, as many as ten documents of 128 tokens
+become at 16x. Kinds of weights alternate, and gains are medians over rounds of the ratio within a round.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig, set_seed
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scaledown.benchmark_flops import Protocol
+from scaledown.benchmark_shapes import load_shape
+from scaledown.benchmark_speed import draw_inputs, spread
+from scaledown.command_line import parse_options, run_command
+from scaledown.tables import table
+
+WHOLE = "float32"
+
+
+@dataclass
+class PrecisionArguments:
+    """What to time."""
+
+    generator: str = field(default="qwen2.5-0.5b", metadata={"help": "As in benchmark.py."})
+    new_tokens: int = field(default=32, metadata={"help": "Tokens of an answer."})
+    repeats: int = field(default=3, metadata={"help": "Measurements of each figure, after one that warms up."})
+    threads: int | None = field(default=None, metadata={"help": "Threads on a CPU; torch's choice by default."})
+    seed: int = field(default=0, metadata={"help": "Decides weights and ids."})
+    output: str | None = field(default=None, metadata={"help": "Where to write the results as JSON."})
+
+
+def kinds_of_weights() -> dict[str, dict[str, Any]]:
+    """What `from_pretrained` is told, by kind of weights; nothing but linear layers is quantised."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+
+    half = {"dtype": torch.bfloat16}
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    return {
+        WHOLE: {"dtype": torch.float32},
+        "bfloat16": half,
+        "int8 weights, torchao": {**half, "quantization_config": TorchAoConfig(Int8WeightOnlyConfig())},
+        "int8 weights and activations, torchao": {
+            **half,
+            "quantization_config": TorchAoConfig(Int8DynamicActivationInt8WeightConfig()),
+        },
+        "8 bits, bitsandbytes": {**half, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+        "4 bits, bitsandbytes": {**half, "quantization_config": four_bits},
+    }
+
+
+@torch.inference_mode()
+def answer(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds to the first token and of each further one; the prompt is read as embeddings."""
+    started = time.perf_counter()
+    read = model.get_input_embeddings()(ids)  # (1, length, hidden)
+    output = model(inputs_embeds=read, use_cache=True, logits_to_keep=1)
+    first = time.perf_counter()
+    for _ in range(new_tokens - 1):
+        token = output.logits[:, -1:].argmax(dim=-1)
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+    return first - started, (time.perf_counter() - first) / (new_tokens - 1)
+
+
+def measure(args: PrecisionArguments) -> list[dict[str, Any]]:
+    """Time every kind of weights.
+
+    Args:
+        args: What to time.
+
+    Returns:
+        A JSON object for each kind and prompt.
+    """
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    set_seed(args.seed)
+    config = load_shape(args.generator)
+    models = {}
+    with TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        for name, settings in kinds_of_weights().items():
+            models[name] = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
+    inputs = draw_inputs(Protocol(), 1, config.vocab_size, False, config.vocab_size, args.seed)
+    prompts = {"text": inputs.text, "slots": inputs.truncated}
+    runs = {(name, read): [] for read in prompts for name in models}
+    for turn in tqdm(range(args.repeats + 1), desc="Rounds", disable=None):
+        for (name, read), found in runs.items():
+            seconds = answer(models[name], prompts[read], args.new_tokens)
+            if turn:  # the first one warms up
+                found.append(seconds)
+    rows = []
+    for (name, read), found in runs.items():
+        row = {"weights": name, "reads": read, "tokens": prompts[read].shape[1]}
+        for place, figure in enumerate(("first_token", "next_token")):
+            values = [seconds[place] for seconds in found]
+            whole = [seconds[place] for seconds in runs[WHOLE, read]]
+            row[figure] = spread(values)
+            row[f"{figure}_gain"] = median(a / b for a, b in zip(whole, values, strict=True))
+        rows.append(row)
+    return rows
+
+
+def main() -> int:
+    """Run the command; returns its exit status."""
+
+    def command() -> str:
+        args = parse_options(PrecisionArguments)
+        rows = measure(args)
+        if args.output:
+            Path(args.output).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        lines = [("weights", "reads", "first token, s", "gain", "each further one, s", "gain")]
+        for row in rows:
+            cells = [row["weights"], f"{row['reads']}, {row['tokens']} tokens"]
+            for figure in ("first_token", "next_token"):
+                value = row[figure]
+                cells.append(f"{value['median']:.3f} ({value['low']:.3f}–{value['high']:.3f})")
+                cells.append(f"{row[f'{figure}_gain']:.2f}×")
+            lines.append(cells)
+        return table(lines, text_columns=2)
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
