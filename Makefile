@@ -8,7 +8,12 @@ FAST ?= --bf16 true --torch_compile true
 WORLD = $(BIN)/python -m scaledown.world
 LESSON = $(BIN)/python train.py recipes/embedded-lesson.yaml
 
-.PHONY: demo embedded test test-slow lint format clean
+# Behind `make embedded`: joint and two-stage training, both kinds of compressor, and four rates.
+COMPARED = runs/embedded/compared
+N_LAYERS = recipes/embedded-first-lesson.yaml --generator_name_or_path runs/embedded/generator-14
+ENCODER = recipes/embedded-encoder.yaml
+
+.PHONY: demo embedded embedded-comparison test test-slow lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m scaledown.demo
@@ -53,6 +58,32 @@ embedded: $(VENV)/.installed
 		--baselines full_text,no_documents,truncated,random_memory,shuffled_documents \
 		--group_by answer_kind,hops --max_new_tokens 8 --batch_size 25 --update_card true
 	$(BIN)/python -m scaledown.embed --model runs/embedded/model
+
+embedded-comparison: $(VENV)/.installed
+	$(WORLD) --output $(COMPARED)/one --num_train 0 --num_validation 0 --num_test 500 --num_test_documents 1 \
+		--num_documents 1 --two_hops 0 $(SHORT)
+	$(BIN)/python -m scaledown.world_encoder --output runs/embedded/encoder
+	$(BIN)/python train.py $(N_LAYERS) --output_dir $(COMPARED)/joint
+	$(BIN)/python train.py $(N_LAYERS) --two_stage true --cache_dir $(COMPARED)/cache-1 --output_dir $(COMPARED)/two-stage
+	$(BIN)/python experiments/naive_two_stage.py $(N_LAYERS) --two_stage true --cache_dir $(COMPARED)/cache-2 \
+		--output_dir $(COMPARED)/naive
+	$(BIN)/python train.py $(ENCODER) --output_dir $(COMPARED)/encoder-joint
+	$(BIN)/python train.py $(ENCODER) --two_stage true --cache_dir $(COMPARED)/cache-3 \
+		--output_dir $(COMPARED)/encoder-two-stage
+	for name in joint two-stage naive encoder-joint encoder-two-stage; do \
+		$(BIN)/python evaluate.py --model $(COMPARED)/$$name --data $(COMPARED)/one/test.jsonl --max_new_tokens 8 \
+			--baselines full_text,no_documents --batch_size 50 --output_dir $(COMPARED)/results/$$name || exit 1; \
+	done
+	for rate in 4 8 16 32; do \
+		$(BIN)/python train.py recipes/embedded-n-layers.yaml --model_name_or_path runs/embedded/model --max_steps 200 \
+			--compression_rate $$rate --learning_rate 8e-4 --compressor_learning_rate 8e-4 --seed 1 \
+			--output_dir $(COMPARED)/rate-$$rate && \
+		$(BIN)/python evaluate.py --model $(COMPARED)/rate-$$rate --data runs/embedded/world/test.jsonl \
+			--num_documents 5 --limit 500 --max_new_tokens 8 --baselines full_text,no_documents --batch_size 25 \
+			--output_dir $(COMPARED)/results/rate-$$rate || exit 1; \
+	done
+	$(BIN)/python evaluate.py --compare $(COMPARED)/results/rate-4 $(COMPARED)/results/rate-8 \
+		$(COMPARED)/results/rate-16 $(COMPARED)/results/rate-32 --output_dir $(COMPARED)/results/rates
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2

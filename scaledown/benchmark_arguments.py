@@ -7,7 +7,7 @@ from typing import Literal
 
 from .benchmark_flops import Protocol
 from .benchmark_shapes import SHAPES
-from .command_line import parse_options
+from .command_line import parse_options, split_names
 from .devices import DTYPES
 
 MODES = ("flops", "speed", "train", "scaling")
@@ -88,7 +88,7 @@ class BenchmarkArguments:
     @property
     def compressor_names(self) -> list[str]:
         """The compressors asked for, each once."""
-        return list(dict.fromkeys(name.strip() for name in self.compressors.split(",") if name.strip()))
+        return split_names(self.compressors)
 
     @property
     def protocol(self) -> Protocol:

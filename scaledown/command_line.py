@@ -51,3 +51,8 @@ def parse_options(kind: type[Arguments], argv: Sequence[str] | None = None, **de
     argv = list(sys.argv[1:] if argv is None else argv)
     (arguments,) = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
     return arguments
+
+
+def split_names(text: str | None) -> list[str]:
+    """The names in a text that separates them by commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .command_line import parse_options
+from .command_line import parse_options, split_names
 from .devices import DTYPES
 from .formats import FORMATS
 from .systems import BASELINES
@@ -175,7 +175,7 @@ class EvaluationArguments:
     @property
     def baseline_names(self) -> list[str]:
         """The baselines asked for, each once."""
-        return [] if self.baselines == "none" else _names(self.baselines)
+        return [] if self.baselines == "none" else split_names(self.baselines)
 
     @property
     def selection(self) -> dict[str, float]:
@@ -198,12 +198,12 @@ class EvaluationArguments:
     @property
     def group_fields(self) -> list[str]:
         """The fields to group by, each once."""
-        return _names(self.group_by)
+        return split_names(self.group_by)
 
     @property
     def judged_against(self) -> list[str]:
         """The baselines whose answers the judge compares the model's with, each once."""
-        return _names(self.judge_against)
+        return split_names(self.judge_against)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> EvaluationArguments:
@@ -226,7 +226,3 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EvaluationArguments:
         usage="%(prog)s --model MODEL --data DATA [--option value ...]",
         description="Measure a ScaleDown model, and compare it with the same generator on whole documents.",
     )
-
-
-def _names(text: str | None) -> list[str]:
-    return list(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))

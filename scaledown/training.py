@@ -25,7 +25,7 @@ from modeling_scaledown import ScaleDownModel, weights_fingerprint
 from .arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments, parse_arguments
 from .cache import CachedDataset, open_plan
 from .collators import GenerationCollator, JointCollator, PretrainingCollator
-from .command_line import run_command
+from .command_line import run_command, split_names
 from .compression import cache_fingerprint, compress_records
 from .pretraining import load_pretraining_data
 from .records import atomic_writer, load_records
@@ -513,7 +513,7 @@ def _last_whole_checkpoint(folder: Path) -> str | None:
 
 def _target_modules(names: str) -> str | list[str]:
     """peft takes `all-linear` as it is, names as a list; any other string it would read as a regular expression."""
-    return names if names == "all-linear" else [name.strip() for name in names.split(",")]
+    return names if names == "all-linear" else split_names(names)
 
 
 def _is_quantized(model: ScaleDownModel) -> bool:

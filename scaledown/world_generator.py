@@ -154,7 +154,7 @@ class Curriculum:
         lessons.append(self.reading("2 to 5 long passages, two hops", 5, 32, two_hops=0.35, fewest=2, steps=700))
         lessons.append(self.reading("3 to 5 long passages, more two hops", 5, 32, two_hops=0.7, fewest=3, steps=1000))
         name = "3 to 5 long passages, each question on its own"
-        lessons.append(self.reading(name, 5, 16, two_hops=0.7, fewest=3, steps=1400, apart=True))
+        lessons.append(self.reading(name, 5, 16, two_hops=0.7, fewest=3, steps=1400, apart=10))
         return lessons
 
     def echoes(self) -> list[Lesson]:
@@ -181,10 +181,10 @@ class Curriculum:
         fewest: int | None = None,
         target: float = 0.9,
         steps: int | None = None,
-        apart: bool = False,
+        apart: int = 0,
     ) -> Lesson:
-        """A lesson of passages and questions about them: eight that follow each other, or ten apart."""
-        most, across = (10, None) if apart else (8, 3)
+        """A lesson of passages and questions: so many that do not see each other, or eight that follow each other."""
+        most, across = (apart, apart) if apart else (8, 3)
 
         def draw(rng: random.Random) -> Row:
             self.world.random = rng
