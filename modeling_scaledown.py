@@ -42,6 +42,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers import initialization as init
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import (
     CONFIG_NAME,
     PROCESSOR_NAME,
@@ -1362,14 +1363,14 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             load_in_4bit, load_in_8bit (`bool`, defaults to `False`):
                 Quantise the generator with bitsandbytes; the compressor keeps its precision.
             model_args, kwargs:
-                As in `PreTrainedModel.from_pretrained`. A `quantization_config` concerns the generator, too.
+                As in `PreTrainedModel.from_pretrained`. A `quantization_config` is applied to the generator alone.
 
         Returns:
             `ScaleDownModel` in evaluation mode, the generator frozen.
 
         Raises:
-            ValueError: the generator's repository no longer holds the weights a delta was made for, or the checkpoint
-                does not hold the LoRA weights its configuration asks for.
+            ValueError: the generator's repository no longer holds the weights a delta was made for, the checkpoint does
+                not hold the LoRA weights its configuration asks for, or a quantisation cannot leave the compressor out.
             ImportError: quantisation without bitsandbytes, or unmerged LoRA without peft.
         """
         # The processor and the card are read when they are needed, from wherever that is.
@@ -1381,8 +1382,6 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
         quantization = _quantization_config(load_in_4bit, load_in_8bit, kwargs.get("dtype"))
-        if quantization is None:
-            quantization = _spare_compressor(kwargs.get("quantization_config"))
         if quantization is not None:
             kwargs["quantization_config"] = quantization
         is_delta = False
@@ -1390,6 +1389,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             hub = _pinned(pretrained_model_name_or_path, hub)
             kwargs["revision"] = hub["revision"]
             is_delta = cls._is_delta(pretrained_model_name_or_path, config, hub)
+        if not is_delta and kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _spare_compressor(kwargs["quantization_config"])
         if is_delta:
             model, info = cls._from_delta(pretrained_model_name_or_path, model_args, config, hub, kwargs)
         else:
@@ -1484,7 +1485,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 module.support_avx512bf16_for_cpu = False
         # Trainer refuses to train a model that is quantised all through; this one trains compressor and LoRA.
         self.is_quantized, self.generator.is_quantized = False, True
-        settings = _spare_compressor(source.config.quantization_config)
+        settings = copy.deepcopy(source.config.quantization_config)
+        if isinstance(settings, BitsAndBytesConfig):
+            settings = _spare_compressor(settings)
         self.config.quantization_config = settings
 
     # -- saving --------------------------------------------------------------------------------------------------------
@@ -1920,13 +1923,17 @@ def _quantization_config(
     )
 
 
-def _spare_compressor(settings: QuantizationConfigMixin | None) -> QuantizationConfigMixin | None:
+def _spare_compressor(settings: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:
     """The same settings of a quantisation, for the generator's linear layers alone."""
-    settings = copy.deepcopy(settings)
+    settings = AutoQuantizationConfig.from_dict(settings) if isinstance(settings, dict) else copy.deepcopy(settings)
     for name in ("modules_to_not_convert", "llm_int8_skip_modules"):
         if hasattr(settings, name):
             setattr(settings, name, sorted({*(getattr(settings, name) or ()), *NEVER_QUANTIZED}))
-    return settings
+            return settings
+    raise ValueError(
+        f"{type(settings).__name__} cannot leave the compressor out, which has to keep its precision. Quantise with "
+        'BitsAndBytesConfig or TorchAoConfig, or load a model saved with weights_format="delta".'
+    )
 
 
 def slots_by_document(chunks: dict[str, torch.Tensor], documents: list[list[str]]) -> list[list[int]]:

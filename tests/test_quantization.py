@@ -4,7 +4,14 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers import (
+    AqlmConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    FineGrainedFP8Config,
+    Trainer,
+    TrainingArguments,
+)
 
 import modeling_scaledown
 from folders import assert_same_outputs, from_backbones, load_silently, outputs, save_encoder, save_generator
@@ -121,11 +128,26 @@ def test_from_pretrained(weights_format, lora, bits, generator, tmp_path):
     assert isinstance(model.answer(QUESTIONS[0], DOCUMENTS[0], max_new_tokens=3), str)
 
 
-def test_settings_of_a_users_own_concern_the_generator_alone(bits, generator, tmp_path):
+def test_other_quantisations_leave_the_compressor_out_too():
+    settings = FineGrainedFP8Config(modules_to_not_convert=["o_proj"])
+    spared = modeling_scaledown._spare_compressor(settings).modules_to_not_convert
+    assert {"o_proj", "compressor", "lm_head"} < set(spared)
+    assert settings.modules_to_not_convert == ["o_proj"]
+
+
+def test_a_quantisation_that_cannot_leave_the_compressor_out_is_refused(generator, tmp_path):
     built(generator).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="AqlmConfig cannot leave the compressor out"):
+        ScaleDownModel.from_pretrained(tmp_path, quantization_config=AqlmConfig())
+
+
+@pytest.mark.parametrize("weights_format", ["full", "delta"])
+@pytest.mark.parametrize("as_dictionary", [False, True])
+def test_settings_of_a_users_own_concern_the_generator_alone(weights_format, as_dictionary, bits, generator, tmp_path):
+    built(generator).save_pretrained(tmp_path, weights_format=weights_format)
     settings = BitsAndBytesConfig(**quantized(bits), bnb_4bit_quant_type="fp4", llm_int8_skip_modules=["o_proj"])
     before = settings.to_dict()
-    model = load_silently(tmp_path, quantization_config=settings)
+    model = load_silently(tmp_path, quantization_config=before.copy() if as_dictionary else settings)
     kinds = {
         name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
     }
