@@ -35,7 +35,7 @@ from .world_tokenizer import SPECIAL, SYSTEM_PROMPT, build_tokenizer
 
 logger = logging.getLogger(__name__)
 
-LEFT_OUT = 2048  # positions at most; 20 passages reach about as far
+LEFT_OUT = 2048  # positions, less than so many; 20 passages reach about as far
 
 
 class Row(NamedTuple):
@@ -196,10 +196,12 @@ class Curriculum:
             questions += rng.sample(single, min(len(single), most - len(questions)))
             rng.shuffle(questions)
             asked = [(question.text, question.answer) for question in questions]
-            # Positions are left out in half of all rows, so that those of longer prompts are known, too.
-            left_out = rng.randrange(LEFT_OUT) if apart and rng.random() < 0.5 else 0
-            cuts = sorted(rng.randint(0, left_out) for _ in passages)
-            gaps = [cut - before for before, cut in itertools.pairwise([0, *cuts])] if apart else None
+            gaps = None
+            if apart:
+                # Positions are left out in half of all rows, so that those of longer prompts are known, too.
+                left_out = rng.randrange(LEFT_OUT) if rng.random() < 0.5 else 0
+                cuts = sorted(rng.randint(0, left_out) for _ in passages)
+                gaps = [cut - before for before, cut in itertools.pairwise([0, *cuts])]
             return self.prompt([passage.text for passage in passages], asked, gaps)
 
         return Lesson(name, draw, batch_size, target, steps)
