@@ -1,6 +1,6 @@
 """Times a generator with its weights in 32 and 16 bits, and quantised, on the text and on the slots of one question.
 
-    pip install torchao
+    pip install torchao==0.18.0 bitsandbytes==0.50.2
     python experiments/weight_precision.py --generator qwen2.5-0.5b --threads 2
 
 Weights and token ids are random, shapes are real. Slots are read as embeddings, as many as ten documents of 128 tokens

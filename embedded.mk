@@ -1,0 +1,131 @@
+# The embedded model from nothing, and comparisons on its world. Stopped, the same command goes on behind the last step.
+E := runs/embedded
+SHORT := --num_facts 3 --plain true
+# On two cores with bfloat16 and a C++ compiler it saves a third of the generator's time.
+FAST ?= --bf16 true --torch_compile true
+PY := $(BIN)/python
+TRAIN = $(PY) train.py recipes/embedded-$(1).yaml --output_dir $(@D)
+RATE = --learning_rate $(1) --compressor_learning_rate $(1)
+RESULT := all_results.json
+READY := | $(VENV)/.installed
+
+.PHONY: embedded embedded-comparison
+
+embedded: $(E)/model/$(RESULT)
+	$(PY) evaluate.py --model $(E)/model --data $(E)/world/test.jsonl --num_documents 5 \
+		--baselines full_text,no_documents,truncated,random_memory,shuffled_documents \
+		--group_by answer_kind,hops --max_new_tokens 8 --batch_size 25 --update_card true
+	$(PY) -m scaledown.embed --model $(E)/model
+
+# Records. test.jsonl is written last.
+$(E)/lesson-1/test.jsonl: OPTIONS = --num_train 60000 --num_documents 1 --two_hops 0 $(SHORT)
+$(E)/lesson-2/test.jsonl: OPTIONS = --num_train 30000 --num_documents 2 --two_hops 0 $(SHORT)
+$(E)/lesson-3/test.jsonl: OPTIONS = --num_train 28000 --num_documents 1 --two_hops 0
+$(E)/lesson-4/test.jsonl: OPTIONS = --num_train 12000 --num_documents 2 --two_hops 0
+$(E)/lesson-7/test.jsonl: OPTIONS = --num_train 62000 --num_documents 5 --two_hops 0.3 --seed 1
+$(E)/lesson-8/test.jsonl: OPTIONS = --num_train 58000 --num_documents 5 --two_hops 0.4 --seed 2
+$(E)/lesson-%/test.jsonl: $(READY)
+	$(PY) -m scaledown.world --output $(@D) $(OPTIONS)
+
+$(E)/world/test.jsonl: $(READY)
+	$(PY) -m scaledown.world --output $(@D)
+
+# The generator: twelve lessons, then two more.
+$(E)/generator/.done: $(READY)
+	$(PY) -m scaledown.world_generator --output $(@D) --num_lessons 12
+	touch $@
+
+$(E)/generator-13/.done: $(E)/generator/.done
+	test -d $(@D) || cp -R $(E)/generator $(@D)
+	rm -f $@
+	$(PY) -m scaledown.world_generator --output $(@D) --num_lessons 13 $(FAST)
+	touch $@
+
+$(E)/generator-14/.done: $(E)/generator-13/.done
+	test -d $(@D) || cp -R $(E)/generator-13 $(@D)
+	rm -f $@
+	$(PY) -m scaledown.world_generator --output $(@D) $(FAST)
+	touch $@
+
+# ScaleDown on top of it: lessons 1 to 6, and one more behind each of the generator's.
+$(E)/model-1/$(RESULT): $(E)/generator/.done $(E)/lesson-1/test.jsonl
+	$(call TRAIN,first-lesson)
+
+$(E)/model-2/$(RESULT): $(E)/model-1/$(RESULT) $(E)/lesson-2/test.jsonl
+	$(call TRAIN,lesson) --model_name_or_path $(<D) --train_file $(E)/lesson-2/train.jsonl --max_steps 460
+
+$(E)/model-3/$(RESULT): $(E)/model-2/$(RESULT) $(E)/lesson-3/test.jsonl
+	$(call TRAIN,lesson) --model_name_or_path $(<D) --train_file $(E)/lesson-3/train.jsonl --max_steps 420
+
+$(E)/model-4/$(RESULT): $(E)/model-3/$(RESULT) $(E)/lesson-4/test.jsonl
+	$(call TRAIN,lesson) --model_name_or_path $(<D) --train_file $(E)/lesson-4/train.jsonl --max_steps 180
+
+$(E)/model-5/$(RESULT): $(E)/model-4/$(RESULT) $(E)/world/test.jsonl
+	$(call TRAIN,n-layers)
+
+$(E)/model-6/$(RESULT): $(E)/model-5/$(RESULT) $(E)/world/test.jsonl
+	$(call TRAIN,n-layers) --model_name_or_path $(<D) --max_steps 320 --seed 1 $(call RATE,1.2e-3)
+
+$(E)/model-7/$(RESULT): $(E)/model-6/$(RESULT) $(E)/generator-13/.done $(E)/lesson-7/test.jsonl
+	$(PY) -m scaledown.replace_generator --model $(<D) --generator $(E)/generator-13 --output $(<D)-13
+	$(call TRAIN,n-layers) --model_name_or_path $(<D)-13 --train_file $(E)/lesson-7/train.jsonl --max_steps 1800 \
+		$(call RATE,1.2e-3)
+
+$(E)/model/$(RESULT): $(E)/model-7/$(RESULT) $(E)/generator-14/.done $(E)/lesson-8/test.jsonl
+	$(PY) -m scaledown.replace_generator --model $(<D) --generator $(E)/generator-14 --output $(<D)-14
+	$(call TRAIN,n-layers) --model_name_or_path $(<D)-14 --train_file $(E)/lesson-8/train.jsonl --max_steps 1700 \
+		$(call RATE,1.2e-3)
+
+# Comparisons: joint and two-stage training, both kinds of compressor, four rates.
+C := $(E)/compared
+ONE_PASSAGE := joint two-stage two-stage-4 naive encoder-joint encoder-two-stage
+RATES := 4 8 16 32
+N_LAYERS := recipes/embedded-first-lesson.yaml --generator_name_or_path $(E)/generator-14
+ENCODER := recipes/embedded-encoder.yaml
+TWO_STAGE = --two_stage true --cache_dir $(@D)-cache
+
+embedded-comparison: $(ONE_PASSAGE:%=$(C)/results/%/metrics.json) $(RATES:%=$(C)/results/rate-%/metrics.json)
+	rm -rf $(C)/results/rates
+	$(PY) evaluate.py --compare $(RATES:%=$(C)/results/rate-%) --output_dir $(C)/results/rates
+
+$(E)/encoder/.done: $(READY)
+	$(PY) -m scaledown.world_encoder --output $(@D)
+	touch $@
+
+$(C)/one/test.jsonl: $(READY)
+	$(PY) -m scaledown.world --output $(@D) --num_train 0 --num_validation 0 --num_test 500 --num_documents 1 \
+		--num_test_documents 1 --two_hops 0 $(SHORT)
+
+$(C)/joint/$(RESULT) $(C)/two-stage/$(RESULT) $(C)/two-stage-4/$(RESULT) $(C)/naive/$(RESULT): \
+		$(E)/generator-14/.done $(E)/lesson-1/test.jsonl
+$(C)/joint/$(RESULT):
+	$(PY) train.py $(N_LAYERS) --output_dir $(@D)
+$(C)/two-stage/$(RESULT):
+	$(PY) train.py $(N_LAYERS) --output_dir $(@D) $(TWO_STAGE)
+$(C)/two-stage-4/$(RESULT):
+	$(PY) train.py $(N_LAYERS) --output_dir $(@D) $(TWO_STAGE) --compression_rate 4
+$(C)/naive/$(RESULT):
+	$(PY) experiments/naive_two_stage.py $(N_LAYERS) --output_dir $(@D) $(TWO_STAGE)
+
+$(C)/encoder-joint/$(RESULT) $(C)/encoder-two-stage/$(RESULT): \
+		$(E)/encoder/.done $(E)/generator-14/.done $(E)/lesson-1/test.jsonl
+$(C)/encoder-joint/$(RESULT):
+	$(PY) train.py $(ENCODER) --output_dir $(@D)
+$(C)/encoder-two-stage/$(RESULT):
+	$(PY) train.py $(ENCODER) --output_dir $(@D) $(TWO_STAGE)
+
+$(C)/rate-%/$(RESULT): $(E)/model/$(RESULT) $(E)/world/test.jsonl
+	$(call TRAIN,n-layers) --model_name_or_path $(E)/model --max_steps 200 --seed 1 --compression_rate $* \
+		$(call RATE,8e-4)
+
+$(C)/results/rate-%/metrics.json: $(C)/rate-%/$(RESULT)
+	rm -rf $(@D)
+	$(PY) evaluate.py --model $(C)/rate-$* --data $(E)/world/test.jsonl --num_documents 5 --limit 500 \
+		--baselines full_text,no_documents --max_new_tokens 8 --batch_size 25 --output_dir $(@D)
+
+$(C)/results/%/metrics.json: $(C)/%/$(RESULT) $(C)/one/test.jsonl
+	rm -rf $(@D)
+	$(PY) evaluate.py --model $(C)/$* --data $(C)/one/test.jsonl --baselines full_text,no_documents \
+		--max_new_tokens 8 --batch_size 50 --output_dir $(@D)
+
+.SECONDARY:
