@@ -89,7 +89,7 @@ embedded-comparison: $(ONE_PASSAGE:%=$(C)/results/%/metrics.json) $(RATES:%=$(C)
 	$(PY) evaluate.py --compare $(RATES:%=$(C)/results/rate-%) --output_dir $(C)/results/rates
 
 $(E)/encoder/.done: $(READY)
-	$(PY) -m scaledown.world_encoder --output $(@D)
+	$(PY) -m scaledown.world_encoder --output $(@D) --num_lessons 5
 	touch $@
 
 $(C)/one/test.jsonl: $(READY)
