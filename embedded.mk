@@ -78,7 +78,7 @@ $(E)/model/$(RESULT): $(E)/model-7/$(RESULT) $(E)/generator-14/.done $(E)/lesson
 
 # Comparisons: joint and two-stage training, both kinds of compressor, four rates.
 C := $(E)/compared
-ONE_PASSAGE := joint two-stage two-stage-4 naive encoder-joint encoder-two-stage
+ONE_PASSAGE := joint two-stage naive encoder-joint encoder-two-stage
 RATES := 4 8 16 32
 N_LAYERS := recipes/embedded-first-lesson.yaml --generator_name_or_path $(E)/generator-14
 ENCODER := recipes/embedded-encoder.yaml
@@ -96,14 +96,11 @@ $(C)/one/test.jsonl: $(READY)
 	$(PY) -m scaledown.world --output $(@D) --num_train 0 --num_validation 0 --num_test 500 --num_documents 1 \
 		--num_test_documents 1 --two_hops 0 $(SHORT)
 
-$(C)/joint/$(RESULT) $(C)/two-stage/$(RESULT) $(C)/two-stage-4/$(RESULT) $(C)/naive/$(RESULT): \
-		$(E)/generator-14/.done $(E)/lesson-1/test.jsonl
+$(C)/joint/$(RESULT) $(C)/two-stage/$(RESULT) $(C)/naive/$(RESULT): $(E)/generator-14/.done $(E)/lesson-1/test.jsonl
 $(C)/joint/$(RESULT):
 	$(PY) train.py $(N_LAYERS) --output_dir $(@D)
 $(C)/two-stage/$(RESULT):
 	$(PY) train.py $(N_LAYERS) --output_dir $(@D) $(TWO_STAGE)
-$(C)/two-stage-4/$(RESULT):
-	$(PY) train.py $(N_LAYERS) --output_dir $(@D) $(TWO_STAGE) --compression_rate 4
 $(C)/naive/$(RESULT):
 	$(PY) experiments/naive_two_stage.py $(N_LAYERS) --output_dir $(@D) $(TWO_STAGE)
 
