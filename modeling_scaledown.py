@@ -1485,10 +1485,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 module.support_avx512bf16_for_cpu = False
         # Trainer refuses to train a model that is quantised all through; this one trains compressor and LoRA.
         self.is_quantized, self.generator.is_quantized = False, True
-        settings = copy.deepcopy(source.config.quantization_config)
-        if isinstance(settings, BitsAndBytesConfig):
-            settings = _spare_compressor(settings)
-        self.config.quantization_config = settings
+        settings = source.config.quantization_config
+        copied = _spare_compressor if isinstance(settings, BitsAndBytesConfig) else copy.deepcopy
+        self.config.quantization_config = copied(settings)
 
     # -- saving --------------------------------------------------------------------------------------------------------
 

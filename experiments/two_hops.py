@@ -22,7 +22,7 @@ from scaledown.command_line import parse_options, run_command
 from scaledown.evaluation_report import estimate
 from scaledown.tables import table
 from scaledown.world import World
-from scaledown.world_generator import Curriculum, Row, read_causally
+from scaledown.world_generator import Curriculum, collate, read_causally
 from scaledown.world_tokenizer import build_tokenizer
 
 SHORT = {"num_facts": 3, "plain": True}
@@ -71,8 +71,9 @@ def measure(
         asked = world.ask_across(passages, first, second) if hops == 2 else world.ask(passages, first)
         pairs = [(question.text, question.answer) for question in asked]
         row = curriculum.prompt([passage.text for passage in passages], pairs, gaps=[0] * documents)
-        logits, learned = read_causally(model, Row(*(torch.tensor([part]) for part in row)))
-        groups = torch.tensor([group for group, label in zip(row.groups, row.labels, strict=True) if label != -100])
+        batch = collate([row], model.config.pad_token_id)
+        logits, learned = read_causally(model, batch)
+        groups = batch.groups[batch.labels != -100]
         hits = logits.argmax(dim=-1) == learned
         right += [hits[groups == group].all().item() for group in groups.unique()]
         contexts += [number] * len(pairs)

@@ -63,6 +63,13 @@ def whole(ids: list[int], labels: list[int] | None = None, begin: int = 0, group
     return Row(ids, labels or [-100] * len(ids), list(range(begin, begin + len(ids))), [group] * len(ids))
 
 
+def collate(rows: list[Row], padding: int) -> Row:
+    """Rows of any length as a batch; padding stands behind what a causal model reads, and no label looks at it."""
+    length = max(len(row.ids) for row in rows)
+    columns = zip(Row(padding, -100, 0, 0), zip(*rows, strict=True), strict=True)
+    return Row(*(torch.tensor([part + [fill] * (length - len(part)) for part in parts]) for fill, parts in columns))
+
+
 Reading = Callable[[PreTrainedModel, Row], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -120,12 +127,7 @@ class Rows(IterableDataset):
         torch.set_num_threads(1)
         rng = random.Random(f"{self.lesson.name} {self.seed}")
         while True:
-            rows = [self.lesson.draw(rng) for _ in range(self.lesson.batch_size)]
-            length = max(len(row.ids) for row in rows)
-            # Padding stands behind what a causal model reads, and no label looks at it.
-            fill = Row(self.padding, -100, 0, 0)
-            columns = zip(fill, zip(*rows, strict=True), strict=True)
-            yield Row(*(torch.tensor([part + [by] * (length - len(part)) for part in parts]) for by, parts in columns))
+            yield collate([self.lesson.draw(rng) for _ in range(self.lesson.batch_size)], self.padding)
 
 
 class Curriculum:

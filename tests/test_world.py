@@ -9,7 +9,15 @@ import torch
 
 from scaledown.world import RIGHT, SPLITS, World, split_of
 from scaledown.world_encoder import EncoderCurriculum, build_encoder, encoder_tokenizer, read_masked
-from scaledown.world_generator import BackboneArguments, Curriculum, Row, Rows, build_generator, read_causally, teach
+from scaledown.world_generator import (
+    BackboneArguments,
+    Curriculum,
+    Rows,
+    build_generator,
+    collate,
+    read_causally,
+    teach,
+)
 from scaledown.world_text import RELATIONS
 from scaledown.world_tokenizer import build_tokenizer
 
@@ -178,7 +186,7 @@ def test_questions_apart_are_read_as_if_each_were_alone(tokenizer):
     documents = ["Griren Brurard kept a cat.", "Proud Petrel sailed in 1824."]
     asked = [("What pet did Griren Brurard have?", "cat"), ("When did Proud Petrel sail?", "1824")]
     together, *alone = (
-        Row(*(torch.tensor([part]) for part in curriculum.prompt(documents, some, gaps=[3, 40])))
+        collate([curriculum.prompt(documents, some, gaps=[3, 40])], tokenizer.pad_token_id)
         for some in (asked, asked[:1], asked[1:])
     )
     logits, learned = read_causally(model, together)
