@@ -34,7 +34,8 @@ warnings = []
 
 class Warnings(logging.Handler):
     def emit(self, record):
-        warnings.append(record.getMessage())
+        if not record.name.startswith("bitsandbytes"):  # which peft imports, and which says what it lacks itself
+            warnings.append(record.getMessage())
 
 
 for name in ("", "transformers"):
