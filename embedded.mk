@@ -6,6 +6,10 @@ FAST ?= --bf16 true --torch_compile true
 PY := $(BIN)/python
 TRAIN = $(PY) train.py recipes/embedded-$(1).yaml --output_dir $(@D)
 RATE = --learning_rate $(1) --compressor_learning_rate $(1)
+define ON_GENERATOR
+	$(PY) -m scaledown.replace_generator --model $(<D) --generator $(E)/generator-$(1) --output $(<D)-$(1)
+	$(call TRAIN,n-layers) --model_name_or_path $(<D)-$(1) $(call RATE,1.2e-3)
+endef
 RESULT := all_results.json
 READY := | $(VENV)/.installed
 
@@ -24,30 +28,28 @@ $(E)/lesson-3/test.jsonl: OPTIONS = --num_train 28000 --num_documents 1 --two_ho
 $(E)/lesson-4/test.jsonl: OPTIONS = --num_train 12000 --num_documents 2 --two_hops 0
 $(E)/lesson-7/test.jsonl: OPTIONS = --num_train 62000 --num_documents 5 --two_hops 0.3 --seed 1
 $(E)/lesson-8/test.jsonl: OPTIONS = --num_train 58000 --num_documents 5 --two_hops 0.4 --seed 2
+$(E)/lesson-9/test.jsonl: OPTIONS = --num_train 64000 --num_documents 5 --two_hops 0.5 --alike 0.4 --seed 3
 $(E)/lesson-%/test.jsonl: $(READY)
 	$(PY) -m scaledown.world --output $(@D) $(OPTIONS)
 
 $(E)/world/test.jsonl: $(READY)
 	$(PY) -m scaledown.world --output $(@D)
 
-# The generator: twelve lessons, then two more.
+# The generator: twelve lessons, then more of them.
 $(E)/generator/.done: $(READY)
 	$(PY) -m scaledown.world_generator --output $(@D) --num_lessons 12
 	touch $@
 
 $(E)/generator-13/.done: $(E)/generator/.done
-	test -d $(@D) || cp -R $(E)/generator $(@D)
-	rm -f $@
-	$(PY) -m scaledown.world_generator --output $(@D) --num_lessons 13 $(FAST)
-	touch $@
-
 $(E)/generator-14/.done: $(E)/generator-13/.done
-	test -d $(@D) || cp -R $(E)/generator-13 $(@D)
+$(E)/generator-16/.done: $(E)/generator-14/.done
+$(E)/generator-%/.done:
+	test -d $(@D) || cp -R $(<D) $(@D)
 	rm -f $@
-	$(PY) -m scaledown.world_generator --output $(@D) $(FAST)
+	$(PY) -m scaledown.world_generator --output $(@D) --num_lessons $* $(FAST)
 	touch $@
 
-# ScaleDown on top of it: lessons 1 to 6, and one more behind each of the generator's.
+# ScaleDown on top of it: lessons 1 to 6, and three more, each on a generator that learned more.
 $(E)/model-1/$(RESULT): $(E)/generator/.done $(E)/lesson-1/test.jsonl
 	$(call TRAIN,first-lesson)
 
@@ -67,14 +69,13 @@ $(E)/model-6/$(RESULT): $(E)/model-5/$(RESULT) $(E)/world/test.jsonl
 	$(call TRAIN,n-layers) --model_name_or_path $(<D) --max_steps 320 --seed 1 $(call RATE,1.2e-3)
 
 $(E)/model-7/$(RESULT): $(E)/model-6/$(RESULT) $(E)/generator-13/.done $(E)/lesson-7/test.jsonl
-	$(PY) -m scaledown.replace_generator --model $(<D) --generator $(E)/generator-13 --output $(<D)-13
-	$(call TRAIN,n-layers) --model_name_or_path $(<D)-13 --train_file $(E)/lesson-7/train.jsonl --max_steps 1800 \
-		$(call RATE,1.2e-3)
+	$(call ON_GENERATOR,13) --train_file $(E)/lesson-7/train.jsonl --max_steps 1800
 
-$(E)/model/$(RESULT): $(E)/model-7/$(RESULT) $(E)/generator-14/.done $(E)/lesson-8/test.jsonl
-	$(PY) -m scaledown.replace_generator --model $(<D) --generator $(E)/generator-14 --output $(<D)-14
-	$(call TRAIN,n-layers) --model_name_or_path $(<D)-14 --train_file $(E)/lesson-8/train.jsonl --max_steps 1700 \
-		$(call RATE,1.2e-3)
+$(E)/model-8/$(RESULT): $(E)/model-7/$(RESULT) $(E)/generator-14/.done $(E)/lesson-8/test.jsonl
+	$(call ON_GENERATOR,14) --train_file $(E)/lesson-8/train.jsonl --max_steps 1700
+
+$(E)/model/$(RESULT): $(E)/model-8/$(RESULT) $(E)/generator-16/.done $(E)/lesson-9/test.jsonl
+	$(call ON_GENERATOR,16) --train_file $(E)/lesson-9/train.jsonl --max_steps 1700
 
 # Comparisons: joint and two-stage training, both kinds of compressor, four rates.
 C := $(E)/compared

@@ -49,6 +49,9 @@ class WorldArguments:
         default=20, metadata={"help": "Passages per question of test; the first 5 suffice."}
     )
     two_hops: float = field(default=0.25, metadata={"help": "Share of questions that need two passages."})
+    alike: float = field(
+        default=0.0, metadata={"help": "Share of questions whose distractors are all of the kind that is asked about."}
+    )
     num_facts: int = field(default=7, metadata={"help": "Facts a passage tells at most."})
     plain: bool = field(default=False, metadata={"help": "Tell facts and nothing else, as a first lesson has it."})
     seed: int = field(default=0, metadata={"help": "Decides everything."})
@@ -305,12 +308,13 @@ class World:
             value = passages[second].facts[relation.name]
             yield Question(text, value, answer_kind(relation.value), 2, sorted([first, second]))
 
-    def context(self, num_documents: int, hops: int, **telling) -> tuple[list[Passage], int, int]:
+    def context(self, num_documents: int, hops: int, alike: bool = False, **telling) -> tuple[list[Passage], int, int]:
         """Draw passages about different things, in an order of chance.
 
         Args:
             num_documents: How many.
             hops: 2: one of them names another.
+            alike: Distractors are all of the kind that is asked about.
             **telling: `num_facts` and `plain` of `passage`.
 
         Returns:
@@ -332,13 +336,13 @@ class World:
             things.append((link.value, linked, {}))
         names = {name, linked}
         while len(things) < num_documents:
-            place = rng.randrange(hops)
+            place = hops - 1 if alike else rng.randrange(hops)
             near_kind, near, _ = things[place]
             chance = rng.random()
             if chance < 0.6:
                 other_kind, other = near_kind, self.names.like(rng, near_kind, self.split, near)
             else:
-                other_kind = near_kind if chance < 0.75 else rng.choice(list(RELATIONS))
+                other_kind = near_kind if alike or chance < 0.75 else rng.choice(list(RELATIONS))
                 other = self.names.draw(rng, other_kind, self.split)
             if other not in names:
                 names.add(other)
@@ -347,13 +351,14 @@ class World:
         passages = [self.passage(*things[place], taken=names, **telling) for place in order]
         return passages, order.index(0), order.index(hops - 1)
 
-    def record(self, identifier: int, num_documents: int, two_hops: float, **telling) -> dict:
+    def record(self, identifier: int, num_documents: int, two_hops: float, alike: float = 0.0, **telling) -> dict:
         """A record in the project's format, scored by a teacher that knows the right passages.
 
         Args:
             identifier: Number of the record.
             num_documents: Passages.
             two_hops: Chance that the question needs two of them.
+            alike: Chance that distractors are all of the kind that is asked about.
             **telling: `num_facts` and `plain` of `passage`.
 
         Returns:
@@ -361,7 +366,8 @@ class World:
         """
         hops = 1 + (self.random.random() < two_hops)
         near = min(num_documents, 5)
-        passages, first, second = self.context(near, hops, **telling)
+        one_kind = alike > 0 and self.random.random() < alike
+        passages, first, second = self.context(near, hops, one_kind, **telling)
         asked = self.ask_across(passages, first, second) if hops == 2 else self.ask(passages, first)
         question = next(asked)
         told = " ".join(passage.text for passage in passages)
@@ -408,7 +414,9 @@ def main() -> int:
             documents = args.num_test_documents if split == "test" else args.num_documents
             with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
                 for number in range(count):
-                    record = world.record(number, documents, args.two_hops, num_facts=args.num_facts, plain=args.plain)
+                    record = world.record(
+                        number, documents, args.two_hops, args.alike, num_facts=args.num_facts, plain=args.plain
+                    )
                     file.write(json.dumps(record) + "\n")
         return f"{args.num_train} + {args.num_validation} + {args.num_test} questions in {folder}"
 

@@ -157,6 +157,13 @@ class Curriculum:
         lessons.append(self.reading("3 to 5 long passages, more two hops", 5, 32, two_hops=0.7, fewest=3, steps=1000))
         name = "3 to 5 long passages, each question on its own"
         lessons.append(self.reading(name, 5, 16, two_hops=0.7, fewest=3, steps=1400, apart=10))
+        # With distractors of other kinds, a second hop can be guessed without comparing names.
+        name = "3 to 5 passages of 3 facts, two hops among passages of one kind"
+        lessons.append(
+            self.reading(name, 5, 48, 3, True, two_hops=0.8, fewest=3, steps=1500, rate=0.5, apart=6, alike=1.0)
+        )
+        name = "3 to 5 long passages, two hops among passages of one kind"
+        lessons.append(self.reading(name, 5, 16, two_hops=0.7, fewest=3, steps=1400, rate=0.75, apart=10, alike=0.5))
         return lessons
 
     def echoes(self) -> list[Lesson]:
@@ -183,16 +190,37 @@ class Curriculum:
         fewest: int | None = None,
         target: float = 0.9,
         steps: int | None = None,
+        rate: float = 1.0,
         apart: int = 0,
+        alike: float = 0.0,
     ) -> Lesson:
-        """A lesson of passages and questions: so many that do not see each other, or eight that follow each other."""
+        """A lesson of passages and questions.
+
+        Args:
+            name: What is learned.
+            documents: Passages at most.
+            batch_size: Rows per step.
+            num_facts: Facts a passage tells at most.
+            plain: Tell the facts and nothing else.
+            two_hops: Share of contexts asked about across two passages.
+            fewest: Passages at least; as many as at most without it.
+            target: See `Lesson`.
+            steps: See `Lesson`.
+            rate: See `Lesson`.
+            apart: Ask so many questions that do not see each other, in place of eight that follow each other.
+            alike: Share of contexts whose distractors are all of the kind that is asked about.
+
+        Returns:
+            The lesson.
+        """
         most, across = (apart, apart) if apart else (8, 3)
 
         def draw(rng: random.Random) -> Row:
             self.world.random = rng
             hops = 1 + (rng.random() < two_hops)
             count = rng.randint(fewest or documents, documents)
-            passages, first, second = self.world.context(count, hops, num_facts=num_facts, plain=plain)
+            one_kind = alike > 0 and rng.random() < alike
+            passages, first, second = self.world.context(count, hops, one_kind, num_facts=num_facts, plain=plain)
             questions = list(self.world.ask_across(passages, first, second))[:across] if hops == 2 else []
             single = [question for index in range(count) for question in self.world.ask(passages, index)]
             questions += rng.sample(single, min(len(single), most - len(questions)))
@@ -206,7 +234,7 @@ class Curriculum:
                 gaps = [cut - before for before, cut in itertools.pairwise([0, *cuts])]
             return self.prompt([passage.text for passage in passages], asked, gaps)
 
-        return Lesson(name, draw, batch_size, target, steps)
+        return Lesson(name, draw, batch_size, target, steps, rate)
 
     def echo(self, rng: random.Random, lengths: list[int]) -> Row:
         """Segments of random tokens, and the same in another order; all but the first of each is learned."""

@@ -130,6 +130,15 @@ def test_two_hops_need_two_passages():
         World("train").context(1, 2)
 
 
+@pytest.mark.parametrize("hops", [1, 2])
+def test_distractors_of_the_kind_that_is_asked_about(hops):
+    world = World("train")
+    for _ in range(20):
+        passages, first, second = world.context(5, hops, alike=True)
+        kinds = {passage.kind for place, passage in enumerate(passages) if hops == 1 or place != first}
+        assert kinds == {passages[second].kind}
+
+
 def test_unknown_split_is_refused():
     with pytest.raises(ValueError, match="split is 'dev'; it must be one of train, validation, test"):
         World("dev")
@@ -152,7 +161,7 @@ def test_lessons_draw_what_the_embedded_model_learned_from(tokenizer):
         rng = random.Random(0)
         rows = [lesson.draw(rng) for _ in range(3)]  # what a row draws too much shows in the next
         drawn[lesson.name] = zlib.crc32(repr([row.ids for row in rows]).encode())
-    assert list(drawn.values())[-3:] == [3512575570, 1257302108, 816987097]
+    assert list(drawn.values())[-5:] == [3512575570, 1257302108, 816987097, 3117195988, 2155073188]
     assert drawn["2 long passages"] == 3308736936
     assert drawn["echo 16 segments"] == 938129650
 
