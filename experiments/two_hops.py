@@ -26,12 +26,15 @@ from scaledown.world_generator import Curriculum, collate, read_causally
 from scaledown.world_tokenizer import build_tokenizer
 
 SHORT = {"num_facts": 3, "plain": True}
+ONE_KIND = {"alike": True}
 # Passages, how they are told, and hops.
 CONTEXTS = {
     "two hops: 2 short passages": (2, SHORT, 2),
     "4 short": (4, SHORT, 2),
     "2 long": (2, {}, 2),
     "5 long": (5, {}, 2),
+    "4 short of one kind": (4, SHORT | ONE_KIND, 2),
+    "5 long of one kind": (5, ONE_KIND, 2),
     "one hop: 5 long": (5, {}, 1),
 }
 
