@@ -1389,11 +1389,11 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             hub = _pinned(pretrained_model_name_or_path, hub)
             kwargs["revision"] = hub["revision"]
             is_delta = cls._is_delta(pretrained_model_name_or_path, config, hub)
-        if not is_delta and kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = _spare_compressor(kwargs["quantization_config"])
         if is_delta:
             model, info = cls._from_delta(pretrained_model_name_or_path, model_args, config, hub, kwargs)
         else:
+            if kwargs.get("quantization_config") is not None:
+                kwargs["quantization_config"] = _spare_compressor(kwargs["quantization_config"])
             model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
             if pretrained_model_name_or_path is not None and kwargs.get("variant") is None:
                 model._check_lora(pretrained_model_name_or_path, hub)

@@ -1,6 +1,6 @@
 """Asks a generator of the made-up world all questions of a context, of one hop and of two, by kind of context.
 
-    python experiments/two_hops.py --generators runs/embedded/generator runs/embedded/generator-14
+    python experiments/two_hops.py --generators runs/embedded/generator-14 runs/embedded/generator-16
 
 An answer is right if every token is the likeliest behind the right ones before it, which for greedy decoding is exact
 match. Contexts are of the test split; intervals resample contexts.
