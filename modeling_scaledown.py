@@ -15,19 +15,14 @@
 
 import copy
 import difflib
-import hashlib
-import json
-import re
-import shutil
 import tempfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -42,41 +37,61 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers import initialization as init
-from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import (
-    CONFIG_NAME,
     PROCESSOR_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
     ModelOutput,
     cached_file,
     can_return_tuple,
-    is_bitsandbytes_available,
     logging,
 )
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 try:
-    from .compressor_scaledown import COMPRESSORS, FINAL_NORM_NAMES, CompressedDocuments, ScaleDownCompressor
+    from .card_scaledown import CARD_NAME, CARD_TEMPLATE_NAME, HUB_NAME, is_rendered, read_card_fields, write_card
+    from .compressor_scaledown import COMPRESSORS, CompressedDocuments, ScaleDownCompressor
     from .configuration_scaledown import WEIGHTS_FORMATS, ScaleDownConfig
     from .processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor
+    from .reranking_scaledown import document_scores, reranking_loss, select_chunks, slots_by_document
+    from .weights_scaledown import (
+        absolute_name,
+        bitsandbytes_config,
+        check_fingerprint,
+        checkpoint_index,
+        load_complete,
+        load_first_layers,
+        pin_revision,
+        read_tensors,
+        remove_stale_weights,
+        spare_compressor,
+        weight_samples,
+        weights_fingerprint,
+    )
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
-    from compressor_scaledown import COMPRESSORS, FINAL_NORM_NAMES, CompressedDocuments, ScaleDownCompressor
+    from card_scaledown import CARD_NAME, CARD_TEMPLATE_NAME, HUB_NAME, is_rendered, read_card_fields, write_card
+    from compressor_scaledown import COMPRESSORS, CompressedDocuments, ScaleDownCompressor
     from configuration_scaledown import WEIGHTS_FORMATS, ScaleDownConfig
     from processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor
+    from reranking_scaledown import document_scores, reranking_loss, select_chunks, slots_by_document
+    from weights_scaledown import (
+        absolute_name,
+        bitsandbytes_config,
+        check_fingerprint,
+        checkpoint_index,
+        load_complete,
+        load_first_layers,
+        pin_revision,
+        read_tensors,
+        remove_stale_weights,
+        spare_compressor,
+        weight_samples,
+        weights_fingerprint,
+    )
 
 logger = logging.get_logger(__name__)
 
 IS_REMOTE_CODE = (__package__ or "").startswith("transformers_modules")
-CARD_TEMPLATE_NAME = "model_card.md"
-# A README.md without this line was written by somebody and is left alone.
-CARD_MARK = "<!-- rendered from model_card.md -->"
-# What the card was rendered from, for whoever renders it again.
-CARD_FIELDS = re.compile(r"^<!-- card_fields: (\{.*\}) -->$", re.MULTILINE)
-CARD_NAME = "README.md"
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # What is nice to have and not worth an error.
 QUIETLY = {"_raise_exceptions_for_gated_repo": False, "_raise_exceptions_for_connection_errors": False}
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -92,8 +107,6 @@ CHUNKS_PER_PASS_ELSEWHERE = 64
 COMPILING_DEVICES = ("cuda", "xpu")
 # OSCAR, table 7.
 LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": "all-linear"}
-NEVER_QUANTIZED = ("compressor", "lm_head", r".*\.lora_[AB]")
-FINGERPRINT_SAMPLES = 64
 # The forms documents have among the arguments of `forward`: chunks to compress, or what was made of them before.
 CHUNK_INPUTS = ("compressor_input_ids", "compressor_attention_mask", "chunk_slots", "compressor_document_mask")
 COMPRESSED_INPUTS = ("memory_states", "rerank_states", "memory_embeddings", "memory_mask")
@@ -205,59 +218,6 @@ def pass_sizes(lengths: list[int], batch_size: int, large: int) -> list[int]:
             longest = length
         sizes[-1] += 1
     return sizes
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses
-
-
-def document_scores(
-    reranking_scores: torch.Tensor, chunk_to_document: torch.LongTensor, num_documents: int
-) -> torch.Tensor:
-    """
-    Scores documents by their best chunk.
-
-    Args:
-        reranking_scores (`torch.FloatTensor` of shape `(num_chunks,)`): Scores of chunks.
-        chunk_to_document (`torch.LongTensor` of shape `(num_chunks,)`): Document of each chunk.
-        num_documents (`int`): Documents in all.
-
-    Returns:
-        `torch.FloatTensor` of shape `(num_documents,)`, in 32 bits.
-    """
-    lowest = reranking_scores.new_full((num_documents,), -torch.inf, dtype=torch.float32)
-    return lowest.scatter_reduce(0, chunk_to_document, reranking_scores.float(), reduce="amax")
-
-
-def reranking_loss(
-    scores: torch.Tensor,
-    labels: torch.Tensor,
-    document_to_example: torch.LongTensor,
-    num_scored_examples: torch.Tensor | int | None = None,
-) -> torch.Tensor:
-    """
-    Distils a teacher's scores: `Σ_i (r_i − r'_i)²` per question (OSCAR, arXiv 2504.07109), averaged over questions.
-
-    Args:
-        scores (`torch.FloatTensor` of shape `(num_documents,)`): The model's scores.
-        labels (`torch.FloatTensor` of shape `(num_documents,)`): The teacher's; NaN where there is none.
-        document_to_example (`torch.LongTensor` of shape `(num_documents,)`): Question of each document.
-        num_scored_examples (`int`, *optional*):
-            Questions to average over; those of this batch that have scores when left out. A trainer that accumulates
-            gradients passes the number in all micro-batches.
-
-    Returns:
-        `torch.FloatTensor` of shape `()`; 0 when no document has a teacher score.
-    """
-    known = ~labels.isnan()
-    difference = torch.where(known, scores.float() - labels.float().nan_to_num(), 0.0)
-    if num_scored_examples is None:
-        num_scored_examples = document_to_example[known].unique().numel()
-    return difference.square().sum() / max(num_scored_examples, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Model
 
 
 class ScaleDownModel(PreTrainedModel, GenerationMixin):
@@ -1238,24 +1198,24 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
 
         ```
         """
-        generator, compressor = _absolute(generator), _absolute(compressor)
+        generator, compressor = absolute_name(generator), absolute_name(compressor)
         settings = cls._settings_for_backbones(compressor, config, config_kwargs)
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        generator_hub = _pinned(generator, {**hub, "revision": revision})
+        generator_hub = pin_revision(generator, {**hub, "revision": revision})
         compressor_hub = {}
         if compressor is not None:
-            compressor_hub = _pinned(compressor, {**hub, "revision": compressor_revision})
+            compressor_hub = pin_revision(compressor, {**hub, "revision": compressor_revision})
         config = cls._config_of_backbones(settings, generator, compressor, generator_hub, compressor_hub)
 
         loading = {"attn_implementation": attn_implementation} if attn_implementation is not None else {}
         language_model, backbone = None, None
         if with_generator:
-            language_model = _load_complete(
+            language_model = load_complete(
                 AutoModelForCausalLM,
                 generator,
                 config=config.generator_config,
                 device_map=device_map,
-                quantization_config=_quantization_config(load_in_4bit, load_in_8bit, dtype),
+                quantization_config=bitsandbytes_config(load_in_4bit, load_in_8bit, dtype),
                 dtype=dtype,
                 **loading,
                 **generator_hub,
@@ -1263,9 +1223,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         # A checkpoint has one type, and "auto" gives every part of the model the one it will be loaded in.
         loading["dtype"] = language_model.dtype if dtype == "auto" and with_generator else dtype
         if with_backbone and compressor is None:
-            backbone = _load_first_layers(generator, config, loading, hub=generator_hub)
+            backbone = load_first_layers(generator, config, loading, hub=generator_hub)
         elif with_backbone:
-            backbone = _load_complete(
+            backbone = load_complete(
                 AutoModel, compressor, config=config.compressor_config, **loading, **compressor_hub
             )
         model = cls(
@@ -1374,26 +1334,26 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             ImportError: quantisation without bitsandbytes, or unmerged LoRA without peft.
         """
         # The processor and the card are read when they are needed, from wherever that is.
-        pretrained_model_name_or_path = _absolute(pretrained_model_name_or_path)
+        pretrained_model_name_or_path = absolute_name(pretrained_model_name_or_path)
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         given = kwargs if config is None else config.to_dict()
         overrides = {name: given[name] for name in PROCESSOR_FIELDS if name in given}
         kwargs.setdefault("use_safetensors", True)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
-        quantization = _quantization_config(load_in_4bit, load_in_8bit, kwargs.get("dtype"))
+        quantization = bitsandbytes_config(load_in_4bit, load_in_8bit, kwargs.get("dtype"))
         if quantization is not None:
             kwargs["quantization_config"] = quantization
         is_delta = False
         if pretrained_model_name_or_path is not None:
-            hub = _pinned(pretrained_model_name_or_path, hub)
+            hub = pin_revision(pretrained_model_name_or_path, hub)
             kwargs["revision"] = hub["revision"]
             is_delta = cls._is_delta(pretrained_model_name_or_path, config, hub)
         if is_delta:
             model, info = cls._from_delta(pretrained_model_name_or_path, model_args, config, hub, kwargs)
         else:
             if kwargs.get("quantization_config") is not None:
-                kwargs["quantization_config"] = _spare_compressor(kwargs["quantization_config"])
+                kwargs["quantization_config"] = spare_compressor(kwargs["quantization_config"])
             model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
             if pretrained_model_name_or_path is not None and kwargs.get("variant") is None:
                 model._check_lora(pretrained_model_name_or_path, hub)
@@ -1418,7 +1378,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         source = {**shared, "revision": config.generator_revision}
         with_generator = kwargs.pop("with_generator", True)
         if with_generator:
-            _check_fingerprint(name_or_path, config, source)
+            check_fingerprint(name_or_path, config, source)
         generator_kwargs = {
             key: kwargs[key]
             for key in ("dtype", "torch_dtype", "device_map", "max_memory", "attn_implementation")
@@ -1486,7 +1446,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         # Trainer refuses to train a model that is quantised all through; this one trains compressor and LoRA.
         self.is_quantized, self.generator.is_quantized = False, True
         settings = source.config.quantization_config
-        copied = _spare_compressor if isinstance(settings, BitsAndBytesConfig) else copy.deepcopy
+        copied = spare_compressor if isinstance(settings, BitsAndBytesConfig) else copy.deepcopy
         self.config.quantization_config = copied(settings)
 
     # -- saving --------------------------------------------------------------------------------------------------------
@@ -1553,7 +1513,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if not is_main_process:
             return
         if kwargs.get("variant") is None:
-            _remove_stale_weights(Path(save_directory))
+            remove_stale_weights(Path(save_directory))
         if self._has_processor():
             self.processor.save_pretrained(save_directory)
         else:
@@ -1594,9 +1554,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if revision is not None:
             self.card_fields["revision"] = revision
         try:
-            card = Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text(encoding="utf-8")
+            keep_card = not is_rendered(Path(api.hf_hub_download(repo_id, CARD_NAME, revision=revision)))
         except EntryNotFoundError:
-            card = CARD_MARK
+            keep_card = False
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **save_kwargs)
             commit = api.upload_folder(
@@ -1606,7 +1566,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,
-                ignore_patterns=None if CARD_MARK in card else "README.md",
+                ignore_patterns=CARD_NAME if keep_card else None,
                 delete_patterns=["model*.safetensors", SAFE_WEIGHTS_INDEX_NAME],  # of another sharding
             )
         return commit
@@ -1615,12 +1575,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
     def card_fields(self) -> dict:
         """What the card says besides the configuration: those the weights' own card was rendered from, or assigned."""
         if self._card_fields is None:
-            self._card_fields = {}
             readme = self._find_beside_weights(CARD_NAME, **QUIETLY) if self.name_or_path else None
-            text = Path(readme).read_text(encoding="utf-8") if readme is not None else ""
-            found = CARD_FIELDS.search(text) if CARD_MARK in text else None
-            if found is not None:
-                self._card_fields = json.loads(found.group(1))
+            self._card_fields = read_card_fields(readme) if readme is not None else {}
         return self._card_fields
 
     @card_fields.setter
@@ -1674,14 +1630,14 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
     def _remember_generator(self):
         """Keeps a few values of every weight, so that a delta of a generator that was changed is noticed."""
         if self.generator is not None:
-            self._generator_samples = _samples(self.generator)
+            self._generator_samples = weight_samples(self.generator)
 
     def _changed_in_generator(self) -> list[str]:
         # Of weights that are spread over devices, no process has all.
         is_spread = any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in self.generator.parameters())
         if self._generator_samples is None or is_spread:
             return []
-        now, then = _samples(self.generator), self._generator_samples
+        now, then = weight_samples(self.generator), self._generator_samples
         # Between 16 and 32 bits values are rounded; a change that means something is larger.
         return sorted(
             name
@@ -1696,20 +1652,14 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         """Renders model_card.md to README.md, beside a copy of the template."""
         template = Path(__file__).with_name(CARD_TEMPLATE_NAME)
         if not template.is_file():
-            found = None
-            if self.name_or_path:
-                found = self._find_beside_weights(CARD_TEMPLATE_NAME, **QUIETLY)
+            found = self._find_beside_weights(CARD_TEMPLATE_NAME, **QUIETLY) if self.name_or_path else None
             if found is None:
                 logger.warning(f"No {CARD_TEMPLATE_NAME} found beside the code or the weights; no card is written.")
                 return
             template = Path(found)
-        readme = folder / CARD_NAME
-        if readme.is_file() and CARD_MARK not in readme.read_text(encoding="utf-8"):
-            logger.warning(f"{readme} was not rendered from {CARD_TEMPLATE_NAME}; it is left as it is.")
-            return
         generator = self.config.generator_name_or_path
         on_hub = generator is not None and HUB_NAME.fullmatch(generator) is not None and not Path(generator).exists()
-        fields = {
+        facts = {
             "config": self.config,
             # A path of this machine is of no use to a reader, and nobody's business.
             "generator_name": (generator if on_hub else Path(generator).name) if generator else None,
@@ -1717,174 +1667,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             "num_parameters": self.num_parameters(),
             "num_compressor_parameters": sum(p.numel() for p in self.compressor.parameters()),
             "weights_format": weights_format,
-            **self.card_fields,
         }
-        results = [EvalResult(**result) for result in fields.get("eval_results", ())]
-        data = ModelCardData(
-            library_name="transformers",
-            license=fields.get("license"),
-            language=fields.get("language"),
-            pipeline_tag="question-answering",
-            base_model=fields.get("base_model", generator if on_hub else None),
-            datasets=fields.get("datasets"),
-            tags=["scaledown", "rag", "context-compression", "reranking"],
-            model_name=fields.get("repo_id", folder.resolve().name).split("/")[-1] if results else None,
-            eval_results=results or None,
-        )
-        card = ModelCard.from_template(data, template_path=str(template), **fields)
-        card.save(readme)
-        kept = {name: value for name, value in self.card_fields.items() if name not in ("repo_id", "revision")}
-        if kept:
-            text = json.dumps(kept, default=str).replace("--", r"\u002d\u002d")  # which would end the comment
-            with open(readme, "a", encoding="utf-8") as stream:
-                stream.write(f"\n<!-- card_fields: {text} -->\n")
-        if template.resolve() != (folder / CARD_TEMPLATE_NAME).resolve():
-            shutil.copyfile(template, folder / CARD_TEMPLATE_NAME)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights of backbones
-
-
-def _absolute(name_or_path: str | None) -> str | None:
-    """A folder by its whole path, which stays right when the working directory changes; a name as it is."""
-    if name_or_path is None or not Path(name_or_path).is_dir():
-        return None if name_or_path is None else str(name_or_path)
-    return str(Path(name_or_path).resolve())
-
-
-def _pinned(name_or_path: str, hub: dict) -> dict:
-    """The arguments with the revision made the commit it stands for now, so that all that is read goes together."""
-    hub = {"revision": None, **hub}
-    file = cached_file(name_or_path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
-    commit = re.search(r"/snapshots/([0-9a-f]{40})/", Path(file).as_posix()) if file is not None else None
-    return {**hub, "revision": commit.group(1)} if commit else hub
-
-
-def weights_fingerprint(name_or_path: str, **hub) -> str:
-    """
-    Identifies a checkpoint by names, shapes, types and samples of all its tensors, whatever way they are sharded.
-
-    Args:
-        name_or_path (`str`): Hub name or folder.
-        hub: `revision`, `token`, `cache_dir`, `local_files_only`.
-
-    Returns:
-        `str`: A SHA-256 in hexadecimal.
-
-    Raises:
-        ValueError: there are no safetensors weights.
-    """
-    weight_map = checkpoint_index(name_or_path, **hub)
-    digest = hashlib.sha256()
-    shard, opened = None, None
-    entries = {}
-    for name, file in sorted(weight_map.items(), key=lambda item: (item[1], item[0])):
-        if file != shard:
-            shard, opened = file, safe_open(cached_file(name_or_path, file, **hub), framework="pt")
-        tensor = opened.get_tensor(name)
-        step = max(1, tensor.numel() // FINGERPRINT_SAMPLES)
-        sample = tensor.reshape(-1)[::step].contiguous().view(torch.uint8)
-        entries[name] = f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode() + sample.numpy().tobytes()
-    for name in sorted(entries):
-        digest.update(entries[name])
-    return digest.hexdigest()
-
-
-def _samples(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Shape and some values of each weight but those of LoRA, and those that are quantised."""
-    samples = {}
-    for name, parameter in model.named_parameters():
-        if "lora_" in name or not parameter.is_floating_point():
-            continue
-        values = parameter.detach().reshape(-1)
-        values = values[:: max(1, values.numel() // FINGERPRINT_SAMPLES)].float().cpu()
-        samples[name.replace(".base_layer.", ".")] = torch.cat([values, torch.tensor(parameter.shape).float()])
-    return samples
-
-
-def checkpoint_index(name_or_path: str, **hub) -> dict[str, str]:
-    """File of each tensor of a safetensors checkpoint, sharded or not; where both are, transformers reads one file."""
-    single = cached_file(name_or_path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **hub)
-    if single is not None:
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
-    index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
-    if index is None:
-        raise ValueError(
-            f"{name_or_path!r} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}. ScaleDown reads "
-            "safetensors only; convert the checkpoint, or choose a revision that has it."
-        )
-    return json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-
-
-def _remove_stale_weights(folder: Path):
-    """Takes away what an earlier save into the same folder left, sharded otherwise: it would be loaded instead."""
-    is_sharded = any(folder.glob("model-*-of-*.safetensors"))
-    (folder / (SAFE_WEIGHTS_NAME if is_sharded else SAFE_WEIGHTS_INDEX_NAME)).unlink(missing_ok=True)
-
-
-def read_tensors(name_or_path: str, weight_map: dict[str, str], hub: dict) -> dict[str, torch.Tensor]:
-    """The tensors named, from the shards that hold them and no others."""
-    tensors = {}
-    for shard in sorted(set(weight_map.values())):
-        with safe_open(cached_file(name_or_path, shard, **hub), framework="pt") as file:
-            tensors.update({name: file.get_tensor(name) for name, where in weight_map.items() if where == shard})
-    return tensors
-
-
-def _check_complete(name_or_path: str, info: dict):
-    """Weights a checkpoint lacks would be random; transformers only warns."""
-    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))  # never read
-    if missing:
-        raise ValueError(
-            f"{name_or_path!r} lacks {len(missing)} weights of the model its config.json describes ({missing[0]}, …). "
-            "Name a checkpoint that holds this model alone and whole."
-        )
-
-
-def _check_fingerprint(name_or_path: str, config: PreTrainedConfig, source: dict):
-    """A delta goes with the generator it was made for, and no other."""
-    generator = config.generator_name_or_path
-    found = weights_fingerprint(generator, **source)
-    if found != config.generator_fingerprint:
-        raise ValueError(
-            f"{name_or_path} is a delta on top of {generator!r} (revision {config.generator_revision}), but the "
-            f"weights found there are others (fingerprint {found[:12]}…, expected "
-            f"{str(config.generator_fingerprint)[:12]}…). Restore that generator, or ask for the model saved with "
-            'weights_format="full".'
-        )
-
-
-def _load_complete(auto_class: type, name_or_path: str, **kwargs) -> PreTrainedModel:
-    """A pretrained model of which no weight is missing."""
-    model, info = auto_class.from_pretrained(name_or_path, use_safetensors=True, output_loading_info=True, **kwargs)
-    _check_complete(name_or_path, info)
-    return model
-
-
-def _load_first_layers(name_or_path: str, config: PreTrainedConfig, loading: dict, hub: dict) -> PreTrainedModel:
-    """The generator's first layers as a model of their own, from the shards that hold them."""
-    layer = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
-    final_norm = re.compile(rf"(?:^|\.)(?:{'|'.join(FINAL_NORM_NAMES)})\.(?:weight|bias)$")
-    wanted, cut_off = {}, {}
-    for name, shard in checkpoint_index(name_or_path, **hub).items():
-        match = layer.search(name)
-        if name.startswith("lm_head."):
-            continue
-        if match is None and final_norm.search(name):
-            # Lies in the last shard, and the compressor takes it off: not worth reading.
-            cut_off[name] = torch.ones(config.compressor_config.hidden_size)
-        elif match is None or int(match.group(1)) < config.num_compressor_layers:
-            wanted[name] = shard
-    tensors = {**read_tensors(name_or_path, wanted, hub), **cut_off}
-    # AutoModel itself wants a name; the class it stands for takes tensors.
-    backbone_class = AutoModel._model_mapping[type(config.compressor_config)]
-    backbone, info = backbone_class.from_pretrained(
-        None, config=config.compressor_config, state_dict=tensors, output_loading_info=True, **loading
-    )
-    _check_complete(name_or_path, info)
-    return backbone
+        write_card(folder, template, facts, self.card_fields)
 
 
 def _greedy(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
@@ -1898,108 +1682,6 @@ def _greedy(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerB
         pad_id = tokenizer.pad_token_id
         greedy.pad_token_id = tokenizer.eos_token_id if pad_id is None else pad_id
     return greedy
-
-
-def _quantization_config(
-    load_in_4bit: bool, load_in_8bit: bool, dtype: torch.dtype | str | None
-) -> BitsAndBytesConfig | None:
-    """Settings that quantise the generator's linear layers and nothing of the compressor."""
-    if not load_in_4bit and not load_in_8bit:
-        return None
-    if load_in_4bit and load_in_8bit:
-        raise ValueError("load_in_4bit and load_in_8bit exclude each other; choose one.")
-    if not is_bitsandbytes_available():
-        raise ImportError(
-            f"load_in_{4 if load_in_4bit else 8}bit needs bitsandbytes: pip install bitsandbytes, or load in 16 bits "
-            "with dtype=torch.bfloat16."
-        )
-    return BitsAndBytesConfig(
-        load_in_4bit=load_in_4bit,
-        load_in_8bit=load_in_8bit,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.float16 if dtype in (torch.float16, "float16") else torch.bfloat16,
-        llm_int8_skip_modules=list(NEVER_QUANTIZED),
-    )
-
-
-def _spare_compressor(settings: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:
-    """The same settings of a quantisation, for the generator's linear layers alone."""
-    settings = AutoQuantizationConfig.from_dict(settings) if isinstance(settings, dict) else copy.deepcopy(settings)
-    for name in ("modules_to_not_convert", "llm_int8_skip_modules"):
-        if hasattr(settings, name):
-            setattr(settings, name, sorted({*(getattr(settings, name) or ()), *NEVER_QUANTIZED}))
-            return settings
-    raise ValueError(
-        f"{type(settings).__name__} cannot leave the compressor out, which has to keep its precision. Quantise with "
-        'BitsAndBytesConfig or TorchAoConfig, or load a model saved with weights_format="delta".'
-    )
-
-
-def slots_by_document(chunks: dict[str, torch.Tensor], documents: list[list[str]]) -> list[list[int]]:
-    """
-    Counts the slots of every question's documents, over all their chunks.
-
-    Args:
-        chunks (`dict[str, torch.Tensor]`): What the processor's `encode_documents` returned; empty without documents.
-        documents (`list[list[str]]`): The documents it was given.
-
-    Returns:
-        `list[list[int]]`: One number per document.
-    """
-    if not chunks:
-        return [[] for _ in documents]
-    slots = torch.zeros_like(chunks["document_to_example"])
-    slots.index_add_(0, chunks["chunk_to_document"], chunks["chunk_slots"])
-    return [row.tolist() for row in slots.split([len(listed) for listed in documents])]
-
-
-def select_documents(
-    scores: list[float],
-    slots: list[int],
-    min_reranking_score: float | None = None,
-    max_documents: int | None = None,
-    max_slots: int | None = None,
-) -> list[bool]:
-    """
-    Decides which of a question's documents the generator reads.
-
-    Args:
-        scores (`list[float]`): Reranking score of each document.
-        slots (`list[int]`): Slots of each document.
-        min_reranking_score, max_documents, max_slots: As in `ScaleDownModel.answer`.
-
-    Returns:
-        `list[bool]`: True for those that stay.
-    """
-    kept, room = set(), float("inf") if max_slots is None else max_slots
-    for i in sorted(range(len(scores)), key=lambda i: -scores[i]):
-        enough = min_reranking_score is None or scores[i] >= min_reranking_score
-        if enough and slots[i] <= room and len(kept) != max_documents:
-            kept.add(i)
-            room -= slots[i]
-    return [i in kept for i in range(len(scores))]
-
-
-def select_chunks(
-    scores: list[list[float]], slots: list[list[int]], chunks: dict[str, torch.Tensor], *limits, **named_limits
-) -> tuple[list[list[int]], torch.BoolTensor | None]:
-    """
-    Selects documents for every question of a batch.
-
-    Args:
-        scores (`list[list[float]]`): Reranking scores of each question's documents.
-        slots (`list[list[int]]`): Their slots.
-        chunks (`dict[str, torch.Tensor]`): What the processor's `encode_documents` returned; empty without documents.
-        limits, named_limits: As in `select_documents`.
-
-    Returns:
-        `tuple`: slots of the documents that stay, and which chunks `(num_chunks,)` are theirs; `None` without chunks.
-    """
-    kept = [select_documents(*rows, *limits, **named_limits) for rows in zip(scores, slots, strict=True)]
-    left = [[n for n, stays in zip(*rows, strict=True) if stays] for rows in zip(slots, kept, strict=True)]
-    if not chunks:
-        return left, None
-    return left, torch.tensor([flag for row in kept for flag in row])[chunks["chunk_to_document"]]
 
 
 def _check_batch_size(batch_size: int):

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from card_scaledown import CARD_NAME, HUB_NAME, is_rendered
 from configuration_scaledown import ScaleDownConfig
-from modeling_scaledown import CARD_MARK, CARD_NAME, HUB_NAME, ScaleDownModel
+from modeling_scaledown import ScaleDownModel
 
 from .evaluation_report import TITLES, estimate, measured
 from .evaluation_results import ANSWER_MODULES
@@ -19,7 +20,7 @@ TASKS = {"answers": "question-answering", "ranking": "text-ranking"}
 def check_card(folder: str | Path) -> None:
     """Raise a ValueError unless the card of a folder may be rendered again, or is yet to be."""
     readme = Path(folder) / CARD_NAME
-    if readme.is_file() and CARD_MARK not in readme.read_text(encoding="utf-8"):
+    if readme.is_file() and not is_rendered(readme):
         raise ValueError(
             f"{readme} was not rendered by this project, so update_card leaves it alone; move it away, or leave the "
             "option out."

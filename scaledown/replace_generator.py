@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_scaledown import ScaleDownModel, weights_fingerprint
+from modeling_scaledown import ScaleDownModel
+from weights_scaledown import weights_fingerprint
 
 from .command_line import parse_options, run_command
 from .devices import load_model
+from .extract_generator import generator_weights
 
 
 @dataclass
@@ -39,14 +41,8 @@ def replace_generator(model: ScaleDownModel, generator: str) -> None:
     Raises:
         ValueError: The model has no LoRA that could stay, or the generator another shape or vocabulary.
     """
-    if model.config.lora_config is None:
-        raise ValueError("the model has no LoRA apart from its generator: it was merged; train with merge_lora=false.")
+    own = generator_weights(model)
     weights = AutoModelForCausalLM.from_pretrained(generator, dtype=model.dtype).state_dict()
-    own = {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in model.generator.state_dict().items()
-        if ".lora_" not in name
-    }
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
     others = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     differing = sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))

@@ -21,14 +21,9 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from modeling_scaledown import (
-    CHUNK_INPUTS,
-    ScaleDownModel,
-    document_scores,
-    select_chunks,
-    slots_by_document,
-)
+from modeling_scaledown import CHUNK_INPUTS, ScaleDownModel
 from processing_scaledown import ScaleDownProcessor, _encode_as_text, _encode_continuations, _pad
+from reranking_scaledown import document_scores, select_chunks, slots_by_document
 
 from .devices import wait_for
 from .document_choice import stable_hash

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from modeling_scaledown import checkpoint_index, read_tensors
+from weights_scaledown import checkpoint_index, read_tensors
 
 from .arguments import ScaleDownTrainingArguments
 from .cache import CachedDataset

@@ -20,7 +20,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from modeling_scaledown import ScaleDownModel, weights_fingerprint
+from modeling_scaledown import ScaleDownModel
+from weights_scaledown import weights_fingerprint
 
 from .arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments, parse_arguments
 from .cache import CachedDataset, open_plan

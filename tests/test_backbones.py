@@ -25,9 +25,9 @@ from folders import (
     save_generator,
     silence,
 )
-from modeling_scaledown import weights_fingerprint
 from scaledown import ScaleDownConfig, ScaleDownModel
 from tiny import ANSWERS, DOCUMENTS, ENCODERS, GENERATORS, QUESTIONS, SHAPE, build_model, build_tokenizer
+from weights_scaledown import weights_fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("n_layers", "modernbert", "llm")
@@ -429,7 +429,7 @@ import json, resource, sys, threading, time
 
 sys.path[:0] = [sys.argv[1]]
 import safetensors, torch
-import modeling_scaledown
+import modeling_scaledown, weights_scaledown
 from scaledown import ScaleDownModel
 
 
@@ -439,7 +439,7 @@ def anonymous():
 
 
 opened, now = [], [None]
-safe_open = modeling_scaledown.safe_open
+safe_open = weights_scaledown.safe_open
 
 
 def counted(path, *args, **kwargs):
@@ -447,8 +447,8 @@ def counted(path, *args, **kwargs):
     return safe_open(path, *args, **kwargs)
 
 
-modeling_scaledown.safe_open = counted
-first_layers = modeling_scaledown._load_first_layers
+weights_scaledown.safe_open = counted
+first_layers = modeling_scaledown.load_first_layers
 
 
 def phase(*args, **kwargs):
@@ -459,7 +459,7 @@ def phase(*args, **kwargs):
         now[0] = None
 
 
-modeling_scaledown._load_first_layers = phase
+modeling_scaledown.load_first_layers = phase
 
 start, peak, done = anonymous(), [0], threading.Event()
 

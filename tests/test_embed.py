@@ -14,10 +14,13 @@ from scaledown.world import World
 from tiny import build_model
 
 CODE = (
+    "card_scaledown.py",
     "compressor_scaledown.py",
     "configuration_scaledown.py",
     "modeling_scaledown.py",
     "processing_scaledown.py",
+    "reranking_scaledown.py",
+    "weights_scaledown.py",
 )
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
-from modeling_scaledown import document_scores
+from reranking_scaledown import document_scores
 from tiny import DOCUMENTS, GENERATORS, LEARNED_POSITIONS, QUESTIONS, build_model, only
 
 PROMPT = ("input_ids", "attention_mask", "slot_mask")

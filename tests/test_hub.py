@@ -17,10 +17,13 @@ from hub_standin import HubStandIn
 from tiny import DOCUMENTS, QUESTIONS
 
 CODE = {
+    "card_scaledown.py",
     "compressor_scaledown.py",
     "configuration_scaledown.py",
     "modeling_scaledown.py",
     "processing_scaledown.py",
+    "reranking_scaledown.py",
+    "weights_scaledown.py",
 }
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 PUSHED = (
@@ -120,7 +123,7 @@ def pushed(hub, tmp_path_factory):
     folder = tmp_path_factory.mktemp("publisher")
     script = f"""
     sys.path[:0] = [{str(ROOT)!r}]
-    from modeling_scaledown import _load_first_layers
+    from weights_scaledown import load_first_layers
     from scaledown import ScaleDownConfig, ScaleDownModel
     from transformers import AutoConfig
 
@@ -130,7 +133,7 @@ def pushed(hub, tmp_path_factory):
         **{{**SETTINGS, "num_compressor_layers": 1}},
     )
     mark("first-layers")
-    _load_first_layers("them/generator", config, {{}}, {{"revision": pinned, "cache_dir": out + "/cache"}})
+    load_first_layers("them/generator", config, {{}}, {{"revision": pinned, "cache_dir": out + "/cache"}})
     mark("from-backbones")
     model = ScaleDownModel.from_backbones("them/generator", revision=pinned, **SETTINGS)
     answers = run(model, out + "/expected.safetensors")

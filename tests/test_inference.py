@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from modeling_scaledown import CompressionCache, pass_sizes, select_documents
+from modeling_scaledown import CompressionCache, pass_sizes
+from reranking_scaledown import select_documents
 from tiny import DOCUMENTS, QUESTIONS, build_model, randomize_lora
 
 KEYS = ("memory_embeddings", "memory_mask", "reranking_scores")

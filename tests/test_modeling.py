@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-from modeling_scaledown import document_scores, reranking_loss
+from reranking_scaledown import document_scores, reranking_loss
 from scaledown import ScaleDownConfig, ScaleDownModel, ScaleDownProcessor
 from tiny import (
     ANSWERS,

@@ -18,10 +18,13 @@ from folders import ISOLATION_CHECK, ROOT, from_backbones, outputs, save_backbon
 from tiny import DOCUMENTS, QUESTIONS, build_model, randomize_lora
 
 CODE = (
+    "card_scaledown.py",
     "compressor_scaledown.py",
     "configuration_scaledown.py",
     "modeling_scaledown.py",
     "processing_scaledown.py",
+    "reranking_scaledown.py",
+    "weights_scaledown.py",
 )
 
 # Goes before every script below.

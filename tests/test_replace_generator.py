@@ -1,11 +1,12 @@
-"""A further trained generator under a model: the model's own parts stay, the generator is the new one."""
+"""A generator under a model is replaced, and taken out again: nothing else of the model goes with it."""
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from folders import SETTINGS, save_generator
 from scaledown import ScaleDownModel
+from scaledown.extract_generator import extract_generator
 from scaledown.replace_generator import replace_generator
 from tiny import DOCUMENTS, QUESTIONS, randomize_lora
 
@@ -53,3 +54,19 @@ def test_what_does_not_fit_is_refused(model, tmp_path):
     model.merge_lora()
     with pytest.raises(ValueError, match="it was merged; train with merge_lora=false"):
         replace_generator(model, str(tmp_path / "generator"))
+
+
+def test_the_generator_is_taken_out_as_it_was_before_lora(model, tmp_path):
+    extract_generator(model, tmp_path / "extracted")
+    generator = AutoModelForCausalLM.from_pretrained(tmp_path / "generator")
+    extracted = AutoModelForCausalLM.from_pretrained(tmp_path / "extracted")
+    assert extracted.state_dict().keys() == generator.state_dict().keys()
+    for name, tensor in extracted.state_dict().items():
+        torch.testing.assert_close(tensor, generator.state_dict()[name], msg=name, rtol=0, atol=0)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "extracted")
+    assert tokenizer.get_vocab() == model.processor.tokenizer.get_vocab()
+    rebuilt = ScaleDownModel.from_backbones(str(tmp_path / "extracted"), **SETTINGS)
+    assert isinstance(rebuilt.answer(QUESTIONS[0], DOCUMENTS[0], max_new_tokens=3), str)
+    model.merge_lora()
+    with pytest.raises(ValueError, match="it was merged; train with merge_lora=false"):
+        extract_generator(model, tmp_path / "merged")

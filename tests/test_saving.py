@@ -28,10 +28,13 @@ from tiny import ANSWERS, DOCUMENTS, ENCODERS, GENERATORS, QUESTIONS, build_mode
 
 KINDS = ("n_layers", "modernbert", "llm")
 CODE = {
+    "card_scaledown.py",
     "compressor_scaledown.py",
     "configuration_scaledown.py",
     "modeling_scaledown.py",
     "processing_scaledown.py",
+    "reranking_scaledown.py",
+    "weights_scaledown.py",
 }
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 SAVED = (

@@ -1,0 +1,89 @@
+# Copyright 2026 The ScaleDown authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The card of a saved model: model_card.md rendered to README.md, with what the run knows."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+CARD_TEMPLATE_NAME = "model_card.md"
+CARD_NAME = "README.md"
+# A README.md without this line was written by somebody and is left alone.
+CARD_MARK = "<!-- rendered from model_card.md -->"
+# What the card was rendered from, for whoever renders it again.
+CARD_FIELDS = re.compile(r"^<!-- card_fields: (\{.*\}) -->$", re.MULTILINE)
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def is_rendered(readme: str | Path) -> bool:
+    """Whether a README.md was rendered from the template; others were written by somebody."""
+    return CARD_MARK in Path(readme).read_text(encoding="utf-8")
+
+
+def read_card_fields(readme: str | Path) -> dict:
+    """
+    Reads what a card was rendered from, besides the model itself.
+
+    Args:
+        readme (`str` or `Path`): A README.md.
+
+    Returns:
+        `dict`: The fields; empty where it was not rendered from the template.
+    """
+    found = CARD_FIELDS.search(Path(readme).read_text(encoding="utf-8")) if is_rendered(readme) else None
+    return json.loads(found.group(1)) if found is not None else {}
+
+
+def write_card(folder: Path, template: Path, facts: dict, card_fields: dict):
+    """
+    Renders the card of a saved model, beside a copy of its template; a README.md somebody wrote is left as it is.
+
+    Args:
+        folder (`Path`): Where the model is saved.
+        template (`Path`): The card with Jinja fields.
+        facts (`dict`): What the model knows of itself.
+        card_fields (`dict`): What training and evaluation add, such as `eval_results`; kept in the card.
+    """
+    readme = folder / CARD_NAME
+    if readme.is_file() and not is_rendered(readme):
+        logger.warning(f"{readme} was not rendered from {CARD_TEMPLATE_NAME}; it is left as it is.")
+        return
+    fields = {**facts, **card_fields}
+    results = [EvalResult(**result) for result in fields.get("eval_results", ())]
+    data = ModelCardData(
+        library_name="transformers",
+        license=fields.get("license"),
+        language=fields.get("language"),
+        pipeline_tag="question-answering",
+        base_model=fields.get("base_model", fields["generator_name"] if fields["generator_on_hub"] else None),
+        datasets=fields.get("datasets"),
+        tags=["scaledown", "rag", "context-compression", "reranking"],
+        model_name=fields.get("repo_id", folder.resolve().name).split("/")[-1] if results else None,
+        eval_results=results or None,
+    )
+    card = ModelCard.from_template(data, template_path=str(template), **fields)
+    card.save(readme)
+    kept = {name: value for name, value in card_fields.items() if name not in ("repo_id", "revision")}
+    if kept:
+        text = json.dumps(kept, default=str).replace("--", r"\u002d\u002d")  # which would end the comment
+        with open(readme, "a", encoding="utf-8") as stream:
+            stream.write(f"\n<!-- card_fields: {text} -->\n")
+    if template.resolve() != (folder / CARD_TEMPLATE_NAME).resolve():
+        shutil.copyfile(template, folder / CARD_TEMPLATE_NAME)

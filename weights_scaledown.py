@@ -1,0 +1,320 @@
+# Copyright 2026 The ScaleDown authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Weights of the backbones: where they lie, whether they are the right ones, and how they are read and quantised."""
+
+import copy
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModel, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import AutoQuantizationConfig
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    is_bitsandbytes_available,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+try:
+    from .compressor_scaledown import FINAL_NORM_NAMES
+except ImportError:
+    if __package__:  # loaded as remote code: the failure is real
+        raise
+    from compressor_scaledown import FINAL_NORM_NAMES
+
+NEVER_QUANTIZED = ("compressor", "lm_head", r".*\.lora_[AB]")
+FINGERPRINT_SAMPLES = 64
+
+
+def absolute_name(name_or_path: str | None) -> str | None:
+    """A folder by its whole path, which stays right when the working directory changes; a name as it is."""
+    if name_or_path is None or not Path(name_or_path).is_dir():
+        return None if name_or_path is None else str(name_or_path)
+    return str(Path(name_or_path).resolve())
+
+
+def pin_revision(name_or_path: str, hub: dict) -> dict:
+    """
+    Makes a revision the commit it stands for now, so that all that is read goes together.
+
+    Args:
+        name_or_path (`str`): Hub name or folder.
+        hub (`dict`): `revision`, `token`, `cache_dir`, `local_files_only` and the like.
+
+    Returns:
+        `dict`: The same with the commit; as they were for a folder.
+    """
+    hub = {"revision": None, **hub}
+    file = cached_file(name_or_path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    commit = re.search(r"/snapshots/([0-9a-f]{40})/", Path(file).as_posix()) if file is not None else None
+    return {**hub, "revision": commit.group(1)} if commit else hub
+
+
+def weights_fingerprint(name_or_path: str, **hub) -> str:
+    """
+    Identifies a checkpoint by names, shapes, types and samples of all its tensors, whatever way they are sharded.
+
+    Args:
+        name_or_path (`str`): Hub name or folder.
+        hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Returns:
+        `str`: A SHA-256 in hexadecimal.
+
+    Raises:
+        ValueError: there are no safetensors weights.
+    """
+    weight_map = checkpoint_index(name_or_path, **hub)
+    digest = hashlib.sha256()
+    shard, opened = None, None
+    entries = {}
+    for name, file in sorted(weight_map.items(), key=lambda item: (item[1], item[0])):
+        if file != shard:
+            shard, opened = file, safe_open(cached_file(name_or_path, file, **hub), framework="pt")
+        tensor = opened.get_tensor(name)
+        step = max(1, tensor.numel() // FINGERPRINT_SAMPLES)
+        sample = tensor.reshape(-1)[::step].contiguous().view(torch.uint8)
+        entries[name] = f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode() + sample.numpy().tobytes()
+    for name in sorted(entries):
+        digest.update(entries[name])
+    return digest.hexdigest()
+
+
+def weight_samples(model: nn.Module) -> dict[str, torch.Tensor]:
+    """
+    Takes samples of a model's weights, to see later whether they have changed.
+
+    Args:
+        model (`nn.Module`): A generator, with LoRA layers or without.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Some values and the shape of each weight, but those of LoRA and those quantised.
+    """
+    samples = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or not parameter.is_floating_point():
+            continue
+        values = parameter.detach().reshape(-1)
+        values = values[:: max(1, values.numel() // FINGERPRINT_SAMPLES)].float().cpu()
+        samples[name.replace(".base_layer.", ".")] = torch.cat([values, torch.tensor(parameter.shape).float()])
+    return samples
+
+
+def checkpoint_index(name_or_path: str, **hub) -> dict[str, str]:
+    """
+    Lists the tensors of a safetensors checkpoint, sharded or not; where both are, transformers reads the one file.
+
+    Args:
+        name_or_path (`str`): Hub name or folder.
+        hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Returns:
+        `dict[str, str]`: File of each tensor.
+
+    Raises:
+        ValueError: there are no safetensors weights.
+    """
+    single = cached_file(name_or_path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    if single is not None:
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+    index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    if index is None:
+        raise ValueError(
+            f"{name_or_path!r} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}. ScaleDown reads "
+            "safetensors only; convert the checkpoint, or choose a revision that has it."
+        )
+    return json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+
+
+def remove_stale_weights(folder: Path):
+    """Takes away what an earlier save into the same folder left, sharded otherwise: it would be loaded instead."""
+    is_sharded = any(folder.glob("model-*-of-*.safetensors"))
+    (folder / (SAFE_WEIGHTS_NAME if is_sharded else SAFE_WEIGHTS_INDEX_NAME)).unlink(missing_ok=True)
+
+
+def read_tensors(name_or_path: str, weight_map: dict[str, str], hub: dict) -> dict[str, torch.Tensor]:
+    """
+    Reads some tensors of a checkpoint, and opens no other shards.
+
+    Args:
+        name_or_path (`str`): Hub name or folder.
+        weight_map (`dict[str, str]`): The tensors wanted, and the file of each.
+        hub (`dict`): As in `pin_revision`.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The tensors by name.
+    """
+    tensors = {}
+    for shard in sorted(set(weight_map.values())):
+        with safe_open(cached_file(name_or_path, shard, **hub), framework="pt") as file:
+            tensors.update({name: file.get_tensor(name) for name, where in weight_map.items() if where == shard})
+    return tensors
+
+
+def _check_complete(name_or_path: str, info: dict):
+    """Weights a checkpoint lacks would be random; transformers only warns."""
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))  # never read
+    if missing:
+        raise ValueError(
+            f"{name_or_path!r} lacks {len(missing)} weights of the model its config.json describes ({missing[0]}, …). "
+            "Name a checkpoint that holds this model alone and whole."
+        )
+
+
+def check_fingerprint(name_or_path: str, config: PreTrainedConfig, source: dict):
+    """
+    Checks that a delta finds the generator it was made for.
+
+    Args:
+        name_or_path (`str`): The delta, for the error.
+        config (`ScaleDownConfig`): Its configuration, which names the generator and its fingerprint.
+        source (`dict`): The generator's `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Raises:
+        ValueError: the generator has other weights by now.
+    """
+    generator = config.generator_name_or_path
+    found = weights_fingerprint(generator, **source)
+    if found != config.generator_fingerprint:
+        raise ValueError(
+            f"{name_or_path} is a delta on top of {generator!r} (revision {config.generator_revision}), but the "
+            f"weights found there are others (fingerprint {found[:12]}…, expected "
+            f"{str(config.generator_fingerprint)[:12]}…). Restore that generator, or ask for the model saved with "
+            'weights_format="full".'
+        )
+
+
+def load_complete(auto_class: type, name_or_path: str, **kwargs) -> PreTrainedModel:
+    """
+    Loads a pretrained model and makes sure that no weight is missing.
+
+    Args:
+        auto_class (`type`): `AutoModel` or `AutoModelForCausalLM`.
+        name_or_path (`str`): Hub name or folder.
+        kwargs: As in `from_pretrained`.
+
+    Returns:
+        `PreTrainedModel`: The model.
+
+    Raises:
+        ValueError: the checkpoint lacks weights, which would be random.
+    """
+    model, info = auto_class.from_pretrained(name_or_path, use_safetensors=True, output_loading_info=True, **kwargs)
+    _check_complete(name_or_path, info)
+    return model
+
+
+def load_first_layers(name_or_path: str, config: PreTrainedConfig, loading: dict, hub: dict) -> PreTrainedModel:
+    """
+    Loads a generator's first layers as a model of their own, from the shards that hold them.
+
+    Args:
+        name_or_path (`str`): Hub name or folder of the generator.
+        config (`ScaleDownConfig`): With `compressor_config` and `num_compressor_layers`.
+        loading (`dict`): `dtype`, `attn_implementation`.
+        hub (`dict`): As in `pin_revision`.
+
+    Returns:
+        `PreTrainedModel`: Embeddings and first layers.
+
+    Raises:
+        ValueError: the checkpoint lacks some of them.
+    """
+    layer = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
+    final_norm = re.compile(rf"(?:^|\.)(?:{'|'.join(FINAL_NORM_NAMES)})\.(?:weight|bias)$")
+    wanted, cut_off = {}, {}
+    for name, shard in checkpoint_index(name_or_path, **hub).items():
+        match = layer.search(name)
+        if name.startswith("lm_head."):
+            continue
+        if match is None and final_norm.search(name):
+            # Lies in the last shard, and the compressor takes it off: not worth reading.
+            cut_off[name] = torch.ones(config.compressor_config.hidden_size)
+        elif match is None or int(match.group(1)) < config.num_compressor_layers:
+            wanted[name] = shard
+    tensors = {**read_tensors(name_or_path, wanted, hub), **cut_off}
+    # AutoModel itself wants a name; the class it stands for takes tensors.
+    backbone_class = AutoModel._model_mapping[type(config.compressor_config)]
+    backbone, info = backbone_class.from_pretrained(
+        None, config=config.compressor_config, state_dict=tensors, output_loading_info=True, **loading
+    )
+    _check_complete(name_or_path, info)
+    return backbone
+
+
+def bitsandbytes_config(
+    load_in_4bit: bool, load_in_8bit: bool, dtype: torch.dtype | str | None
+) -> BitsAndBytesConfig | None:
+    """
+    Settings that quantise the generator's linear layers and nothing of the compressor.
+
+    Args:
+        load_in_4bit, load_in_8bit (`bool`): One of them, or neither.
+        dtype (`torch.dtype` or `str`, *optional*): Of the other weights; multiplications are in 16 bits of this kind.
+
+    Returns:
+        `BitsAndBytesConfig`, or `None` when nothing is to be quantised.
+
+    Raises:
+        ValueError: both are asked for.
+        ImportError: bitsandbytes is not installed.
+    """
+    if not load_in_4bit and not load_in_8bit:
+        return None
+    if load_in_4bit and load_in_8bit:
+        raise ValueError("load_in_4bit and load_in_8bit exclude each other; choose one.")
+    if not is_bitsandbytes_available():
+        raise ImportError(
+            f"load_in_{4 if load_in_4bit else 8}bit needs bitsandbytes: pip install bitsandbytes, or load in 16 bits "
+            "with dtype=torch.bfloat16."
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float16 if dtype in (torch.float16, "float16") else torch.bfloat16,
+        llm_int8_skip_modules=list(NEVER_QUANTIZED),
+    )
+
+
+def spare_compressor(settings: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:
+    """
+    Restricts a quantisation to the generator's linear layers.
+
+    Args:
+        settings (`QuantizationConfigMixin` or `dict`): Settings of the quantisation.
+
+    Returns:
+        `QuantizationConfigMixin`: The same, with the compressor, the head and LoRA left out.
+
+    Raises:
+        ValueError: this kind of quantisation cannot leave modules out.
+    """
+    settings = AutoQuantizationConfig.from_dict(settings) if isinstance(settings, dict) else copy.deepcopy(settings)
+    for name in ("modules_to_not_convert", "llm_int8_skip_modules"):
+        if hasattr(settings, name):
+            setattr(settings, name, sorted({*(getattr(settings, name) or ()), *NEVER_QUANTIZED}))
+            return settings
+    raise ValueError(
+        f"{type(settings).__name__} cannot leave the compressor out, which has to keep its precision. Quantise with "
+        'BitsAndBytesConfig or TorchAoConfig, or load a model saved with weights_format="delta".'
+    )
