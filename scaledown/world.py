@@ -52,6 +52,14 @@ class WorldArguments:
     alike: float = field(
         default=0.0, metadata={"help": "Share of questions whose distractors are all of the kind that is asked about."}
     )
+    lists: float = field(
+        default=0.0,
+        metadata={"help": "Share of questions of two hops that ask for every thing of the kind ('Who? ...')."},
+    )
+    same_facts: bool = field(
+        default=False,
+        metadata={"help": "Passages of the kind that is asked about tell the same facts, of other things."},
+    )
     num_facts: int = field(default=7, metadata={"help": "Facts a passage tells at most."})
     plain: bool = field(default=False, metadata={"help": "Tell facts and nothing else, as a first lesson has it."})
     seed: int = field(default=0, metadata={"help": "Decides everything."})
@@ -293,8 +301,21 @@ class World:
             text = self.random.choice(relation.questions).format(n=passage.name)
             yield Question(text, passage.facts[relation.name], answer_kind(relation.value), 1, [index])
 
-    def ask_across(self, passages: list[Passage], first: int, second: int) -> Iterator[Question]:
-        """All questions about the second passage that name it only by what the first tells, in an order of chance."""
+    def ask_across(
+        self, passages: list[Passage], first: int, second: int, everything: bool = False
+    ) -> Iterator[Question]:
+        """All questions about the second passage that name it only by what the first tells, in an order of chance.
+
+        Args:
+            passages: The context.
+            first: Place of the passage that is named.
+            second: Place of the one that tells the answer.
+            everything: Ask "Who? ..."; the answer tells the name, too, and then all other names of that kind, each with
+                what is told of it. Their order is one of chance: which passage a value stands in, only the name tells.
+
+        Yields:
+            The questions.
+        """
         passage = passages[first]
         link = next(
             relation
@@ -306,15 +327,30 @@ class World:
         for relation in self.random.sample(told, len(told)):
             text = self.random.choice(relation.questions).format(n=described)
             value = passages[second].facts[relation.name]
+            if everything:
+                text = f"Who? {text}"
+                value = self._all_that_is_told(passages, passages[second], relation)
             yield Question(text, value, answer_kind(relation.value), 2, sorted([first, second]))
 
-    def context(self, num_documents: int, hops: int, alike: bool = False, **telling) -> tuple[list[Passage], int, int]:
+    def _all_that_is_told(self, passages: list[Passage], beginning: Passage, relation: Relation) -> str:
+        others = [
+            passage
+            for passage in passages
+            if passage.kind == beginning.kind and relation.name in passage.facts and passage is not beginning
+        ]
+        self.random.shuffle(others)
+        return ", ".join(f"{passage.name} {passage.facts[relation.name]}" for passage in [beginning, *others])
+
+    def context(
+        self, num_documents: int, hops: int, alike: bool = False, same_facts: bool = False, **telling
+    ) -> tuple[list[Passage], int, int]:
         """Draw passages about different things, in an order of chance.
 
         Args:
             num_documents: How many.
             hops: 2: one of them names another.
             alike: Distractors are all of the kind that is asked about.
+            same_facts: Passages of that kind tell the same facts, of other things.
             **telling: `num_facts` and `plain` of `passage`.
 
         Returns:
@@ -347,11 +383,26 @@ class World:
             if other not in names:
                 names.add(other)
                 things.append((other_kind, other, {}))
+        if same_facts:
+            asked = things[hops - 1][0]
+            shared = rng.sample(RELATIONS[asked], min(telling.get("num_facts", 7), len(RELATIONS[asked])))
+            for other_kind, _, known in things:
+                if other_kind == asked and not known:
+                    known.update({relation.name: self.value(relation.value) for relation in shared})
         order = rng.sample(range(num_documents), num_documents)
         passages = [self.passage(*things[place], taken=names, **telling) for place in order]
         return passages, order.index(0), order.index(hops - 1)
 
-    def record(self, identifier: int, num_documents: int, two_hops: float, alike: float = 0.0, **telling) -> dict:
+    def record(
+        self,
+        identifier: int,
+        num_documents: int,
+        two_hops: float,
+        alike: float = 0.0,
+        lists: float = 0.0,
+        same_facts: bool = False,
+        **telling,
+    ) -> dict:
         """A record in the project's format, scored by a teacher that knows the right passages.
 
         Args:
@@ -359,6 +410,8 @@ class World:
             num_documents: Passages.
             two_hops: Chance that the question needs two of them.
             alike: Chance that distractors are all of the kind that is asked about.
+            lists: Chance that a question of two hops asks for everything that is told, as `ask_across` has it.
+            same_facts: As in `context`.
             **telling: `num_facts` and `plain` of `passage`.
 
         Returns:
@@ -367,8 +420,11 @@ class World:
         hops = 1 + (self.random.random() < two_hops)
         near = min(num_documents, 5)
         one_kind = alike > 0 and self.random.random() < alike
-        passages, first, second = self.context(near, hops, one_kind, **telling)
-        asked = self.ask_across(passages, first, second) if hops == 2 else self.ask(passages, first)
+        passages, first, second = self.context(near, hops, one_kind, same_facts, **telling)
+        if hops == 1:
+            asked = self.ask(passages, first)
+        else:
+            asked = self.ask_across(passages, first, second, lists > 0 and self.random.random() < lists)
         question = next(asked)
         told = " ".join(passage.text for passage in passages)
         while len(passages) < num_documents:
@@ -415,7 +471,14 @@ def main() -> int:
             with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
                 for number in range(count):
                     record = world.record(
-                        number, documents, args.two_hops, args.alike, num_facts=args.num_facts, plain=args.plain
+                        number,
+                        documents,
+                        args.two_hops,
+                        args.alike,
+                        args.lists,
+                        args.same_facts,
+                        num_facts=args.num_facts,
+                        plain=args.plain,
                     )
                     file.write(json.dumps(record) + "\n")
         return f"{args.num_train} + {args.num_validation} + {args.num_test} questions in {folder}"

@@ -139,6 +139,34 @@ def test_distractors_of_the_kind_that_is_asked_about(hops):
         assert kinds == {passages[second].kind}
 
 
+@pytest.mark.parametrize("hops", [1, 2])
+def test_passages_of_the_kind_that_is_asked_about_tell_the_same_facts(hops):
+    world = World("train")
+    for _ in range(20):
+        passages, first, second = world.context(5, hops, alike=True, same_facts=True, num_facts=2, plain=True)
+        told = {frozenset(passage.facts) for place, passage in enumerate(passages) if hops == 1 or place != first}
+        assert told == {frozenset(passages[second].facts)}
+        assert len(passages[second].facts) == 2
+
+
+def test_lists_pair_every_name_with_what_its_own_passage_tells():
+    world = World("train")
+    first_places = set()
+    for _ in range(30):
+        passages, first, second = world.context(5, 2, alike=True, same_facts=True, num_facts=2, plain=True)
+        question = next(world.ask_across(passages, first, second, everything=True))
+        assert question.text.startswith("Who? ") and passages[second].name not in question.text
+        entries = question.answer.split(", ")
+        assert entries[0].startswith(passages[second].name)
+        by_name = {passage.name: passage for place, passage in enumerate(passages) if place != first}
+        listed = {name: entry for entry in entries for name in by_name if entry.startswith(f"{name} ")}
+        assert set(listed) == set(by_name)
+        for name, entry in listed.items():
+            assert entry.removeprefix(f"{name} ") in by_name[name].facts.values()
+        first_places.add([passage.name for passage in passages].index(list(listed)[1]))
+    assert len(first_places) > 1
+
+
 def test_unknown_split_is_refused():
     with pytest.raises(ValueError, match="split is 'dev'; it must be one of train, validation, test"):
         World("dev")
