@@ -60,6 +60,10 @@ def write_card(folder: Path, template: Path, facts: dict, card_fields: dict):
         template (`Path`): The card with Jinja fields.
         facts (`dict`): What the model knows of itself.
         card_fields (`dict`): What training and evaluation add, such as `eval_results`; kept in the card.
+
+    Raises:
+        ImportError: jinja2 is not installed.
+        jinja2.sandbox.SecurityError: the template reaches for more than its fields.
     """
     readme = folder / CARD_NAME
     if readme.is_file() and not is_rendered(readme):
@@ -78,8 +82,7 @@ def write_card(folder: Path, template: Path, facts: dict, card_fields: dict):
         model_name=fields.get("repo_id", folder.resolve().name).split("/")[-1] if results else None,
         eval_results=results or None,
     )
-    card = ModelCard.from_template(data, template_path=str(template), **fields)
-    card.save(readme)
+    ModelCard(_render(template, {**data.to_dict(), **fields, "card_data": data.to_yaml()})).save(readme)
     kept = {name: value for name, value in card_fields.items() if name not in ("repo_id", "revision")}
     if kept:
         text = json.dumps(kept, default=str).replace("--", r"\u002d\u002d")  # which would end the comment
@@ -87,3 +90,12 @@ def write_card(folder: Path, template: Path, facts: dict, card_fields: dict):
             stream.write(f"\n<!-- card_fields: {text} -->\n")
     if template.resolve() != (folder / CARD_TEMPLATE_NAME).resolve():
         shutil.copyfile(template, folder / CARD_TEMPLATE_NAME)
+
+
+def _render(template: Path, fields: dict) -> str:
+    # A template may come with somebody's weights, and ModelCard.from_template lets it reach any Python object.
+    try:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as error:
+        raise ImportError("Rendering the model card needs Jinja: pip install jinja2.") from error
+    return ImmutableSandboxedEnvironment().from_string(template.read_text(encoding="utf-8")).render(fields)

@@ -380,7 +380,12 @@ class NLayersCompressor(ScaleDownCompressor):
     has_projector = False
 
     def prepare_backbone(self, backbone: PreTrainedModel) -> PreTrainedModel:
-        """Takes off the final norm: the method reads the raw hidden state of layer N (OSCAR, arXiv 2504.07109)."""
+        """
+        Takes off the final norm: the method reads the raw hidden state of layer N (OSCAR, arXiv 2504.07109).
+
+        Raises:
+            ValueError: the backbone has no final norm under a known name.
+        """
         for name in FINAL_NORM_NAMES:
             if isinstance(getattr(backbone, name, None), nn.Module):
                 setattr(backbone, name, nn.Identity())

@@ -249,7 +249,10 @@ def _as_config(config: dict | PreTrainedConfig, name: str) -> PreTrainedConfig:
     config = dict(config)
     model_type = config.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"{name} has model_type={model_type!r}, which this version of transformers does not know.")
+        raise ValueError(
+            f"{name} has model_type={model_type!r}, which this version of transformers does not know; upgrade it, or "
+            "name a model_type it has."
+        )
     return CONFIG_MAPPING[model_type](**config)
 
 

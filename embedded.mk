@@ -5,11 +5,15 @@ SHORT := --num_facts 3 --plain true
 FAST ?= --bf16 true --torch_compile true
 PY := $(BIN)/python
 TRAIN = $(PY) train.py recipes/embedded-$(1).yaml --output_dir $(@D)
+NAMES := --num_documents 5 --alike 1 --same_facts true --num_facts 2 --plain true
 RATE = --learning_rate $(1) --compressor_learning_rate $(1)
 define ON_GENERATOR
 	$(PY) -m scaledown.replace_generator --model $(<D) --generator $(E)/generator-$(1) --output $(<D)-$(1)
 	$(call TRAIN,n-layers) --model_name_or_path $(<D)-$(1) $(call RATE,1.2e-3)
 endef
+ON_NAMES = $(call TRAIN,n-layers) --model_name_or_path $(<D) --train_file $(E)/lesson-$(1)/train.jsonl \
+	--max_answer_length 48 $(call RATE,$(2))
+SHORT_LESSON := --per_device_train_batch_size 64 --compression_rate 4
 RESULT := all_results.json
 READY := | $(VENV)/.installed
 
@@ -30,6 +34,10 @@ $(E)/lesson-7/test.jsonl: OPTIONS = --num_train 62000 --num_documents 5 --two_ho
 $(E)/lesson-8/test.jsonl: OPTIONS = --num_train 58000 --num_documents 5 --two_hops 0.4 --seed 2
 $(E)/lesson-9/test.jsonl: OPTIONS = --num_train 60000 --num_documents 4 --two_hops 0.8 --alike 1 --seed 4 $(SHORT)
 $(E)/lesson-10/test.jsonl: OPTIONS = --num_train 64000 --num_documents 5 --two_hops 0.5 --alike 0.4 --seed 3
+$(E)/lesson-11/test.jsonl: OPTIONS = --num_train 112000 --two_hops 0.85 --lists 0.7 --seed 5 $(NAMES)
+$(E)/lesson-12/test.jsonl: OPTIONS = --num_train 32000 --two_hops 0.9 --lists 0.3 --seed 6 $(NAMES)
+$(E)/lesson-13/test.jsonl: OPTIONS = --num_train 100000 --num_documents 5 --two_hops 0.55 --alike 0.5 --lists 0.3 --seed 5
+$(E)/lesson-14/test.jsonl: OPTIONS = --num_train 14000 --num_documents 5 --two_hops 0.35 --alike 0.3 --seed 7
 $(E)/lesson-%/test.jsonl: $(READY)
 	$(PY) -m scaledown.world --output $(@D) $(OPTIONS)
 
@@ -80,9 +88,26 @@ $(E)/model-9/$(RESULT): $(E)/model-8/$(RESULT) $(E)/generator-16/.done $(E)/less
 	$(call ON_GENERATOR,16) --train_file $(E)/lesson-9/train.jsonl --max_steps 1200 \
 		--per_device_train_batch_size 64 --reranking_loss_weight 0.1
 
-$(E)/model/$(RESULT): $(E)/model-9/$(RESULT) $(E)/lesson-10/test.jsonl
+$(E)/model-10/$(RESULT): $(E)/model-9/$(RESULT) $(E)/lesson-10/test.jsonl
 	$(call TRAIN,n-layers) --model_name_or_path $(<D) --train_file $(E)/lesson-10/train.jsonl --max_steps 1050 \
 		--reranking_loss_weight 0.25 $(call RATE,1e-3)
+
+# Names in slots, where nothing else tells which passage to read; then questions that need them, then long passages.
+$(E)/model-11/$(RESULT): $(E)/model-10/$(RESULT) $(E)/lesson-11/test.jsonl
+	$(call ON_NAMES,11,8e-4) --max_steps 1750 --reranking_loss_weight 0.1 $(SHORT_LESSON)
+
+$(E)/model-12/$(RESULT): $(E)/model-11/$(RESULT) $(E)/lesson-12/test.jsonl
+	$(call ON_NAMES,12,8e-4) --max_steps 500 --reranking_loss_weight 0.05 $(SHORT_LESSON)
+
+$(E)/model-13/$(RESULT): $(E)/model-12/$(RESULT) $(E)/lesson-13/test.jsonl
+	$(call ON_NAMES,13,8e-4) --max_steps 2200 --reranking_loss_weight 0.25 --compression_rate 16
+
+# Ends of lists stood where the questions of longer prompts stand: no lists, and prompts as long as those of 20 passages.
+$(E)/model-14/$(RESULT): $(E)/model-13/$(RESULT) $(E)/lesson-14/test.jsonl
+	$(call ON_NAMES,14,4e-4) --max_steps 180 --reranking_loss_weight 0.25 --compression_rate 4
+
+$(E)/model/$(RESULT): $(E)/model-14/$(RESULT) $(E)/lesson-14/test.jsonl
+	$(call ON_NAMES,14,3e-4) --max_steps 180 --reranking_loss_weight 0.25 --compression_rate 16 --seed 1
 
 # Comparisons: joint and two-stage training, both kinds of compressor, four rates.
 C := $(E)/compared

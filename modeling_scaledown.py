@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -38,8 +38,10 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.utils import (
+    CONFIG_NAME,
     PROCESSOR_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
     ModelOutput,
     cached_file,
     can_return_tuple,
@@ -63,6 +65,7 @@ try:
         read_tensors,
         remove_stale_weights,
         spare_compressor,
+        split_device_map,
         weight_samples,
         weights_fingerprint,
     )
@@ -85,6 +88,7 @@ except ImportError:
         read_tensors,
         remove_stale_weights,
         spare_compressor,
+        split_device_map,
         weight_samples,
         weights_fingerprint,
     )
@@ -94,6 +98,15 @@ logger = logging.get_logger(__name__)
 IS_REMOTE_CODE = (__package__ or "").startswith("transformers_modules")
 # What is nice to have and not worth an error.
 QUIETLY = {"_raise_exceptions_for_gated_repo": False, "_raise_exceptions_for_connection_errors": False}
+GENERATOR_ARGUMENTS = (
+    "dtype",
+    "torch_dtype",
+    "device_map",
+    "max_memory",
+    "offload_folder",
+    "offload_buffers",
+    "attn_implementation",
+)
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Chunks are compressed with others of like length. A pass ends where the next chunk is this much shorter than its
 # longest, once the pass is large enough to keep the device busy: tokens on a CPU, and on an accelerator.
@@ -107,6 +120,10 @@ CHUNKS_PER_PASS_ELSEWHERE = 64
 COMPILING_DEVICES = ("cuda", "xpu")
 # OSCAR, table 7.
 LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": "all-linear"}
+WITHOUT_GENERATOR = (
+    "This model was loaded without its generator; it can compress and rank, not answer or have LoRA layers. Load it "
+    "with the generator for that."
+)
 # The forms documents have among the arguments of `forward`: chunks to compress, or what was made of them before.
 CHUNK_INPUTS = ("compressor_input_ids", "compressor_attention_mask", "chunk_slots", "compressor_document_mask")
 COMPRESSED_INPUTS = ("memory_states", "rerank_states", "memory_embeddings", "memory_mask")
@@ -561,7 +578,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
     ) -> torch.FloatTensor:
         """Embeddings of the prompt `(batch, prompt_len, hidden)`, slots filled."""
         if self.generator is None:
-            raise ValueError("This model was loaded without its generator; it can compress and rank, not answer.")
+            raise ValueError(WITHOUT_GENERATOR)
         embeds = self.get_input_embeddings()(input_ids)  # (batch, prompt_len, hidden)
         num_slots = 0 if slot_mask is None else int(slot_mask.sum())
         memory = documents.memory_embeddings
@@ -594,6 +611,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
 
         Returns:
             What `GenerationMixin.generate` returns; sequences start with the prompt.
+
+        Raises:
+            ValueError: there is no generator, or the prompt has another number of slots than the documents.
         """
         slot_mask = kwargs.pop("slot_mask", None)
         given = {name: kwargs.pop(name, None) for name in (*CHUNK_INPUTS, *COMPRESSED_INPUTS)}
@@ -674,7 +694,12 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
 
     @property
     def processor(self) -> ScaleDownProcessor:
-        """The processor saved beside the weights, loaded at its first use, or the one that was assigned."""
+        """
+        The processor saved beside the weights, loaded at its first use, or the one that was assigned.
+
+        Raises:
+            ValueError: there is none, or one is assigned that allows more slots than the model has memory embeddings.
+        """
         if self._processor is None:
             if not self.name_or_path:
                 raise ValueError(
@@ -880,6 +905,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             documents with fewer slots than the longest end in rows of zeros.
 
         Raises:
+            TypeError: documents or questions are not lists.
             ValueError: as many questions as documents are needed.
         """
         if isinstance(documents, str) or isinstance(questions, str):
@@ -915,6 +941,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             `list[str]`: One answer per question, decoded greedily.
 
         Raises:
+            TypeError: questions is not a list.
             ValueError: the documents cannot be shared out equally, or have another width than the generator.
         """
         if isinstance(questions, str):
@@ -1031,8 +1058,10 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
 
         Raises:
             ImportError: peft is not installed.
-            ValueError: the generator has LoRA layers already, or its own weights would be trained.
+            ValueError: the generator has LoRA layers already, its own weights would be trained, or there is none.
         """
+        if self.generator is None:
+            raise ValueError(WITHOUT_GENERATOR)
         if self.config.lora_config is not None:
             raise ValueError("The generator has LoRA layers already; call merge_lora() before adding new ones.")
         if lora_kwargs.get("modules_to_save") or lora_kwargs.get("bias", "none") != "none":
@@ -1055,10 +1084,13 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         Adds the LoRA weights into the generator's own, for inference at full speed; nothing is left of LoRA.
 
         Raises:
-            ValueError: the generator is quantised, so that most of what LoRA learned would be rounded away.
+            ValueError: the generator is quantised, so that most of what LoRA learned would be rounded away, or there
+                is none.
         """
         if self.config.lora_config is None:
             return
+        if self.generator is None:
+            raise ValueError(WITHOUT_GENERATOR)
         if getattr(self.generator, "hf_quantizer", None) is not None:
             raise ValueError(
                 "LoRA cannot be merged into a quantised generator without rounding away what it learned. Save the "
@@ -1092,7 +1124,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         Returns:
             `ScaleDownModel`: The model itself, in evaluation mode.
         """
-        if getattr(self.generator, "hf_quantizer", None) is None:
+        if self.generator is None:
+            pass  # compresses and ranks
+        elif getattr(self.generator, "hf_quantizer", None) is None:
             self.merge_lora()
         elif self.config.lora_config is not None:
             logger.warning("The generator is quantised; its LoRA layers stay unmerged, and slower.")
@@ -1108,6 +1142,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         reason = None
         if self.device.type not in COMPILING_DEVICES:
             reason = f"that works on {' and '.join(COMPILING_DEVICES)}, and the model is on {self.device.type}"
+        elif self.generator is None:
+            reason = "the model was loaded without its generator"
         elif not self.generator._can_compile_fullgraph:
             reason = f"{type(self.generator).__name__} does not go with a static cache"
         elif quantizer is not None and not quantizer.is_compileable:
@@ -1236,7 +1272,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             with_backbone=with_backbone,
         )
         model._share_quantizer()
-        model._remember_generator()
+        model.remember_generator()
         model._fit_compressor(language_model, backbone)
         tokenizer = AutoTokenizer.from_pretrained(generator, **generator_hub)
         if with_generator:
@@ -1349,6 +1385,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             hub = pin_revision(pretrained_model_name_or_path, hub)
             kwargs["revision"] = hub["revision"]
             is_delta = cls._is_delta(pretrained_model_name_or_path, config, hub)
+            if config is not None:
+                overrides = cls._leave_out_saved(overrides, pretrained_model_name_or_path, hub)
+        later = {name: value for name, value in hub.items() if name != "force_download"}
         if is_delta:
             model, info = cls._from_delta(pretrained_model_name_or_path, model_args, config, hub, kwargs)
         else:
@@ -1356,8 +1395,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 kwargs["quantization_config"] = spare_compressor(kwargs["quantization_config"])
             model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
             if pretrained_model_name_or_path is not None and kwargs.get("variant") is None:
-                model._check_lora(pretrained_model_name_or_path, hub)
-        model._processor_arguments, model._processor_overrides = hub, overrides
+                model._check_lora(pretrained_model_name_or_path, later)
+            model.remember_generator()
+        model._processor_arguments, model._processor_overrides = later, overrides
         model._card_fields = None  # those of the card beside the weights
         model._share_quantizer()
         model._freeze()
@@ -1367,6 +1407,15 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
     def _is_delta(cls, name_or_path: str, config: PreTrainedConfig | None, hub: dict) -> bool:
         saved = config.to_dict() if config is not None else cls.config_class.get_config_dict(name_or_path, **hub)[0]
         return saved.get("weights_format") == "delta"
+
+    @classmethod
+    def _leave_out_saved(cls, settings: dict, name_or_path: str, hub: dict) -> dict:
+        """Settings of a configuration that differ from the saved one, which the Auto classes hand over unasked."""
+        file = cached_file(name_or_path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+        if file is None:
+            return settings
+        saved = cls.config_class.from_json_file(file)
+        return {name: value for name, value in settings.items() if value != getattr(saved, name)}
 
     @classmethod
     def _from_delta(cls, name_or_path, model_args, config, hub: dict, kwargs: dict):
@@ -1379,11 +1428,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         with_generator = kwargs.pop("with_generator", True)
         if with_generator:
             check_fingerprint(name_or_path, config, source)
-        generator_kwargs = {
-            key: kwargs[key]
-            for key in ("dtype", "torch_dtype", "device_map", "max_memory", "attn_implementation")
-            if kwargs.get(key) is not None
-        }
+        generator_kwargs = {key: kwargs[key] for key in GENERATOR_ARGUMENTS if kwargs.get(key) is not None}
+        if isinstance(kwargs.get("device_map"), dict):
+            generator_kwargs["device_map"], kwargs["device_map"] = split_device_map(kwargs["device_map"])
         generator_kwargs["quantization_config"] = kwargs.pop("quantization_config", None)
         # A generator that is quantised in its own repository says nothing about the compressor.
         quantized = config.generator_config.__dict__.pop("quantization_config", None)
@@ -1400,9 +1447,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             **generator_kwargs,
             **source,
         )
-        model._remember_generator()
+        model.remember_generator()
         if model.config.lora_config is not None:
-            model._load_lora(name_or_path, hub)
+            model._load_lora(name_or_path, {name: value for name, value in hub.items() if name != "force_download"})
         model.generator.eval()
         # What a generator passes on to the whole model when it is there from the start.
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -1484,6 +1531,13 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         previous = self.config.weights_format
         weights_format = weights_format or previous
         self._check_weights_format(weights_format)
+        if weights_format == "delta" and kwargs.get("variant") is not None:
+            raise ValueError(
+                f'variant={kwargs["variant"]!r} goes with weights_format="full"; a delta has one set of weights. Leave '
+                'variant out, or save with weights_format="full".'
+            )
+        if self._trainable_in_generator() or self._changed_in_generator():
+            self.config.generator_fingerprint = None  # no longer the generator of its repository
         module = "modeling_scaledown.ScaleDownModel"
         self.config.auto_map = {
             "AutoConfig": "configuration_scaledown.ScaleDownConfig",
@@ -1545,18 +1599,24 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
 
         Returns:
             `str`: Address of the commit.
+
+        Raises:
+            ValueError: as in `save_pretrained`.
+            LocalEntryNotFoundError: the Hub does not answer whether there is a card.
         """
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        self.card_fields = {**self.card_fields, "repo_id": repo_id}
-        if revision is not None:
-            self.card_fields["revision"] = revision
+        self.card_fields = {**self.card_fields, "repo_id": repo_id, "revision": revision}
         try:
             keep_card = not is_rendered(Path(api.hf_hub_download(repo_id, CARD_NAME, revision=revision)))
+        except LocalEntryNotFoundError:  # the Hub did not answer, which does not say that there is no card
+            raise
         except EntryNotFoundError:
             keep_card = False
+        # Those of another sharding; a variant lies beside the others.
+        replaced = [SAFE_WEIGHTS_NAME, "model-*-of-*.safetensors", SAFE_WEIGHTS_INDEX_NAME]
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **save_kwargs)
             commit = api.upload_folder(
@@ -1567,7 +1627,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 revision=revision,
                 create_pr=create_pr,
                 ignore_patterns=CARD_NAME if keep_card else None,
-                delete_patterns=["model*.safetensors", SAFE_WEIGHTS_INDEX_NAME],  # of another sharding
+                delete_patterns=replaced if save_kwargs.get("variant") is None else None,
             )
         return commit
 
@@ -1613,7 +1673,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 'weights_format="delta" needs a generator that is still the one of its repository: build the model '
                 'with from_backbones and do not merge LoRA, or save with weights_format="full".'
             )
-        trainable = [n for n, p in self.generator.named_parameters() if p.requires_grad and "lora_" not in n]
+        trainable = self._trainable_in_generator()
         if trainable:
             raise ValueError(
                 f'weights_format="delta" leaves out the generator\'s own weights, but {len(trainable)} of them are '
@@ -1627,7 +1687,11 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 'weights_format="full".'
             )
 
-    def _remember_generator(self):
+    def _trainable_in_generator(self) -> list[str]:
+        """Names of the generator's own weights that training may have changed."""
+        return [n for n, p in self.generator.named_parameters() if p.requires_grad and "lora_" not in n]
+
+    def remember_generator(self):
         """Keeps a few values of every weight, so that a delta of a generator that was changed is noticed."""
         if self.generator is not None:
             self._generator_samples = weight_samples(self.generator)

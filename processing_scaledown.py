@@ -79,6 +79,9 @@ class ScaleDownProcessor(ProcessorMixin):
         system_prompt, user_prompt, closed_book_prompt, document_separator (`str`):
             Parts of the prompt, as in [`ScaleDownConfig`].
 
+    Raises:
+        ValueError: the generator's tokenizer has no end token.
+
     Example:
 
     ```python
@@ -426,7 +429,8 @@ class ScaleDownProcessor(ProcessorMixin):
             `BatchFeature`: `input_ids`, `attention_mask`, `slot_mask` and, with answers, `labels`, as in `__call__`.
 
         Raises:
-            ValueError: a prompt exceeds the generator's context.
+            ValueError: a prompt exceeds the generator's context, answers are cut to nothing, or the chat template does
+                not repeat the user's message once.
         """
         learned = [[] for _ in questions]
         if answers is not None:
@@ -479,6 +483,9 @@ class ScaleDownProcessor(ProcessorMixin):
         Returns:
             Token ids before the documents, between documents and question, and after the question; and the white space
             that belongs in front of the question's text.
+
+        Raises:
+            ValueError: the chat template does not repeat the user's message once.
         """
         text = self._render_prompt(closed_book)
         before, rest = ("", text) if closed_book else text.split(_DOCUMENTS_MARK)

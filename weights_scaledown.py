@@ -110,7 +110,7 @@ def weight_samples(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     samples = {}
     for name, parameter in model.named_parameters():
-        if "lora_" in name or not parameter.is_floating_point():
+        if "lora_" in name or not parameter.is_floating_point() or parameter.is_meta:  # offloaded ones are meta
             continue
         values = parameter.detach().reshape(-1)
         values = values[:: max(1, values.numel() // FINGERPRINT_SAMPLES)].float().cpu()
@@ -259,6 +259,26 @@ def load_first_layers(name_or_path: str, config: PreTrainedConfig, loading: dict
     )
     _check_complete(name_or_path, info)
     return backbone
+
+
+def split_device_map(device_map: dict) -> tuple[dict, dict]:
+    """
+    Splits a device map of the whole model into the generator's own and that of the rest.
+
+    Args:
+        device_map (`dict`): Device of each part by its name; `""` stands for all of it.
+
+    Returns:
+        `tuple[dict, dict]`: Of the generator, by names of its own, and of the rest.
+    """
+    generator, rest = {}, {}
+    for name, place in device_map.items():
+        part, _, inner = name.partition(".")
+        if part in ("", "generator"):
+            generator[inner] = place
+        if part != "generator":
+            rest[name] = place
+    return generator, rest
 
 
 def bitsandbytes_config(

@@ -45,9 +45,9 @@ def embed(source: Path, target: Path) -> int:
     model = load_model(lambda: ScaleDownModel.from_pretrained(source), str(source), "--model")
     for config in (model.config, model.config.generator_config, model.config.compressor_config):
         config._name_or_path = ""
-    model.config.generator_name_or_path = None
+    model.config.generator_name_or_path = model.config.generator_revision = None
     with TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, weights_format="full")
         size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
         if size > MAX_BYTES:
             raise ValueError(

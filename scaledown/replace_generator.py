@@ -14,11 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_scaledown import ScaleDownModel
-from weights_scaledown import weights_fingerprint
+from weights_scaledown import absolute_name, weights_fingerprint
 
 from .command_line import parse_options, run_command
 from .devices import load_model
 from .extract_generator import generator_weights
+
+# What a generator's configuration says of where it comes from, not of what it computes.
+NO_MATTER = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
 
 
 @dataclass
@@ -39,10 +42,12 @@ def replace_generator(model: ScaleDownModel, generator: str) -> None:
         generator: Folder of the generator.
 
     Raises:
-        ValueError: The model has no LoRA that could stay, or the generator another shape or vocabulary.
+        ValueError: The model has no LoRA that could stay, or the generator another shape, configuration or vocabulary.
     """
     own = generator_weights(model)
-    weights = AutoModelForCausalLM.from_pretrained(generator, dtype=model.dtype).state_dict()
+    generator = absolute_name(generator)
+    other = AutoModelForCausalLM.from_pretrained(generator, dtype=model.dtype, use_safetensors=True)
+    weights = other.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
     others = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     differing = sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
@@ -52,13 +57,22 @@ def replace_generator(model: ScaleDownModel, generator: str) -> None:
             f"{generator} has another shape than the model's generator: {name} is {others.get(name)}, not "
             f"{shapes.get(name)}; train a new model on top of it."
         )
+    settings, theirs = model.config.generator_config.to_dict(), other.config.to_dict()
+    for name in sorted((settings.keys() | theirs.keys()) - NO_MATTER):
+        if settings.get(name) != theirs.get(name):
+            raise ValueError(
+                f"{generator} has {name}={theirs.get(name)}, the model's generator {settings.get(name)}; train a new "
+                "model on top of it."
+            )
     if AutoTokenizer.from_pretrained(generator).get_vocab() != model.processor.tokenizer.get_vocab():
         raise ValueError(f"{generator} has another vocabulary than the model; train a new model on top of it.")
     for name, tensor in own.items():
         tensor.copy_(weights[name])
     model.config.generator_name_or_path = generator
+    model.config.generator_revision = None
     model.config.generator_fingerprint = weights_fingerprint(generator)
     model.config.weights_format = "full"
+    model.remember_generator()
 
 
 def main() -> int:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from folders import ROOT
+from folders import ROOT, SETTINGS, save_generator
+from scaledown import ScaleDownModel
 from scaledown.embed import MAX_BYTES, embed
 from scaledown.metrics import exact_match
 from scaledown.world import World
@@ -49,6 +50,16 @@ def test_the_checkout_loads_as_the_model(model, checkout, tmp_path):
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor)
     assert loaded.processor.tokenizer.get_vocab() == model.processor.tokenizer.get_vocab()
+
+
+def test_a_delta_is_embedded_whole(checkout, tmp_path):
+    model = ScaleDownModel.from_backbones(str(save_generator(tmp_path / "generator")), **SETTINGS)
+    model.save_pretrained(tmp_path / "delta", weights_format="delta")
+    embed(tmp_path / "delta", checkout)
+    shutil.rmtree(tmp_path / "generator")
+    loaded = AutoModel.from_pretrained(checkout, trust_remote_code=True)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], tensor)
 
 
 def test_readme_and_code_stay_and_paths_do_not_come_along(model, checkout, tmp_path):

@@ -7,14 +7,17 @@ import sys
 import textwrap
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 
 from folders import ISOLATION_CHECK, ROOT, SETTINGS, save_generator
 from hub_standin import HubStandIn
-from tiny import DOCUMENTS, QUESTIONS
+from tiny import DOCUMENTS, QUESTIONS, build_model
 
 CODE = {
     "card_scaledown.py",
@@ -146,6 +149,9 @@ def pushed(hub, tmp_path_factory):
     model.push_to_hub("me/resharded", max_shard_size="60KB")
     shards = HfApi().list_repo_files("me/resharded")
     model.push_to_hub("me/resharded", revision="whole", commit_message="One file")
+    model.push_to_hub("me/two", revision="dev")
+    model.push_to_hub("me/two")
+    model.push_to_hub("me/two", variant="fp16")
     print(json.dumps({{
         "commit": commit.oid,
         "answers": answers,
@@ -208,6 +214,26 @@ def test_stale_shards_leave_the_hub(hub, pushed):
     assert hub.files("me/resharded", "whole").keys() == PUSHED | {".gitattributes"}
     assert hub.files("me/resharded").keys() == set(pushed["shards"])  # the other branch is left alone
     assert 'revision="whole"' in hub.files("me/resharded", "whole")["README.md"].decode()
+
+
+def test_a_variant_lies_beside_the_weights_and_the_card_names_the_branch_it_is_on(hub, pushed):
+    assert hub.files("me/two").keys() == PUSHED | {".gitattributes", "model.fp16.safetensors"}
+    assert 'revision="dev"' in hub.files("me/two", "dev")["README.md"].decode()
+    assert 'revision="main"' in hub.files("me/two")["README.md"].decode()
+
+
+def test_a_hub_that_does_not_answer_does_not_cost_a_card(monkeypatch):
+    written = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **kwargs: written.append(kwargs))
+
+    def no_answer(self, *args, **kwargs):
+        raise LocalEntryNotFoundError("the connection timed out")
+
+    monkeypatch.setattr(HfApi, "hf_hub_download", no_answer)
+    with pytest.raises(LocalEntryNotFoundError, match="timed out"):
+        build_model().push_to_hub("me/model")
+    assert not written
 
 
 def test_a_process_without_the_repository_loads_from_the_hub(hub, pushed, tmp_path):

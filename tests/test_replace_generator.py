@@ -1,5 +1,7 @@
 """A generator under a model is replaced, and taken out again: nothing else of the model goes with it."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,10 +33,16 @@ def change(folder, target):
     return generator
 
 
-def test_the_generator_is_replaced_and_nothing_else(model, tmp_path):
+def test_the_generator_is_replaced_and_nothing_else(model, tmp_path, monkeypatch):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     other = change(tmp_path / "generator", tmp_path / "other")
-    replace_generator(model, str(tmp_path / "other"))
+    model.config.generator_revision = "0" * 40  # of the one that goes
+    monkeypatch.chdir(tmp_path)
+    replace_generator(model, "other")
+    assert model.config.generator_revision is None
+    model.save_pretrained(tmp_path / "delta", weights_format="delta")  # the generator in it is known again
+    monkeypatch.chdir("/")
+    ScaleDownModel.from_pretrained(tmp_path / "delta")
     model.save_pretrained(tmp_path / "model")
     loaded = ScaleDownModel.from_pretrained(tmp_path / "model")
     for name, tensor in loaded.state_dict().items():
@@ -51,6 +59,12 @@ def test_what_does_not_fit_is_refused(model, tmp_path):
     wider = save_generator(tmp_path / "wider", hidden_size=64)
     with pytest.raises(ValueError, match="has another shape than the model's generator"):
         replace_generator(model, str(wider))
+    change(tmp_path / "generator", tmp_path / "turned")
+    config = json.loads((tmp_path / "turned" / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 123.0
+    (tmp_path / "turned" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"has rope_parameters=.*123\.0.*, the model's generator"):
+        replace_generator(model, str(tmp_path / "turned"))
     model.merge_lora()
     with pytest.raises(ValueError, match="it was merged; train with merge_lora=false"):
         replace_generator(model, str(tmp_path / "generator"))

@@ -9,10 +9,12 @@ import shutil
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from jinja2.sandbox import SecurityError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
+from card_scaledown import write_card
 from folders import (
     assert_same_outputs,
     files,
@@ -234,6 +236,16 @@ def test_device_map(device_map, weights_format, backbones, tmp_path):
 
 
 @pytest.mark.parametrize("weights_format", ["full", "delta"])
+def test_device_map_by_part(weights_format, backbones, tmp_path):
+    pytest.importorskip("accelerate")
+    model = prepared(from_backbones(backbones["llm"]), "unmerged")
+    expected = outputs(model)
+    model.save_pretrained(tmp_path, weights_format=weights_format)
+    parts = {"compressor": "cpu", "generator.model": "cpu", "generator.lm_head": "cpu"}
+    assert_same_outputs(load_silently(tmp_path, device_map=parts), expected)
+
+
+@pytest.mark.parametrize("weights_format", ["full", "delta"])
 def test_attention_implementation_reaches_both_sides(weights_format, backbones, tmp_path):
     from_backbones(backbones["n_layers"]).save_pretrained(tmp_path, weights_format=weights_format)
     loaded = load_silently(tmp_path, attn_implementation="eager")
@@ -251,6 +263,11 @@ def test_a_compressor_alone_is_loaded_without_the_generator(weights_format, back
     assert loaded.generator is None
     expected = model.compress(QUESTIONS, DOCUMENTS)
     assert torch.equal(loaded.compress(QUESTIONS, DOCUMENTS).memory_embeddings, expected.memory_embeddings)
+    loaded.optimize_for_inference(cache_entries=8)
+    assert loaded.rank(QUESTIONS[0], DOCUMENTS[0]) == model.rank(QUESTIONS[0], DOCUMENTS[0])
+    for change in (loaded.add_lora, loaded.merge_lora):
+        with pytest.raises(ValueError, match="loaded without its generator"):
+            change()
     with pytest.raises(ValueError, match="without its generator, so it cannot be saved"):
         loaded.save_pretrained(tmp_path / "half")
     assert not (tmp_path / "half").exists()
@@ -378,6 +395,32 @@ def test_delta_refuses(reason, backbones, tmp_path):
     assert load_silently(tmp_path / "saved").config.weights_format == "full"
 
 
+def test_delta_refuses_a_generator_that_was_changed_before_it_was_saved_whole(backbones, tmp_path):
+    model = from_backbones(backbones["n_layers"])
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "whole")
+    loaded = load_silently(tmp_path / "whole")
+    with pytest.raises(ValueError, match="still the one of its repository"):
+        loaded.save_pretrained(tmp_path / "delta", weights_format="delta")
+
+
+def test_delta_refuses_a_generator_that_was_changed_after_it_was_loaded_whole(backbones, tmp_path):
+    from_backbones(backbones["n_layers"]).save_pretrained(tmp_path / "whole")
+    loaded = load_silently(tmp_path / "whole")
+    loaded.save_pretrained(tmp_path / "delta", weights_format="delta")
+    with torch.no_grad():
+        loaded.get_input_embeddings().weight.mul_(1.5)
+    with pytest.raises(ValueError, match=r"are not those of .* any more \(model.embed_tokens.weight"):
+        loaded.save_pretrained(tmp_path / "delta", weights_format="delta")
+
+
+def test_delta_has_no_variants(backbones, tmp_path):
+    with pytest.raises(ValueError, match="variant='fp16' goes with weights_format=\"full\""):
+        from_backbones(backbones["n_layers"]).save_pretrained(tmp_path / "x", weights_format="delta", variant="fp16")
+    assert not (tmp_path / "x").exists()
+
+
 def test_merging_lora_makes_a_delta_model_whole(backbones, tmp_path):
     model = prepared(from_backbones(backbones["n_layers"], weights_format="delta"), "unmerged")
     before = outputs(model)["logits"]
@@ -410,6 +453,17 @@ def test_processor_and_both_tokenizers_round_trip(kind, tmp_path):
         assert getattr(loaded, name) == getattr(model.processor, name)
     for name in ("system_prompt", "user_prompt", "closed_book_prompt", "document_separator"):
         assert getattr(loaded, name) == getattr(model.processor, name)
+
+
+def test_settings_of_a_saved_processor_reach_every_way_of_loading(tmp_path):
+    model = build_model("n_layers")
+    model.processor.compression_rate = 2 * model.config.compression_rate
+    model.save_pretrained(tmp_path)
+    for loaded in (load_silently(tmp_path), AutoModel.from_pretrained(tmp_path)):
+        assert loaded.processor.compression_rate == model.processor.compression_rate
+    config = copy.deepcopy(model.config)
+    config.compression_rate = 3
+    assert AutoModel.from_pretrained(tmp_path, config=config).processor.compression_rate == 3
 
 
 def test_auto_tokenizer_of_the_folder_is_the_generators(tmp_path):
@@ -560,6 +614,14 @@ def test_a_card_written_by_somebody_is_never_overwritten(tmp_path, caplog):
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "# Mine\n"
     assert "left as it is" in caplog.text
+
+
+def test_a_template_reaches_nothing_but_its_fields(tmp_path):
+    template = tmp_path / "model_card.md"
+    template.write_text("{{ ''.__class__.__mro__ }}")
+    with pytest.raises(SecurityError, match="unsafe"):
+        write_card(tmp_path, template, {"generator_name": None, "generator_on_hub": False}, {})
+    assert not (tmp_path / "README.md").exists()
 
 
 def test_a_rendered_card_is_rendered_again(tmp_path):
