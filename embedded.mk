@@ -11,8 +11,8 @@ define ON_GENERATOR
 	$(PY) -m scaledown.replace_generator --model $(<D) --generator $(E)/generator-$(1) --output $(<D)-$(1)
 	$(call TRAIN,n-layers) --model_name_or_path $(<D)-$(1) $(call RATE,1.2e-3)
 endef
-ON_NAMES = $(call TRAIN,n-layers) --model_name_or_path $(<D) --train_file $(E)/lesson-$(1)/train.jsonl \
-	--max_answer_length 48 $(call RATE,$(2))
+NEXT = $(call TRAIN,n-layers) --model_name_or_path $(<D) --train_file $(E)/lesson-$(1)/train.jsonl $(call RATE,$(2))
+LISTS := --max_answer_length 48
 SHORT_LESSON := --per_device_train_batch_size 64 --compression_rate 4
 RESULT := all_results.json
 READY := | $(VENV)/.installed
@@ -89,25 +89,24 @@ $(E)/model-9/$(RESULT): $(E)/model-8/$(RESULT) $(E)/generator-16/.done $(E)/less
 		--per_device_train_batch_size 64 --reranking_loss_weight 0.1
 
 $(E)/model-10/$(RESULT): $(E)/model-9/$(RESULT) $(E)/lesson-10/test.jsonl
-	$(call TRAIN,n-layers) --model_name_or_path $(<D) --train_file $(E)/lesson-10/train.jsonl --max_steps 1050 \
-		--reranking_loss_weight 0.25 $(call RATE,1e-3)
+	$(call NEXT,10,1e-3) --max_steps 1050 --reranking_loss_weight 0.25
 
 # Names in slots, where nothing else tells which passage to read; then questions that need them, then long passages.
 $(E)/model-11/$(RESULT): $(E)/model-10/$(RESULT) $(E)/lesson-11/test.jsonl
-	$(call ON_NAMES,11,8e-4) --max_steps 1750 --reranking_loss_weight 0.1 $(SHORT_LESSON)
+	$(call NEXT,11,8e-4) $(LISTS) --max_steps 1750 --reranking_loss_weight 0.1 $(SHORT_LESSON)
 
 $(E)/model-12/$(RESULT): $(E)/model-11/$(RESULT) $(E)/lesson-12/test.jsonl
-	$(call ON_NAMES,12,8e-4) --max_steps 500 --reranking_loss_weight 0.05 $(SHORT_LESSON)
+	$(call NEXT,12,8e-4) $(LISTS) --max_steps 500 --reranking_loss_weight 0.05 $(SHORT_LESSON)
 
 $(E)/model-13/$(RESULT): $(E)/model-12/$(RESULT) $(E)/lesson-13/test.jsonl
-	$(call ON_NAMES,13,8e-4) --max_steps 2200 --reranking_loss_weight 0.25 --compression_rate 16
+	$(call NEXT,13,8e-4) $(LISTS) --max_steps 2200 --reranking_loss_weight 0.25 --compression_rate 16
 
 # Ends of lists stood where the questions of longer prompts stand: no lists, and prompts as long as those of 20 passages.
 $(E)/model-14/$(RESULT): $(E)/model-13/$(RESULT) $(E)/lesson-14/test.jsonl
-	$(call ON_NAMES,14,4e-4) --max_steps 180 --reranking_loss_weight 0.25 --compression_rate 4
+	$(call NEXT,14,4e-4) --max_steps 180 --reranking_loss_weight 0.25 --compression_rate 4
 
 $(E)/model/$(RESULT): $(E)/model-14/$(RESULT) $(E)/lesson-14/test.jsonl
-	$(call ON_NAMES,14,3e-4) --max_steps 180 --reranking_loss_weight 0.25 --compression_rate 16 --seed 1
+	$(call NEXT,14,3e-4) --max_steps 180 --reranking_loss_weight 0.25 --compression_rate 16 --seed 1
 
 # Comparisons: joint and two-stage training, both kinds of compressor, four rates.
 C := $(E)/compared

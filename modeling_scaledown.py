@@ -1387,7 +1387,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             is_delta = cls._is_delta(pretrained_model_name_or_path, config, hub)
             if config is not None:
                 overrides = cls._leave_out_saved(overrides, pretrained_model_name_or_path, hub)
-        later = {name: value for name, value in hub.items() if name != "force_download"}
+        later = _without_downloading_again(hub)
         if is_delta:
             model, info = cls._from_delta(pretrained_model_name_or_path, model_args, config, hub, kwargs)
         else:
@@ -1449,7 +1449,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         )
         model.remember_generator()
         if model.config.lora_config is not None:
-            model._load_lora(name_or_path, {name: value for name, value in hub.items() if name != "force_download"})
+            model._load_lora(name_or_path, _without_downloading_again(hub))
         model.generator.eval()
         # What a generator passes on to the whole model when it is there from the start.
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -1536,7 +1536,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 f'variant={kwargs["variant"]!r} goes with weights_format="full"; a delta has one set of weights. Leave '
                 'variant out, or save with weights_format="full".'
             )
-        if self._trainable_in_generator() or self._changed_in_generator():
+        # Of a delta it was just checked.
+        if weights_format == "full" and (self._trainable_in_generator() or self._changed_in_generator()):
             self.config.generator_fingerprint = None  # no longer the generator of its repository
         module = "modeling_scaledown.ScaleDownModel"
         self.config.auto_map = {
@@ -1746,6 +1747,11 @@ def _greedy(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerB
         pad_id = tokenizer.pad_token_id
         greedy.pad_token_id = tokenizer.eos_token_id if pad_id is None else pad_id
     return greedy
+
+
+def _without_downloading_again(hub: dict) -> dict:
+    """Where to read from once everything was downloaded anew, if that was asked for."""
+    return {name: value for name, value in hub.items() if name != "force_download"}
 
 
 def _check_batch_size(batch_size: int):
