@@ -8,6 +8,8 @@ import torch
 
 from processing_scaledown import IGNORE_INDEX, ScaleDownProcessor
 
+from .records import answers_of
+
 # What the generator is asked in pretraining, in the place of a question.
 INSTRUCTIONS = {"autoencoding": "Repeat the background word for word.", "continuation": "Continue the background."}
 
@@ -45,7 +47,7 @@ class JointCollator:
         scores = [record.get("reranking_scores") for record in records]
         learned = {}
         if self.with_answers:
-            learned["answers"] = [record["answer"][0] for record in records]
+            learned["answers"] = [answers_of(record)[0] for record in records]
             learned["reranking_scores"] = scores if any(row is not None for row in scores) else None
         try:
             batch = self.processor(
@@ -161,7 +163,7 @@ class GenerationCollator:
             prompts = self.processor.build_prompts(
                 [row["query"] for row in rows],
                 [row["document_slots"] for row in rows],
-                [row["answer"][0] for row in rows] if self.with_answers else None,
+                [answers_of(row)[0] for row in rows] if self.with_answers else None,
                 self.max_answer_length,
             )
         except ValueError as error:

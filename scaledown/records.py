@@ -362,6 +362,19 @@ def normalize_record(record: Any, location: str, default_id: str, require_answer
     }
 
 
+def answers_of(record: dict[str, Any]) -> list[str]:
+    """A record's answers, also where it holds a single one as plain text, as a user's own data set may.
+
+    Args:
+        record: A record with an `answer`.
+
+    Returns:
+        The answers, of which the first is the one to learn.
+    """
+    answer = record["answer"]
+    return [answer] if isinstance(answer, str) else answer
+
+
 def _generate_records(
     path: str,
     require_answer: bool,

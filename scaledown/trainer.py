@@ -23,6 +23,7 @@ from weights_scaledown import checkpoint_index, read_tensors
 from .arguments import ScaleDownTrainingArguments
 from .cache import CachedDataset
 from .metrics import ANSWER_METRICS
+from .records import answers_of
 
 PARTS_OF_LOSS = ("generation_loss", "reranking_loss")
 
@@ -183,7 +184,7 @@ class ScaleDownTrainer(Trainer):
             )
             answers = collator.processor.decode_answers(sequences, inputs["input_ids"].shape[1])
             for answer, row in zip(answers, rows, strict=True):
-                sums += torch.tensor([*(metric(answer, row["answer"]) for metric in ANSWER_METRICS.values()), 1.0])
+                sums += torch.tensor([*(metric(answer, answers_of(row)) for metric in ANSWER_METRICS.values()), 1.0])
         sums = self.accelerator.gather(sums.to(self.args.device).unsqueeze(0)).sum(dim=0)  # (metrics + 1,)
         return dict(zip(ANSWER_METRICS, (sums[:-1] / sums[-1]).tolist(), strict=True))
 

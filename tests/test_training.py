@@ -104,6 +104,15 @@ def test_collator_builds_the_prompt_of_inference(model):
         assert batch["labels"][i][learned].tolist() == [*answer, model.processor.tokenizer.eos_token_id]
 
 
+@pytest.mark.parametrize("collator", [JointCollator, GenerationCollator])
+def test_an_answer_that_is_plain_text_is_learned_whole(model, collator):
+    # Rows of a user's own script need not have come through `load_records`; its first letter would be learned.
+    listed = [{**row, "document_slots": []} for row in rows()]
+    plain = [{**row, "answer": row["answer"][0]} for row in listed]
+    labels = [collator(model.processor)(kind)["labels"] for kind in (listed, plain)]
+    assert torch.equal(*labels)
+
+
 def test_logits_are_computed_for_the_answers_only_and_the_loss_is_the_same(model):
     batch = JointCollator(model.processor)(rows())
     longest = int((batch["labels"] != -100).sum(dim=1).max())
@@ -608,11 +617,12 @@ def answer_by_heart(monkeypatch, answers):
     monkeypatch.setattr(ScaleDownProcessor, "decode_answers", decode_answers)
 
 
-def test_evaluation_answers_and_compares(tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", [list, "".join])  # as a list, and as plain text
+def test_evaluation_answers_and_compares(tmp_path, monkeypatch, form):
     model = build_model(lora=True)
     trainer = build_trainer(model, tmp_path, predict_with_generate=True, per_device_eval_batch_size=2)
     answer_by_heart(monkeypatch, ["walter scott.", "In the Cévennes", "no idea"])
-    metrics = trainer.evaluate(rows())
+    metrics = trainer.evaluate([{**row, "answer": form(row["answer"])} for row in rows()])
     assert metrics["eval_exact_match"] == pytest.approx(1 / 3)
     assert metrics["eval_match"] == pytest.approx(1 / 3)
     # "in cévennes" against "in cévennes 1006 kilometres": 2 of 2 and 2 of 4.
