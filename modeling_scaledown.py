@@ -543,7 +543,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             reranking = reranking.detach()
         return ScaleDownOutput(
             loss=loss,
-            generation_loss=generation.detach() if generation is not None else None,
+            # A copy, since the Trainer scales the loss in place, which may be this very tensor.
+            generation_loss=generation.detach().clone() if generation is not None else None,
             reranking_loss=reranking,
             logits=outputs.logits,
             past_key_values=outputs.past_key_values,
@@ -1094,7 +1095,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if getattr(self.generator, "hf_quantizer", None) is not None:
             raise ValueError(
                 "LoRA cannot be merged into a quantised generator without rounding away what it learned. Save the "
-                "model as it is, load that without load_in_4bit or load_in_8bit, and merge there."
+                'model with weights_format="delta", load that without load_in_4bit or load_in_8bit, and merge there.'
             )
         for name, module in list(self.generator.named_modules()):
             if hasattr(module, "lora_A") and hasattr(module, "merge"):
@@ -1547,6 +1548,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             "AutoProcessor": "processing_scaledown.ScaleDownProcessor",
         }
         quantization = getattr(self.config, "quantization_config", None)
+        if getattr(self.generator, "hf_quantizer", None) is not None:
+            # transformers cannot undo how it read weights that were stored quantised.
+            kwargs.setdefault("save_original_format", False)
         self.config.weights_format = weights_format
         # FSDP gives the model a class of its own, whose code is not the one to save.
         wrapped_class = type(self)

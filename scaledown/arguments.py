@@ -9,6 +9,8 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from .command_line import split_names
+from .metrics import ANSWER_METRICS
 from .recipes import expand_recipe
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -92,6 +94,19 @@ class ModelArguments:
                 "Name either model_name_or_path, a ScaleDown model to continue from, or generator_name_or_path, a "
                 "language model to start from."
             )
+        begins, unread = "generator_name_or_path", ["revision"]
+        if self.model_name_or_path is not None:
+            begins = "model_name_or_path"
+            unread = ["generator_revision", "compressor_name_or_path", "compressor_revision"]
+        elif self.compressor_name_or_path is None:
+            unread.append("compressor_revision")
+        for name in unread:
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} says nothing about {begins}={getattr(self, begins)}: revision goes "
+                    "with model_name_or_path, generator_revision with generator_name_or_path, and compressor_revision "
+                    "with compressor_name_or_path; a trained model brings its backbones. Leave it out."
+                )
 
 
 @dataclass
@@ -205,12 +220,25 @@ class ScaleDownTrainingArguments(TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and on_gpu
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 4 if on_gpu else 0
+        if isinstance(self.report_to, str):
+            self.report_to = split_names(self.report_to)
         if self.label_smoothing_factor != 0:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor} is not supported: the loss is the model's own, "
                 "with the reranking loss in it. Leave it at 0."
             )
+        metric = (self.metric_for_best_model or "").removeprefix("eval_")
+        if metric in ANSWER_METRICS and not self.predict_with_generate:
+            raise ValueError(
+                f"metric_for_best_model={metric} is measured on answers, and evaluation writes none; set "
+                "predict_with_generate=true."
+            )
         if self.early_stopping_patience is not None:
+            if self.eval_strategy == "no":
+                raise ValueError(
+                    f"early_stopping_patience={self.early_stopping_patience} counts evaluations, and there are none; "
+                    "set eval_strategy=steps, eval_steps and eval_file."
+                )
             self.load_best_model_at_end = True  # what was learned since then is what one does not want
             self.restore_callback_states_from_checkpoint = True  # patience goes on where it was
         if self.accelerator_config is None:

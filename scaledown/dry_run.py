@@ -22,7 +22,7 @@ from .arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments
 from .cache import format_size
 from .protocol import Reading, read_sample
 from .tracing import QUANTIZED_BYTES, inference_peak, storage_bytes, training_peak
-from .training import CHANGEABLE, CONFIG_ARGUMENTS, add_lora, check_settings, choose_slot_pooling
+from .training import CHANGEABLE, CONFIG_ARGUMENTS, add_lora, check_exists, check_settings, choose_slot_pooling
 
 PARTS = ("compressor backbone", "memory embeddings", "projector", "reranking head", "generator", "LoRA")
 # Compared with where there is no GPU.
@@ -254,6 +254,7 @@ def _dtype(args: ScaleDownTrainingArguments) -> tuple[torch.dtype, list[str]]:
 
 def _trained(model_args: ModelArguments, settings: dict[str, Any]) -> tuple[Any, ScaleDownProcessor]:
     name, revision = model_args.model_name_or_path, model_args.revision
+    check_exists(name)
     changes = {key: settings[key] for key in CHANGEABLE if key in settings}
     config = ScaleDownConfig.from_pretrained(name, revision=revision, **changes)
     check_settings(settings, config, name)

@@ -46,8 +46,16 @@ def expand_recipe(parser: HfArgumentParser, argv: Sequence[str]) -> list[str]:
             hint = f"; did you mean {near[0]}?" if near else f"; python {parser.prog} --help lists the options."
             raise ValueError(f"{path} sets {name}, which is not an option{hint}")
         if value is not None:
-            options += [f"--{name}", _option_value(path, name, value, actions[name])]
+            options += [f"--{name}", *_option_values(path, name, value, actions[name])]
     return [*options, *rest]
+
+
+def _option_values(path: str, name: str, value: Any, action: Any) -> list[str]:
+    if not isinstance(value, list):
+        return [_option_value(path, name, value, action)]
+    if action.nargs in ("+", "*"):
+        return [_option_value(path, name, item, action) for item in value]
+    return [_option_value(path, name, ",".join(map(str, value)), action)]  # as options that name several are written
 
 
 def _option_value(path: str, name: str, value: Any, action: Any) -> str:
@@ -58,4 +66,4 @@ def _option_value(path: str, name: str, value: Any, action: Any) -> str:
         raise ValueError(f"{path} sets {name} to {value!r}; expected true or false.")
     if action.choices is not None and value not in action.choices:
         raise ValueError(f"{path} sets {name} to {value!r}; expected one of {', '.join(map(str, action.choices))}.")
-    return json.dumps(value) if isinstance(value, dict | list) else str(value)
+    return json.dumps(value) if isinstance(value, dict) else str(value)

@@ -28,6 +28,24 @@ from .records import answers_of
 PARTS_OF_LOSS = ("generation_loss", "reranking_loss")
 
 
+class EpochLengthGroupedSampler(LengthGroupedSampler):
+    """Questions of like length together, in an order that seed and epoch alone decide, so that a run can go on.
+
+    Args:
+        seed: Decides the order.
+        epoch: Tells which epoch begins. Asked, not told: what skips batches in a run that goes on hides its sampler.
+        args, kwargs: As in `LengthGroupedSampler`.
+    """
+
+    def __init__(self, seed: int, epoch: Callable[[], int], *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seed, self.epoch = seed, epoch
+
+    def __iter__(self):
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        return super().__iter__()
+
+
 class ScaleDownTrainer(Trainer):
     """A `Trainer` with two learning rates, both parts of the loss in its log, and ScaleDown's own checkpoints.
 
@@ -66,6 +84,7 @@ class ScaleDownTrainer(Trainer):
             self._check_every_record_has_documents()
         self._load_backbone = load_backbone
         self._num_scored_examples = None
+        self._sides = []  # of the model, one for each group of the optimizer
         self._waited, self._logged_at = 0.0, time.perf_counter()
         self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
 
@@ -100,7 +119,7 @@ class ScaleDownTrainer(Trainer):
         decayed = set(self.get_decay_parameter_names(model))
         # Memory and rerank embeddings are inputs, as fixed in scale as the token embeddings they stand among.
         decayed -= {name for name in decayed if name.endswith(("memory_embeddings", "rerank_embedding"))}
-        groups = []
+        groups, self._sides = [], []
         for part, learning_rate in (
             ("compressor.", self.args.compressor_learning_rate),
             ("generator.", self.args.learning_rate),
@@ -109,8 +128,9 @@ class ScaleDownTrainer(Trainer):
             for decay in (True, False):
                 parameters = [p for n, p in named if (n in decayed) == decay]
                 weight_decay = self.args.weight_decay if decay else 0.0
-                groups.append({"params": parameters, "lr": learning_rate, "weight_decay": weight_decay})
-        groups = [group for group in groups if group["params"]]
+                if parameters:
+                    groups.append({"params": parameters, "lr": learning_rate, "weight_decay": weight_decay})
+                    self._sides.append(part.removesuffix("."))
         optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
         self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
@@ -150,6 +170,8 @@ class ScaleDownTrainer(Trainer):
         """Log what the `Trainer` logs, and both parts of the loss, and the share of the time spent waiting for data."""
         if "loss" in logs:
             logs.update(self._drain("train"))
+            if "compressor" in (rates := self._learning_rates()):
+                logs["compressor_learning_rate"] = rates["compressor"]
             now = time.perf_counter()
             logs["data_wait"] = self._waited / (now - self._logged_at)
             self._waited, self._logged_at = 0.0, now
@@ -191,10 +213,28 @@ class ScaleDownTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         # The Trainer knows the lengths of rows only from a column of a `datasets.Dataset`.
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy == "group_by_length" and isinstance(dataset, CachedDataset):
-            group = self.args.train_batch_size * self.args.gradient_accumulation_steps
-            return LengthGroupedSampler(group, lengths=dataset.lengths)
+        if self.args.train_sampling_strategy == "group_by_length":
+            lengths, column = None, self.args.length_column_name
+            if isinstance(dataset, CachedDataset):
+                lengths = dataset.lengths
+            elif isinstance(dataset, datasets.Dataset) and column in dataset.column_names:
+                lengths = list(dataset[column])
+            if lengths is not None:
+                group = self.args.train_batch_size * self.args.gradient_accumulation_steps
+                seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+                return EpochLengthGroupedSampler(seed, lambda: int(self.state.epoch or 0), group, lengths=lengths)
         return super()._get_train_sampler(train_dataset)
+
+    def _get_learning_rate(self) -> float:
+        # The Trainer's own takes that of the first group, which is the compressor's.
+        return self._learning_rates().get("generator", super()._get_learning_rate())
+
+    def _learning_rates(self) -> dict[str, float]:
+        """The learning rate of each side, as it is now; of a side that learns nothing there is none."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        if len(groups) != len(self._sides):  # an optimizer that was handed in has its own
+            return {}
+        return {side: float(group["lr"]) for side, group in zip(self._sides, groups, strict=True)}
 
     def create_model_card(self, *args, **kwargs):
         """Leave the card to the model, which renders its own at every save."""
@@ -202,11 +242,12 @@ class ScaleDownTrainer(Trainer):
     def init_hf_repo(self, *args, **kwargs):
         """Leave the repository to the model's own push, at the end."""
 
-    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs) -> str:
+    def push_to_hub(self, commit_message: str | None = "End of training", revision: str | None = None, **kwargs) -> str:
         """Push the model as it is now, whole, with its code and its card; checkpoints stay at home.
 
         Args:
             commit_message: Message of the commit.
+            revision: Branch to push to; `hub_revision` of the arguments by default.
             kwargs: Arguments of `ScaleDownModel.push_to_hub`.
 
         Returns:
@@ -217,6 +258,7 @@ class ScaleDownTrainer(Trainer):
             commit_message=commit_message,
             private=self.args.hub_private_repo,
             token=self.args.hub_token,
+            revision=self.args.hub_revision if revision is None else revision,
             **kwargs,
         )
 
@@ -227,7 +269,9 @@ class ScaleDownTrainer(Trainer):
         """Nothing, but with a gradient for what this process's batch leaves unused: the other processes wait for it."""
         if outputs.get("memory_embeddings") is None:
             return 0.0 * sum(p.sum() for n, p in self.model.named_parameters() if _part_of(n) == "compressor.")
-        if outputs.get("reranking_scores") is not None and outputs.get("reranking_loss") is None:
+        weight = self.accelerator.unwrap_model(self.model).config.reranking_loss_weight
+        scores_count = outputs.get("reranking_loss") is not None and weight > 0
+        if outputs.get("reranking_scores") is not None and not scores_count:
             return 0.0 * outputs["reranking_scores"].sum()
         return 0.0
 
@@ -297,6 +341,10 @@ class ScaleDownTrainer(Trainer):
         if self._load_backbone is not None:
             unexpected = load_result.unexpected_keys
             unexpected[:] = [n for n in unexpected if not n.startswith("compressor.backbone.")]
+        if getattr(self.model.generator, "hf_quantizer", None) is not None:
+            # Quantised weights come with what they are read by, beside the parameter that holds them.
+            unexpected = load_result.unexpected_keys
+            unexpected[:] = [n for n in unexpected if not (n.startswith("generator.") and ".weight." in n)]
         super()._issue_warnings_after_load(load_result)
 
 

@@ -86,6 +86,15 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: ScaleDownTra
     return metrics
 
 
+class Patience(EarlyStoppingCallback):
+    """Early stopping that goes on where it was, with the patience of the command that goes on."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Take the patience asked for; a checkpoint brings the one it was saved with."""
+        self.early_stopping_patience = args.early_stopping_patience
+        super().on_train_begin(args, state, control, **kwargs)
+
+
 def train(
     model_args: ModelArguments, data_args: DataArguments, args: ScaleDownTrainingArguments
 ) -> tuple[ScaleDownModel, dict[str, float]]:
@@ -123,16 +132,16 @@ def train(
         load_backbone=load_backbone,
     )
     if args.early_stopping_patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        trainer.add_callback(Patience(args.early_stopping_patience))
     log_parameters(model)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if eval_data is not None:
         metrics.update(trainer.evaluate())
     if trainer.is_sharded:
-        trainer.save_model()  # by all processes, each of which holds a part
+        trainer.save_model(_internal_call=True)  # by all processes, each of which holds a part; without a push
     if args.should_save:
         if trainer.is_sharded:
-            model = ScaleDownModel.from_pretrained(args.output_dir)
+            trainer.model = model = ScaleDownModel.from_pretrained(args.output_dir)
         elif load_backbone is not None:
             model.compressor.backbone = load_backbone()
         num_examples = len(train_data) if hasattr(train_data, "__len__") else None
@@ -219,6 +228,7 @@ def build_model(
         loading["device_map"] = {"": args.device.index or 0} if args.device.type == "cuda" else None
     settings = {name: getattr(model_args, name) for name in CONFIG_ARGUMENTS}
     settings = {name: value for name, value in settings.items() if value is not None}
+    check_exists(model_args.model_name_or_path)
     unset_hf_deepspeed_config()  # so that weights are spread when all are there: LoRA and memory embeddings read them
     if model_args.model_name_or_path is not None:
         changes = {name: settings[name] for name in CHANGEABLE if name in settings and name != "weights_format"}
@@ -227,6 +237,12 @@ def build_model(
         )
         model.config.weights_format = settings.get("weights_format", model.config.weights_format)
         check_settings(settings, model.config, model_args.model_name_or_path)
+        if model.config.weights_format == "delta" and not model.config.generator_fingerprint:
+            raise ValueError(
+                f"weights_format=delta needs a generator that is still the one of its repository, and that of "
+                f"{model_args.model_name_or_path} is not: its LoRA was merged into it. Train with weights_format=full, "
+                "or go on from a model that was trained with merge_lora=false."
+            )
     else:
         model = ScaleDownModel.from_backbones(
             model_args.generator_name_or_path,
@@ -241,6 +257,23 @@ def build_model(
     if args.deepspeed_plugin is not None:
         args.deepspeed_plugin.set_deepspeed_weakref()
     return model
+
+
+def check_exists(model_name_or_path: str | None) -> None:
+    """Check that a model that an earlier run should have left is there, before anybody's of that name is looked up.
+
+    Args:
+        model_name_or_path: A Hub name or a folder.
+
+    Raises:
+        FileNotFoundError: It is a folder of a run, and there is none.
+    """
+    name = model_name_or_path or ""
+    if name.startswith(("runs/", "./", "../", "/", "~")) and not Path(name).is_dir():
+        raise FileNotFoundError(
+            f"model_name_or_path={name} is not a folder (looked from {Path.cwd()}); run the recipe that makes it "
+            "first, or name another model."
+        )
 
 
 def check_settings(settings: dict[str, Any], config: Any, name_or_path: str) -> None:
@@ -489,7 +522,10 @@ def _run_settings(model_args, data_args, args) -> dict[str, Any]:
     """What must be the same for a run to go on; how it is spread over devices and how long it runs may change."""
     names = ("stage", "seed", "learning_rate", "compressor_learning_rate", "lr_scheduler_type", "weight_decay")
     settings = {**asdict(model_args), **{name: getattr(args, name) for name in names}}
-    for name in ("train_file", "max_train_examples", "max_answer_length"):
+    data_names = ("train_file", "max_train_examples", "max_answer_length")
+    if args.stage == "pretrain":
+        data_names += ("text_column", "dataset_config", "train_split", "streaming")
+    for name in data_names:
         settings[name] = getattr(data_args, name)
     if Path(data_args.train_file).is_file():
         settings["bytes of train_file"] = Path(data_args.train_file).stat().st_size
@@ -532,6 +568,7 @@ def _recorded_settings(*arguments: Any) -> dict[str, Any]:
         "report_to",
         "hub_token",
         "run_name",
+        "resume_from_checkpoint",
     }
     settings = {}
     for group in arguments:

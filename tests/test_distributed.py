@@ -11,6 +11,7 @@ import yaml
 from test_training import rows
 
 from folders import ROOT, TRAINING_SETTINGS, files, load_silently, options, outputs, save_backbones, write_rows
+from hub_standin import HubStandIn
 
 CONFIGS = ROOT / "recipes" / "accelerate"
 SETTINGS = {
@@ -36,7 +37,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def train(folder, output, kind, how, **settings):
+def train(folder, output, kind, how, more_environment=None, **settings):
     """Run train.py; `how` is one, ddp or fsdp. Returns its losses by step."""
     compressor = {"n_layers": None, "modernbert": folder / "encoder", "llm": folder / "llm"}[kind]
     arguments = {
@@ -50,7 +51,7 @@ def train(folder, output, kind, how, **settings):
         **settings,
     }
     command = [sys.executable]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **(more_environment or {})}
     if how != "one":
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     if how == "fsdp":
@@ -107,6 +108,17 @@ def test_fsdp_saves_a_delta(folder, tmp_path):
     train(folder, tmp_path / "delta", "n_layers", "fsdp", weights_format="delta", max_steps=2)
     model = load_silently(tmp_path / "delta")
     assert model.config.weights_format == "delta" and model.config.lora_config is not None
+
+
+@pytest.mark.slow
+def test_fsdp_pushes_the_finished_model(folder, tmp_path):
+    with HubStandIn() as hub:
+        settings = {"push_to_hub": True, "hub_model_id": "me/model", "max_steps": 2}
+        train(folder, tmp_path / "out", "n_layers", "fsdp", hub.environment(tmp_path / "home"), **settings)
+        pushed = hub.files("me/model")
+    assert pushed["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert json.loads(pushed["config.json"])["lora_config"] is None  # merged, as asked for by default
+    assert b"## Training" in pushed["README.md"]
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])

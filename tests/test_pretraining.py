@@ -98,6 +98,20 @@ def test_the_generator_sees_the_task_and_the_slots_and_the_compressor_the_passag
     assert model.compressor.memory_embeddings.grad.abs().sum() > 0
 
 
+def test_pretraining_goes_on_with_its_own_text_only(tmp_path):
+    save_backbones(tmp_path / "backbones")
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"a": line, "b": line[::-1]}) + "\n" for line in LINES), encoding="utf-8")
+    model = ModelArguments(
+        generator_name_or_path=str(tmp_path / "backbones" / "generator"), num_compressor_layers=2, chunk_length=32
+    )
+    args = training_arguments(tmp_path / "out", stage="pretrain", max_steps=2, save_strategy="steps", save_steps=1)
+    run(model, DataArguments(train_file=str(path), text_column="a"), args)
+    (tmp_path / "out" / "all_results.json").unlink()
+    with pytest.raises(ValueError, match="unfinished run of other settings: text_column was a and is b"):
+        run(model, DataArguments(train_file=str(path), text_column="b"), args)
+
+
 def test_a_pretrained_model_is_trained_further(text, tmp_path):
     save_backbones(tmp_path / "backbones")
     arguments = ModelArguments(

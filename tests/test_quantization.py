@@ -16,6 +16,8 @@ from transformers import (
 import weights_scaledown
 from folders import assert_same_outputs, from_backbones, load_silently, outputs, save_encoder, save_generator
 from scaledown import ScaleDownModel
+from scaledown.evaluation_arguments import EvaluationArguments
+from scaledown.evaluation_models import load_contestants
 from tiny import ANSWERS, DOCUMENTS, QUESTIONS, build_tokenizer, randomize_lora
 
 # Blocks of 64 values share a scale, so layers must not be smaller than that.
@@ -215,7 +217,10 @@ def test_a_quantized_model_is_saved_as_it_is(source, lora, bits, generator, tmp_
     model.save_pretrained(tmp_path / "full", weights_format="full")
     full = load_silently(tmp_path / "full")
     assert_quantized(full, bits)
-    for loaded in (delta, full):
+    full.save_pretrained(tmp_path / "again", weights_format="full")  # what was read in few bits is saved once more
+    again = load_silently(tmp_path / "again")
+    assert_quantized(again, bits)
+    for loaded in (delta, full, again):
         state = loaded.state_dict()
         for name, tensor in model.state_dict().items():
             assert torch.equal(state[name].to(tensor.dtype), tensor), name
@@ -223,6 +228,15 @@ def test_a_quantized_model_is_saved_as_it_is(source, lora, bits, generator, tmp_
         assert torch.equal(found["memory_embeddings"], expected["memory_embeddings"])
         if not lora:  # PEFT computes in other steps around layers that were quantised after it had wrapped them
             assert torch.equal(found["logits"], expected["logits"])
+
+
+def test_a_model_stored_in_few_bits_is_evaluated_as_it_is(bits, generator, tmp_path):
+    built(generator, bits, lora=True).save_pretrained(tmp_path)
+    arguments = EvaluationArguments(model=str(tmp_path), data="unread.jsonl", baselines="full_text")
+    found = load_contestants(arguments, torch.device("cpu"))
+    assert found.model.config.lora_config is not None and found.adapters_off
+    assert found.generator is found.model.generator
+    assert_quantized(found.model, bits)
 
 
 def test_lora_is_not_merged_into_a_quantized_generator(bits, generator, tmp_path):

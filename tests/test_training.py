@@ -13,7 +13,7 @@ from tokenizers import normalizers
 from transformers import AutoModel, AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from folders import ROOT, TRAINING_SETTINGS, train_with_two_processes, write_rows
-from scaledown import ScaleDownProcessor
+from scaledown import ScaleDownModel, ScaleDownProcessor
 from scaledown.arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments, parse_arguments
 from scaledown.collators import CompressionCollator, GenerationCollator, JointCollator
 from scaledown.trainer import ScaleDownTrainer
@@ -172,11 +172,13 @@ def test_accumulated_micro_batches_make_the_step_of_one_batch(tmp_path):
 
 def test_log_shows_both_losses_and_their_weighted_sum(tmp_path):
     model = build_model(lora=True, reranking_loss_weight=0.5)
-    trainer = build_trainer(model, tmp_path, logging_steps=2)
+    rates = {"learning_rate": 3e-3, "compressor_learning_rate": 1e-3}
+    trainer = build_trainer(model, tmp_path, logging_steps=2, lr_scheduler_type="constant", **rates)
     trainer.train()
     logs = [line for line in trainer.state.log_history if "loss" in line]
     assert len(logs) == 2
     for line in logs:
+        assert {name: line[name] for name in rates} == rates
         assert line["reranking_loss"] > 0
         assert line["loss"] == pytest.approx(line["generation_loss"] + 0.5 * line["reranking_loss"], rel=1e-3)
 
@@ -229,11 +231,17 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("weights_format", ["full", "delta"])
-def test_resumed_run_equals_an_uninterrupted_one(backbones, train_file, tmp_path, monkeypatch, weights_format, caplog):
+@pytest.mark.parametrize(
+    "weights_format, sampling", [("full", "random"), ("delta", "random"), ("full", "group_by_length")]
+)
+def test_resumed_run_equals_an_uninterrupted_one(
+    backbones, train_file, tmp_path, monkeypatch, weights_format, sampling, caplog
+):
     model_args = model_arguments(backbones, weights_format=weights_format, merge_lora=False, lora_dropout=0.1)
     data_args = DataArguments(train_file=str(train_file))
+    # Twelve questions in steps of four: the run stops in its second epoch.
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "seed": 3}
+    settings["train_sampling_strategy"] = sampling
     whole, _ = train(model_args, data_args, training_arguments(tmp_path / "whole", **settings))
 
     stopped = training_arguments(tmp_path / "stopped", **settings)
@@ -424,6 +432,9 @@ def test_a_document_the_tokenizer_leaves_nothing_of_is_named():
         ({"two_stage": True, "stage": "pretrain"}, "contradicts"),
         ({"stage": "pretrain", "train_sampling_strategy": "group_by_length"}, "passages are of one length"),
         ({"two_stage": True, "train_sampling_strategy": "batch_rebalance"}, "does not work on a cache"),
+        ({"metric_for_best_model": "f1"}, "set predict_with_generate"),
+        ({"metric_for_best_model": "eval_exact_match"}, "set predict_with_generate"),
+        ({"early_stopping_patience": 2}, "set eval_strategy"),
     ],
 )
 def test_what_is_not_supported_is_refused_at_once(tmp_path, settings, message):
@@ -431,10 +442,12 @@ def test_what_is_not_supported_is_refused_at_once(tmp_path, settings, message):
         training_arguments(tmp_path, **settings)
 
 
-@pytest.mark.parametrize("stage", ["joint", "generate"])
-@pytest.mark.parametrize("scored", [0, 1], ids=["no scores", "scores of one question only"])
-def test_two_processes_train_with_partly_scored_data(backbones, tmp_path, scored, stage):
-    """One question has no documents either, and is the only one of its micro-batch."""
+@pytest.mark.parametrize(
+    "stage, scored, weight",
+    [("joint", 0, 0.05), ("joint", 1, 0.05), ("joint", 1, 0.0), ("generate", 0, 0.05), ("generate", 1, 0.05)],
+)
+def test_two_processes_train_with_partly_scored_data(backbones, tmp_path, stage, scored, weight):
+    """One question at most has scores; one has no documents either, and is the only one of its micro-batch."""
     records = [
         {"query": row["query"], "documents": row["documents"], "answer": row["answer"]} for row in rows(repeat=2)
     ]
@@ -453,6 +466,7 @@ def test_two_processes_train_with_partly_scored_data(backbones, tmp_path, scored
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 1,
         "two_stage": stage == "generate",
+        "reranking_loss_weight": weight,
         "logging_steps": 1,
         "use_cpu": True,
         "output_dir": tmp_path / "out",
@@ -460,7 +474,12 @@ def test_two_processes_train_with_partly_scored_data(backbones, tmp_path, scored
     train_with_two_processes(arguments, tmp_path)
     results = json.loads((tmp_path / "out" / "all_results.json").read_text(encoding="utf-8"))
     assert ("eval_reranking_loss" in results) == bool(scored)
-    assert results["train_loss"] > 0
+    state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text(encoding="utf-8"))
+    logs = [line for line in state["log_history"] if "loss" in line]
+    assert len(logs) == 3
+    for line in logs:
+        parts = line["generation_loss"] + weight * line.get("reranking_loss", 0)
+        assert line["loss"] == pytest.approx(parts, rel=1e-3)
 
 
 # -- going on from a trained model -------------------------------------------------------------------------------------
@@ -502,14 +521,59 @@ def test_settings_that_may_change_reach_model_processor_and_card(backbones, trai
         ({"num_memory_tokens": 2}, "num_memory_tokens=2 cannot be changed in a trained model"),
         ({"compressor_type": "llm"}, "compressor_type=llm cannot be changed"),
         ({"lora_r": 64}, "LoRA has r=4, not 64"),
+        ({"generator_revision": "abc"}, "generator_revision=abc says nothing about model_name_or_path"),
+        ({"compressor_name_or_path": "x"}, "compressor_name_or_path=x says nothing about model_name_or_path"),
     ],
 )
 def test_settings_that_cannot_change_are_refused(backbones, train_file, tmp_path, change, message):
     source = trained(backbones, tmp_path)
     with pytest.raises(ValueError, match=message):
         train(
-            ModelArguments(**source, **change), DataArguments(train_file=str(train_file)), training_arguments(tmp_path)
+            ModelArguments(**{**source, **change}),
+            DataArguments(train_file=str(train_file)),
+            training_arguments(tmp_path),
         )
+
+
+@pytest.mark.parametrize("unread", ["revision", "compressor_revision"])
+def test_a_revision_of_nothing_is_refused(backbones, unread):
+    with pytest.raises(ValueError, match=f"{unread}=abc says nothing about generator_name_or_path"):
+        model_arguments(backbones, **{unread: "abc"})
+
+
+@pytest.mark.parametrize("stage", ["joint", "generate"])
+def test_a_delta_of_a_merged_generator_is_refused_before_it_is_trained(backbones, train_file, tmp_path, stage):
+    data_args = DataArguments(train_file=str(train_file))
+    train(model_arguments(backbones), data_args, training_arguments(tmp_path / "merged"))
+    further = ModelArguments(model_name_or_path=str(tmp_path / "merged"), weights_format="delta")
+    with pytest.raises(ValueError, match="its LoRA was merged into it"):
+        run(further, data_args, training_arguments(tmp_path / "out", two_stage=stage == "generate"))
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_model_that_no_run_has_left_yet_is_not_looked_up(train_file, tmp_path, monkeypatch, capsys, dry_run):
+    monkeypatch.chdir(tmp_path)
+    argv = [str(ROOT / "recipes" / "mistral-7b-modernbert.yaml"), "--train_file", str(train_file), "--use_cpu", "true"]
+    assert main([*argv, "--dry_run", str(dry_run)]) == 2
+    assert "runs/mistral-7b-modernbert-pretrain is not a folder" in capsys.readouterr().err
+
+
+def test_the_branch_asked_for_is_pushed_to(tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(ScaleDownModel, "push_to_hub", lambda self, name, **settings: pushed.append((name, settings)))
+    trainer = build_trainer(build_model(lora=True), tmp_path, hub_model_id="me/model", hub_revision="dev")
+    trainer.push_to_hub()
+    trainer.push_to_hub(revision="other")
+    assert [(name, settings["revision"]) for name, settings in pushed] == [("me/model", "dev"), ("me/model", "other")]
+
+
+def test_lists_in_a_recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr("scaledown.arguments.get_available_reporting_integrations", lambda: ["tensorboard", "wandb"])
+    path = tmp_path / "recipe.yaml"
+    path.write_text("report_to: [tensorboard, wandb]\nlora_target_modules: [q_proj, v_proj]\nlabel_names: [labels]\n")
+    model_args, _, args = parse_arguments([str(path), "--generator_name_or_path", "x", "--train_file", "y"])
+    assert (args.report_to, args.label_names) == (["tensorboard", "wandb"], ["labels"])
+    assert model_args.lora_target_modules == "q_proj,v_proj"
 
 
 @pytest.mark.parametrize(
@@ -726,8 +790,12 @@ def test_patience_goes_on_where_it_was(backbones, train_file, tmp_path):
     # The checkpoints name the best one by its path.
     for file in (tmp_path / "cut").glob("checkpoint-*/trainer_state.json"):
         file.write_text(file.read_text("utf-8").replace(str(tmp_path / "whole"), str(tmp_path / "cut")), "utf-8")
+    shutil.copytree(tmp_path / "cut", tmp_path / "longer")
     run(*arguments, training_arguments(tmp_path / "cut", **settings))
     assert len(list((tmp_path / "cut").glob("checkpoint-*"))) == last
+    settings["early_stopping_patience"] = 5  # of the command that goes on, not of the one that was stopped
+    run(*arguments, training_arguments(tmp_path / "longer", **settings))
+    assert len(list((tmp_path / "longer").glob("checkpoint-*"))) == last + 2
 
 
 def test_a_run_that_was_killed_while_it_saved_its_only_model_starts_anew(backbones, train_file, tmp_path):
