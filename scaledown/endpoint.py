@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,6 +31,9 @@ TRIES_FOR_EMPTY_ANSWER = 3
 # So many records refused before the first success are a fault of the settings, not of the records.
 REFUSALS_BEFORE_SUCCESS = 5
 SECONDS_BETWEEN_SYNCS = 1.0
+# Endpoints differ in the status with which they say that the account, not the request, is what they refuse.
+SPENT_CODES = ("insufficient_quota", "insufficient_balance", "billing_hard_limit_reached", "billing_not_active")
+SPENT = re.compile(r"insufficient (?:balance|credit|fund|quota)|credit balance|out of credits", re.IGNORECASE)
 
 
 class _RetryError(Exception):
@@ -56,7 +60,8 @@ class EndpointTeacher:
 
     Failures that may pass (rate limits, errors of the server, timeouts, broken connections, replies that are cut off
     or no chat completion, empty answers) are tried again after a pause that doubles, with jitter; a server's
-    Retry-After is honoured, by all requests. Failures of the settings (401, 403, 404, an exhausted quota) stop the run.
+    Retry-After is honoured, by all requests. Failures of the settings (401, 403, 404, an exhausted quota or balance)
+    stop the run.
 
     Args:
         url: The endpoint, up to and with `/v1`.
@@ -275,6 +280,11 @@ class EndpointTeacher:
         """The exception that a status stands for."""
         status, text = error.status_code, self._redacted(str(error.message))[:300]
         told = f"HTTP {status}: {text}"
+        code = getattr(error, "code", None)
+        if status == 402 or code in SPENT_CODES or (status in (400, 403, 429) and SPENT.search(text)):
+            return TeacherError(
+                f"the quota at {self.url} is used up ({told}). The same command goes on once there is more."
+            )
         if status in (401, 403):
             where = f"the key in {self._key_variable}" if self._key_variable else "a request without a key"
             return TeacherError(
@@ -286,8 +296,6 @@ class EndpointTeacher:
                 f"{self.url} knows no chat completions of the model {self.model} ({told}). Check {self.option} and "
                 f"{self.option}_url, which ends in /v1 for most servers."
             )
-        if status == 429 and getattr(error, "code", None) == "insufficient_quota":
-            return TeacherError(f"the quota at {self.url} is used up ({told}). The same command goes on later.")
         if status in (408, 409, 425, 429) or status >= 500:
             return _RetryError(told, wait=_retry_after(error.response.headers))
         if status == 400 and limit_name == "max_tokens" and "max_completion_tokens" in text:

@@ -7,6 +7,7 @@ import datetime
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -203,27 +204,35 @@ def _fitting(
     """The questions that fit the generator with every system, the systems, and how many each one left out."""
     systems = build_systems(found, arguments, examples)
     limit = getattr(found.model.config.generator_config, "max_position_embeddings", None)
-    too_long = check_lengths(systems, examples, limit, arguments.max_new_tokens)
-    if not too_long:
-        return examples, systems, {}
-    counts = {name: len(places) for name, places in too_long.items()}
-    if arguments.too_long == "error":
-        name, places = next(iter(too_long.items()))
-        index, length = max(places, key=lambda place: place[1])
-        others = f", and {len(places) - 1} more questions are too long" if len(places) > 1 else ""
-        raise ValueError(
-            f"question {examples[index].id!r} has a prompt of {length} tokens for {name}; with max_new_tokens="
-            f"{arguments.max_new_tokens} that exceeds the generator's {limit} positions{others}. Lower --num_documents "
-            f"or --max_new_tokens, leave {name} out of --baselines, or leave such questions out everywhere with "
-            "--too_long skip."
-        )
-    left_out = {index for places in too_long.values() for index, _ in places}
-    kept = [example for example in examples if example.index not in left_out]
-    if not kept:
-        raise ValueError(f"all {len(examples)} questions are too long ({counts}); lower --num_documents.")
-    for index, example in enumerate(kept):
-        example.index = index
-    return kept, build_systems(found, arguments, kept), counts
+    counts: Counter[str] = Counter()
+    # Again after each time, since shuffled_documents draws from the questions that are left.
+    while too_long := check_lengths(systems, examples, limit, arguments.max_new_tokens):
+        if arguments.too_long == "error":
+            raise ValueError(_too_long(too_long, arguments, examples, limit))
+        counts.update({name: len(places) for name, places in too_long.items()})
+        left_out = {index for places in too_long.values() for index, _ in places}
+        kept = [example for example in examples if example.index not in left_out]
+        if not kept:
+            raise ValueError(f"all {len(examples)} questions are too long ({dict(counts)}); lower --num_documents.")
+        for index, example in enumerate(kept):
+            example.index = index
+        examples, systems = kept, build_systems(found, arguments, kept)
+    return examples, systems, dict(counts)
+
+
+def _too_long(
+    too_long: dict[str, list[tuple[int, int]]], arguments: EvaluationArguments, examples: list[Example], limit: int
+) -> str:
+    """Says which question is longest, and what to do."""
+    name, places = next(iter(too_long.items()))
+    index, length = max(places, key=lambda place: place[1])
+    others = f", and {len(places) - 1} more questions are too long" if len(places) > 1 else ""
+    return (
+        f"question {examples[index].id!r} has a prompt of {length} tokens for {name}; with max_new_tokens="
+        f"{arguments.max_new_tokens} that exceeds the generator's {limit} positions{others}. Lower --num_documents "
+        f"or --max_new_tokens, leave {name} out of --baselines, or leave such questions out everywhere with "
+        "--too_long skip."
+    )
 
 
 def _new_folder(arguments: EvaluationArguments) -> Path:

@@ -1,8 +1,9 @@
 """Arguments of `evaluate.py`."""
 
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,14 @@ from .formats import FORMATS
 from .systems import BASELINES
 
 DEFAULT_BASELINES = "full_text,no_documents"
+# What is read where no model is asked.
+READ_BY_COMPARE = ("compare", "output_dir")
+READ_BY_REJUDGE = (
+    *READ_BY_COMPARE,
+    *("rejudge", "group_by", "seed"),
+    *("judge", "judge_url", "judge_api_key_env", "judge_against"),
+    *("judge_concurrency", "judge_max_tokens", "judge_extra_body", "judge_cache"),
+)
 
 
 @dataclass
@@ -157,6 +166,10 @@ class EvaluationArguments:
             raise FileExistsError(
                 f"{self.output_dir} already exists; results are never overwritten. Name a new folder."
             )
+        if self.output_dir is not None:  # now, not after the answers
+            above = next(path for path in Path(self.output_dir).absolute().parents if path.exists())
+            if not above.is_dir() or not os.access(above, os.W_OK):
+                raise ValueError(f"{self.output_dir} cannot be made in {above}; name a folder that can.")
 
     def _check_names(self) -> None:
         if self.rejudge is not None and (self.model is not None or self.judge is None):
@@ -165,12 +178,22 @@ class EvaluationArguments:
             raise ValueError("model is missing; pass --model and --data, or --compare with folders of earlier runs.")
         if self.model is not None and self.data is None:
             raise ValueError("data is missing; pass --data with the questions to ask.")
+        if self.rejudge is not None:
+            self._check_read("rejudge takes the answers of an earlier run as they are", READ_BY_REJUDGE)
+        elif self.model is None:
+            self._check_read("compare puts earlier runs side by side and asks nothing", READ_BY_COMPARE)
         unknown = [name for name in self.baseline_names if name not in BASELINES]
         if unknown:
             raise ValueError(f"there is no baseline {unknown[0]!r}; expected some of {', '.join(BASELINES)}, or none.")
         absent = [name for name in self.judged_against if name not in self.baseline_names]
         if absent and self.rejudge is None:
             raise ValueError(f"judge_against names {absent[0]!r}, which is not among the baselines; add it to those.")
+
+    def _check_read(self, reason: str, read: tuple[str, ...]) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name not in read and value != option.default:
+                raise ValueError(f"{reason}, so {option.name}={value} says nothing; leave --{option.name} out.")
 
     @property
     def baseline_names(self) -> list[str]:

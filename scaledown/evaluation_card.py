@@ -58,15 +58,23 @@ def merge_results(fields: dict[str, Any], metrics: dict[str, Any]) -> dict[str, 
     Returns:
         The fields `evaluation`, `evaluation_notes` and `eval_results`.
     """
-    name = metrics["data"]["name"]
+    name = _data_name(metrics)
     rows = [row for row in fields.get("evaluation", []) if row.get("data") != name]
     results = [result for result in fields.get("eval_results", []) if result.get("dataset_name") != name]
-    notes = [line for line in fields.get("evaluation_notes", "").split("\n\n") if line and not line.startswith(name)]
+    notes = fields.get("evaluation_notes", "").split("\n\n")
+    notes = [line for line in notes if line and not line.startswith(f"{name}: ")]
     return {
         "evaluation": [*rows, *_table_rows(metrics)],
         "evaluation_notes": "\n\n".join([*notes, _note(metrics)]),
         "eval_results": [*results, *_eval_results(metrics)],
     }
+
+
+def _data_name(metrics: dict[str, Any]) -> str:
+    """Name of the data, with its configuration and split, which are other data."""
+    data = metrics["data"]
+    parts = [data[key] for key in ("config", "split") if data.get(key)]
+    return f"{data['name']} ({', '.join(parts)})" if parts else data["name"]
 
 
 def _table_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
@@ -76,7 +84,7 @@ def _table_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
         reranking = metrics["reranking"].get("model", {}) if system == MODEL else {}
         rows.append(
             {
-                "data": metrics["data"]["name"],
+                "data": _data_name(metrics),
                 "": system.replace("_", " "),
                 **{TITLES[name]: estimate(values.get(name)) for name in (*ANSWER_MODULES, "judge")},
                 "nDCG@10": estimate(reranking.get("ndcg@10")),
@@ -94,7 +102,7 @@ def _note(metrics: dict[str, Any]) -> str:
     judge = f" Judge: {metrics['judge']['model']}." if "judge" in metrics else ""
     commit = metrics["git"].get("commit", "")[:12] or "not recorded"
     return (
-        f"{data['name']}: {data['num_asked']} questions with {data['documents_per_question']:.3g} documents each"
+        f"{_data_name(metrics)}: {data['num_asked']} questions with {data['documents_per_question']:.3g} documents each"
         f"{compressed}, answered greedily with at most {settings['max_new_tokens']} tokens on "
         f"{metrics['hardware']['device']} ({metrics['model']['dtype']}) on {metrics['date'][:10]}, code at commit "
         f"{commit}; in brackets 95 % intervals.{judge} {' '.join(metrics['notes'])}"
@@ -106,8 +114,8 @@ def _eval_results(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     data, systems = metrics["data"], metrics["systems"]
     name = data["name"]
     common = {
-        "dataset_name": name,
-        "dataset_type": name if HUB_NAME.fullmatch(name) else re.sub(r"[^\w-]+", "-", name.split(".")[0]).lower(),
+        "dataset_name": _data_name(metrics),
+        "dataset_type": name if HUB_NAME.fullmatch(name) else re.sub(r"[^\w-]+", "-", name).lower(),
         "dataset_config": data.get("config"),
         "dataset_split": data.get("split"),
         "dataset_revision": data.get("revision"),

@@ -50,7 +50,7 @@ def plot_comparison(path: Path, runs: Sequence[tuple[str, dict[str, Any]]]) -> N
     for name, metrics in runs:
         rate, found = metrics["model"]["measured_compression"]["value"], metrics["systems"][MODEL]["exact_match"]
         if rate is not None:
-            axes.errorbar(rate, found["value"], yerr=_error(found), fmt="o", capsize=4, label=name)
+            axes.errorbar(rate, found["value"], yerr=_error(found), fmt="o", capsize=4, label=_as_text(name))
     drawn: set[tuple[str, float]] = set()
     for name, metrics in runs:
         for system, style in LINES.items():
@@ -59,7 +59,7 @@ def plot_comparison(path: Path, runs: Sequence[tuple[str, dict[str, Any]]]) -> N
             if value is not None and (system, value) not in drawn:
                 several = len({v for s, v in drawn if s == system}) > 0
                 label = f"{system.replace('_', ' ')} ({name})" if several else system.replace("_", " ")
-                axes.axhline(value, linestyle=style, color="0.4", label=label)
+                axes.axhline(value, linestyle=style, color="0.4", label=_as_text(label))
                 drawn.add((system, value))
     axes.set_xlabel("document tokens per slot, measured")
     axes.set_ylabel("exact match")
@@ -80,9 +80,9 @@ def _bars(path: Path, systems: dict[str, Any], names: Sequence[str], title: str)
         errors = [_error(value) for _, value in shown]
         errors = [[row[0][0] for row in errors], [row[1][0] for row in errors]]
         axes.bar(positions, heights, width, yerr=errors, label=system.replace("_", " "), capsize=2)
-    axes.set_xticks(range(len(names)), [TITLES.get(name, name) for name in names])
+    axes.set_xticks(range(len(names)), [_as_text(TITLES.get(name, name)) for name in names])
     axes.set_ylim(bottom=0)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(_as_text(title), fontsize=10)
     figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=DPI)
 
@@ -92,6 +92,11 @@ def _error(estimate: dict[str, Any]) -> list[list[float]]:
     value = estimate["value"]
     low, high = (value if end is None else end for end in (estimate["low"], estimate["high"]))
     return [[max(value - low, 0.0)], [max(high - value, 0.0)]]
+
+
+def _as_text(text: str) -> str:
+    """Words of the data, in which a $ is no beginning of a formula."""
+    return text.replace("$", r"\$")
 
 
 def _as_file_name(text: str) -> str:

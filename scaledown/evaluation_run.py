@@ -48,8 +48,9 @@ class Run:
         Args:
             folder: An existing folder.
         """
-        rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows())
-        (folder / PREDICTIONS_NAME).write_text(rows, encoding="utf-8")
+        # A record's own fields may hold what JSON or UTF-8 cannot, such as a date or half a surrogate pair.
+        rows = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in self._rows())
+        (folder / PREDICTIONS_NAME).write_bytes(rows.encode("utf-8", errors="backslashreplace"))
         text = json.dumps(self.metrics, indent=1, ensure_ascii=False, allow_nan=False)
         (folder / METRICS_NAME).write_text(text + "\n", encoding="utf-8")
         write_report(folder, self.metrics, plot_answers(folder, self.metrics))

@@ -30,8 +30,23 @@ PAIR_USER_PROMPT = (
     "better, according to the golden answer? Simply answer with one of A, B, or tie where they are equally good or "
     "bad. Question: {question}. Golden answer: {answer}. Answer A: {first}. Answer B: {second}."
 )
-GRADE = re.compile(r"(?<![\d.])(0\.5|0,5|[01](?:\.0)?)(?![\d]|\.\d)")
-GRADE_WORDS = (("partially", 0.5), ("incorrect", 0.0), ("wrong", 0.0), ("correct", 1.0))
+_NUMBER = r"(?<![\d.,])(0[.,]50?|[01](?:\.0+)?)(?![\d]|[.,]\d)"
+# A number is a grade where it begins the reply or ends it, is given a meaning, or is called one.
+GRADES = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        rf"^\W*{_NUMBER}(?=\W*$|\s*\n|\s*[^\w\s]|\s+\(?(?:correct|partial|incorrect|wrong))",
+        rf"{_NUMBER}\W*$",
+        rf"{_NUMBER}\W{{0,4}}:",
+        rf"\b(?:grade|score|rating|rate|give|judge)\w*\b[^.\d]{{0,20}}{_NUMBER}",
+    )
+)
+# In this order, since one holds the next: what was found is taken out.
+GRADE_WORDS = (
+    (re.compile(r"\bpartial(?:ly)?\b(?:\W+correct\b)?", re.IGNORECASE), 0.5),
+    (re.compile(r"(?:\bnot|n't)\s+(?:\w+\s+)?correct\b|(?<!not )(?<!n't )\b(?:incorrect|wrong)\b", re.IGNORECASE), 0.0),
+    (re.compile(r"\bcorrect\b(?!\s+(?:\w+\s+)?answer\b)", re.IGNORECASE), 1.0),
+)
 CHOICE = re.compile(r"\b[AB]\b(?! tie\b)")
 TIE = re.compile(r"\b(?:tie|equal|equally)\b", re.IGNORECASE)
 # Gold answers of a question that are all right, as the prompt has room for one.
@@ -51,6 +66,8 @@ class Judge(EndpointTeacher):
 
 class JudgementCache:
     """What judges said, by what they were asked; stands in for a `Journal` of requests.
+
+    What a judge refused is known to this run only: the next one asks again.
 
     Args:
         path: The file; created where it is missing. A half-written last line is dropped.
@@ -92,9 +109,8 @@ class JudgementCache:
     def append(self, results: Iterable[tuple[int, Any]], sync: bool = True) -> None:
         """See `Journal.append`."""
         new = {self._keys[index]: value for index, value in results if index not in self}
-        lines = [json.dumps({"key": key, "value": value}, ensure_ascii=False) + "\n" for key, value in new.items()]
-        if not lines:
-            return
+        said = {key: value for key, value in new.items() if "answer" in value}
+        lines = [json.dumps({"key": key, "value": value}, ensure_ascii=False) + "\n" for key, value in said.items()]
         with open(self.path, "ab") as stream:
             stream.write("".join(lines).encode("utf-8"))
             if sync:
@@ -223,12 +239,16 @@ def _gold(example: Example) -> str:
 
 
 def _grade(reply: str | None) -> float:
+    """The grade a reply gives, by its number, or without one by its words."""
     if reply is None:
         return math.nan
-    found = GRADE.search(reply)
-    if found:
-        return float(found.group(1).replace(",", "."))
-    return next((grade for word, grade in GRADE_WORDS if word in reply.lower()), math.nan)
+    found = {float(number.replace(",", ".")) for pattern in GRADES for number in pattern.findall(reply)}
+    if not found:
+        for word, grade in GRADE_WORDS:
+            reply, count = word.subn("", reply)
+            if count:
+                found.add(grade)
+    return found.pop() if len(found) == 1 else math.nan  # a reply that says several things has not decided
 
 
 def _choice(reply: str | None) -> float:

@@ -335,6 +335,9 @@ def greedy(generation_config: GenerationConfig, max_new_tokens: int) -> Generati
         temperature=None,
         top_p=None,
         top_k=None,
+        # They look at the prompt, which has every document's words or none of them: no comparison would be fair.
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
     )
     return settings
 

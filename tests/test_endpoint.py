@@ -130,11 +130,14 @@ def test_pauses_double_and_vary(tmp_path):
         (403, "does not accept the key in MY_KEY"),
         (404, "knows no chat completions of the model tiny .* ends in /v1"),
         (429, "the quota at .* is used up"),
+        (402, "the quota at .* is used up"),
+        (400, "the quota at .* is used up"),
     ],
 )
 def test_wrong_settings_stop_the_run_at_once_and_the_key_stays_secret(tmp_path, monkeypatch, caplog, status, message):
     monkeypatch.setenv("MY_KEY", "sk-very-secret")
-    error = {"error": {"message": "no: sk-very-secret", "code": "insufficient_quota" if status == 429 else None}}
+    said = "Your credit balance is too low" if status == 400 else "no"
+    error = {"error": {"message": f"{said}: sk-very-secret", "code": "insufficient_quota" if status == 429 else None}}
     with (
         caplog.at_level(logging.DEBUG),
         ChatServer(lambda *_: Reply(status, error)).running() as server,

@@ -1,27 +1,32 @@
 """Evaluation of a tiny model: what the systems read and answer, what the run writes, and what it refuses."""
 
+import copy
+import datetime
 import json
 import math
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from folders import SETTINGS, save_generator
 from scaledown import ScaleDownModel
 from scaledown.answering import answer_all
-from scaledown.evaluation import evaluate, main
+from scaledown.evaluation import _fitting, evaluate, main
 from scaledown.evaluation_arguments import EvaluationArguments
 from scaledown.evaluation_data import Example
-from scaledown.evaluation_models import build_systems, load_contestants
+from scaledown.evaluation_models import build_systems, check_lengths, load_contestants
 from scaledown.evaluation_run import Run
-from scaledown.systems import BASELINES, Answer, choose_donors
+from scaledown.systems import BASELINES, Answer, choose_donors, greedy
 from tiny import ANSWERS, DOCUMENTS, QUESTIONS, build_tokenizer, randomize_lora
 
 NEW_TOKENS = 4
 NUM_QUESTIONS = 7
 CPU = torch.device("cpu")
+NO_MODEL = {"model": None, "data": None, "max_new_tokens": 128, "device": "auto", "resamples": 1000}
 
 
 @pytest.fixture(scope="module")
@@ -393,6 +398,9 @@ def test_nothing_is_overwritten(folder, tmp_path):
         ({"judge": "a", "judge_url": "b", "judge_extra_body": "[]"}, "expected a JSON object"),
         ({"model": "someone/model", "update_card": True}, "local folder"),
         ({"rejudge": "x"}, "no model"),
+        ({**NO_MODEL, "rejudge": "x", "judge": "a", "judge_url": "b", "limit": 2}, "leave --limit out"),
+        ({**NO_MODEL, "compare": ["x"], "judge": "a", "judge_url": "b"}, "leave --judge out"),
+        ({"output_dir": f"{__file__}/out"}, "cannot be made in"),
     ],
 )
 def test_wrong_arguments(folder, changes, message):
@@ -436,6 +444,39 @@ def test_prompts_past_the_context(folder, tmp_path):
     assert "1 for full_text" in (tmp_path / "b" / "report.md").read_text(encoding="utf-8")
     # Without full text, it is asked like any other.
     evaluate(settings(folder, output_dir=str(tmp_path / "c"), **{**changes, "baselines": "none"}))
+
+
+def test_questions_that_others_documents_make_too_long_are_left_out_too(folder):
+    """Which documents a question is shuffled with is drawn anew when one is left out."""
+    kept = examples(8)
+    for i, example in enumerate(kept):
+        example.documents = [f"{DOCUMENTS[1][0]} Note {i}."] * (1 + i % 4)
+        example.query = "Who" + " now" * (9 * (7 - i))
+    for seed in range(4):
+        arguments = settings(folder, baselines="shuffled_documents", too_long="skip", seed=seed)
+        found = load_contestants(arguments, CPU)
+        questions = copy.deepcopy(kept)
+        longest = max(build_systems(found, arguments, questions)[1].prompt_lengths(questions))
+        limit = found.model.config.generator_config.max_position_embeddings = longest + NEW_TOKENS - 1
+        fitting, systems, counts = _fitting(found, arguments, questions)
+        assert counts and not check_lengths(systems, fitting, limit, NEW_TOKENS)
+
+
+def test_fields_that_json_cannot_hold_cost_no_answers(folder, tmp_path):
+    records = [json.loads(line) for line in (folder / "data.jsonl").read_text(encoding="utf-8").splitlines()]
+    day = datetime.date(2026, 1, 2)
+    table = pa.Table.from_pylist([{**record, "day": day, "price": "5$%^^$"} for record in records])
+    pq.write_table(table, tmp_path / "data.parquet")
+    changes = {"data": str(tmp_path / "data.parquet"), "baselines": "none", "group_by": "price"}
+    evaluate(settings(folder, output_dir=str(tmp_path / "out"), **changes))
+    first = json.loads((tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert first["day"] == "2026-01-02" and first["price"] == "5$%^^$"
+    assert (tmp_path / "out" / "exact_match_by_price.png").stat().st_size > 0
+
+
+def test_all_systems_write_without_penalties():
+    found = greedy(GenerationConfig(repetition_penalty=1.3, no_repeat_ngram_size=2, temperature=0.7, do_sample=True), 5)
+    assert (found.repetition_penalty, found.no_repeat_ngram_size, found.do_sample) == (1.0, 0, False)
 
 
 def test_an_interval_needs_two_questions(folder, tmp_path):

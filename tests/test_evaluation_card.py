@@ -72,11 +72,19 @@ def test_results_on_other_data_are_added_and_on_the_same_replaced(folder, metric
     other["data"]["name"] = "someone/other-data"
     update_card(tmp_path, other)
     update_card(tmp_path, other)
+    more = json.loads(json.dumps(metrics))
+    more["data"]["name"] = "dev"  # as the other begins
+    update_card(tmp_path, more)
+    more["data"] |= {"name": "someone/other-data", "split": "test"}
+    update_card(tmp_path, more)
     results = load_card(tmp_path).data.eval_results
     names = [result.dataset_name for result in results]
-    assert names.count("dev.jsonl") == names.count("someone/other-data") == len(names) / 2
-    assert {r.dataset_type for r in results} == {"dev", "someone/other-data"}
+    expected = ["dev.jsonl", "someone/other-data", "dev", "someone/other-data (test)"]
+    assert [names.count(name) for name in expected] == [len(names) / 4] * 4
+    assert {r.dataset_type for r in results} == {"dev-jsonl", "dev", "someone/other-data"}
     text = load_card(tmp_path).text
+    for name in expected:
+        assert text.count(f"\n{name}: ") == 1
     assert text.count("| someone/other-data | compressed |") == 1
 
 

@@ -72,6 +72,14 @@ def test_answers_are_graded_with_the_papers_prompt(tmp_path):
         ("wrong", 0.0),
         ("Correct!", 1.0),
         ("10 out of 10", math.nan),
+        ("0.50", 0.5),
+        ("1\n\nBoth name the Loire.", 1.0),
+        ("I would give it a 0.5 because the year is missing.", 0.5),
+        ("Not correct.", 0.0),
+        ("That isn't correct", 0.0),
+        ("The correct answer is Paris but it says London.", math.nan),
+        ("The answer is wrong, since 1 of the names is missing", 0.0),
+        ("1: correct, 0.5: partially correct, 0: wrong", math.nan),
         ("I cannot tell.", math.nan),
     ],
 )
@@ -94,6 +102,18 @@ def test_nothing_is_asked_twice(tmp_path):
         grade_answers(judge_for(server, max_tokens=8), tmp_path, EXAMPLES[:1], ["x"])
         grade_answers(Judge(server.url, "other"), tmp_path, EXAMPLES[:1], ["x"])
         assert len(server.requests) == 5
+
+
+def test_what_was_refused_is_asked_again_by_the_next_run(tmp_path):
+    def behave(asked, body):
+        return Reply(status=400) if "heron" in ask_of(body) else Reply(body=completion("1"))
+
+    with ChatServer(behave).running() as server:
+        grades = grade_answers(judge_for(server), tmp_path, EXAMPLES, ["x", "y", "z"])
+    assert [math.isnan(grade) for grade in grades] == [False, True, False]
+    with serve(lambda text: "0") as server:
+        assert grade_answers(judge_for(server), tmp_path, EXAMPLES, ["x", "y", "z"]) == [1.0, 0.0, 1.0]
+    assert len(server.requests) == 1
 
 
 def test_an_empty_answer_is_wrong_unasked(tmp_path):
