@@ -56,6 +56,10 @@ class WorldArguments:
         default=0.0,
         metadata={"help": "Share of questions of two hops that ask for every thing of the kind ('Who? ...')."},
     )
+    repeats: float = field(
+        default=0.0,
+        metadata={"help": "With one passage: share of questions that only ask to write it again ('What?')."},
+    )
     same_facts: bool = field(
         default=False,
         metadata={"help": "Passages of the kind that is asked about tell the same facts, of other things."},
@@ -89,7 +93,7 @@ class Question:
     Attributes:
         text: The question.
         answer: Its only answer.
-        answer_kind: "name", "date", "number" or "word".
+        answer_kind: "name", "date", "number" or "word"; "text" where the passage itself is the answer.
         hops: Passages that must be put together.
         positives: Their places in the context.
     """
@@ -401,6 +405,7 @@ class World:
         alike: float = 0.0,
         lists: float = 0.0,
         same_facts: bool = False,
+        repeats: float = 0.0,
         **telling,
     ) -> dict:
         """A record in the project's format, scored by a teacher that knows the right passages.
@@ -412,11 +417,17 @@ class World:
             alike: Chance that distractors are all of the kind that is asked about.
             lists: Chance that a question of two hops asks for everything that is told, as `ask_across` has it.
             same_facts: As in `context`.
+            repeats: Chance that nothing is asked ("What?"), and the answer is the passage itself.
             **telling: `num_facts` and `plain` of `passage`.
 
         Returns:
             The record; the passages that are needed stand among the first five.
+
+        Raises:
+            ValueError: if a passage is to be repeated where there are several, or two are needed and there is one.
         """
+        if repeats > 0 and num_documents > 1:
+            raise ValueError(f"repeats={repeats} needs num_documents=1, not {num_documents}: which one, nothing says.")
         hops = 1 + (self.random.random() < two_hops)
         near = min(num_documents, 5)
         one_kind = alike > 0 and self.random.random() < alike
@@ -426,6 +437,8 @@ class World:
         else:
             asked = self.ask_across(passages, first, second, lists > 0 and self.random.random() < lists)
         question = next(asked)
+        if repeats > 0 and self.random.random() < repeats:
+            question = Question("What?", passages[first].text, "text", 1, [first])
         told = " ".join(passage.text for passage in passages)
         while len(passages) < num_documents:
             more, *_ = self.context(1, 1, **telling)
@@ -477,6 +490,7 @@ def main() -> int:
                         args.alike,
                         args.lists,
                         args.same_facts,
+                        args.repeats,
                         num_facts=args.num_facts,
                         plain=args.plain,
                     )

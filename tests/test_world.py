@@ -149,6 +149,16 @@ def test_passages_of_the_kind_that_is_asked_about_tell_the_same_facts(hops):
         assert len(passages[second].facts) == 2
 
 
+def test_some_records_only_ask_to_write_the_passage_again():
+    world = World("train", 0)
+    records = [world.record(i, 1, 0.0, repeats=0.5, num_facts=3, plain=True) for i in range(60)]
+    repeated = [record for record in records if record["query"] == "What?"]
+    assert 15 < len(repeated) < 45
+    assert all(record["answer"] == record["documents"][0] for record in repeated)
+    with pytest.raises(ValueError, match="needs num_documents=1"):
+        world.record(0, 2, 0.0, repeats=0.5)
+
+
 def test_lists_pair_every_name_with_what_its_own_passage_tells():
     world = World("train")
     first_places = set()
