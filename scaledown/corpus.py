@@ -20,9 +20,9 @@ import pyarrow as pa
 from datasets.exceptions import DatasetsError
 from tqdm.auto import tqdm
 
-from .questions import SourceError
+from .questions import SourceError, check_can_be_written
 from .records import atomic_writer, read_lines
-from .sources import COMPRESSIONS, SUFFIXES, check_is_no_missing_path, file_elements
+from .sources import SUFFIXES, check_is_no_missing_path, file_elements, kind_suffix
 from .splitting import PassageSplitter, merge_lines
 
 logger = logging.getLogger(__name__)
@@ -88,8 +88,7 @@ class CorpusReader:
         return itertools.islice(texts, skip, None)
 
     def _file(self, path: Path) -> Texts:
-        suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSIONS]
-        if suffixes[-1:] == [".txt"]:
+        if kind_suffix(path) == ".txt":
             lines = (line for _, line in read_lines(path))
             return (("", line.strip()) for line in (merge_lines(lines) if self.merge_lines else lines))
         return (self._text(element, location) for location, element in file_elements(path))
@@ -113,6 +112,7 @@ class CorpusReader:
 
     def _text(self, element: Any, location: str) -> tuple[str, str]:
         if isinstance(element, str):
+            check_can_be_written(element, "a text", location)
             return "", element.strip()
         text = _value(element, self.text_column, location, "--text_column")
         if isinstance(text, list):
@@ -123,7 +123,10 @@ class CorpusReader:
             title = element.get("title")
         if text is not None and not isinstance(text, str):
             raise SourceError(f"{location}: found {str(text)[:60]} under {self.text_column!r}; expected a text.")
-        return " ".join(str(title or "").split()), (text or "").strip()
+        title, text = " ".join(str(title or "").split()), (text or "").strip()
+        check_can_be_written(title, "a title", location)
+        check_can_be_written(text, "a text", location)
+        return title, text
 
 
 def corpus_files(folder: Path) -> list[Path]:
@@ -138,7 +141,7 @@ def corpus_files(folder: Path) -> list[Path]:
     Raises:
         SourceError: There is none.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and set(path.suffixes[-2:]) & set(SUFFIXES))
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and kind_suffix(path) in SUFFIXES)
     if not files:
         raise SourceError(f"{folder}: found no file ending in {', '.join(SUFFIXES)}; expected at least one.")
     return files

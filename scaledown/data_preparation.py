@@ -33,7 +33,7 @@ from .formats import OWN_DOCUMENTS
 from .indexes import Index, open_index
 from .journal import WorkFolder, blocks, run_in_batches
 from .metrics import normalize_answer
-from .preparation_arguments import PreparationArguments, parse_arguments
+from .preparation_arguments import SETTINGS_OF_STEPS, PreparationArguments, parse_arguments
 from .questions import Question, Source
 from .readers import read_source
 from .records import atomic_writer, check_is_writable, explained_disk_errors, is_blank, write_records
@@ -81,7 +81,7 @@ def prepare(arguments: PreparationArguments) -> dict[str, Any]:
         if not (begun.exists() and path.is_file() and path.stat().st_mtime >= begun.stat().st_mtime):
             check_is_writable(path, arguments.overwrite)
     with explained_disk_errors(arguments.output, GO_ON.format(arguments.work_path)):
-        work = WorkFolder(arguments.work_path, arguments.fingerprint)
+        work = WorkFolder(arguments.work_path, arguments.fingerprint, steps=SETTINGS_OF_STEPS)
         with work.locked():
             try:
                 report = _Preparation(arguments, work).run()
@@ -196,6 +196,12 @@ class _Preparation:
                 "%d records bring reranking scores; they are left out, since the documents change. Score the output "
                 "anew.",
                 source.num_scores_discarded,
+            )
+        if source.other_fields:
+            logger.warning(
+                "the records' fields %s are left out, since they are none of the format; match them by id where they "
+                "are needed.",
+                ", ".join(source.other_fields),
             )
         usable = self._usable_questions(source)
         if arguments.num_examples is not None and arguments.num_examples > len(usable):
@@ -338,7 +344,7 @@ class _Preparation:
     def _estimate_answers(self, count: int, tokenizer: PreTrainedTokenizerBase | None) -> Estimate:
         arguments = self.arguments
         return estimate(
-            self._scored_record_at,
+            self._expected_record_at,
             list(self.answers.missing(count)),
             arguments.teacher_max_tokens,
             tokenizer,
@@ -369,6 +375,13 @@ class _Preparation:
                 record = keep_best(record, self.arguments.keep_best)
         return record
 
+    def _expected_record_at(self, index: int) -> dict[str, Any]:
+        """A record of the length the teacher will read; before the scores are there, the first documents stand in."""
+        record = self._scored_record_at(index)
+        if self.arguments.keep_best is None or index in self.scores:
+            return record
+        return keep_best({**record, "reranking_scores": [0.0] * len(record["documents"])}, self.arguments.keep_best)
+
     def _finished_records(self, count: int) -> Iterator[dict[str, Any]]:
         matcher = _AnswerMatcher()
         for index in range(count):
@@ -385,7 +398,7 @@ class _Preparation:
                     record["gold_answers"] = gold
                 record["answer"] = [result["answer"]]
                 self.statistics.count_answer(result, gold, matcher)
-            self.statistics.count(record, gold, matcher, self.documents[index].get("positives_retrieved"))
+            self.statistics.count(record, gold, matcher, self.documents[index])
             yield record
         if self.statistics.num_questions == 0:
             raise ValueError(
@@ -423,6 +436,7 @@ class _Preparation:
 
     def _report(self, source: dict[str, Any]) -> dict[str, Any]:
         arguments, counts = self.arguments, source["counts"]
+        written = {} if arguments.dry_run else {"questions_written": self.statistics.num_questions}
         return {
             "source": arguments.source,
             "format": source["format"],
@@ -431,9 +445,9 @@ class _Preparation:
             "settings": self._settings(),
             "counts": {
                 **{name: counts[name] for name in ("questions_read", "questions_dropped", "questions_usable")},
-                "questions_written": self.statistics.num_questions,
+                **written,
                 **{name: value for name, value in counts.items() if not name.startswith("questions")},
-                **self.statistics.counts(),
+                **({} if arguments.dry_run else self.statistics.counts()),
             },
             "dropped": {
                 reason: {"count": len(ids), "examples": ids[:NUM_EXAMPLE_IDS]}
@@ -478,6 +492,7 @@ class _Statistics:
     num_distractors: int = 0
     num_distractors_with_answer: int = 0
     num_questions_without_positives: int = 0
+    num_questions_unmatched: int = 0
     num_scored: int = 0
     num_answers: int = 0
     num_answers_cut: int = 0
@@ -485,16 +500,15 @@ class _Statistics:
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
 
-    def count(
-        self, record: dict[str, Any], gold: list[str], matcher: "_AnswerMatcher", num_retrieved: int | None
-    ) -> None:
-        """Count a record that is written."""
+    def count(self, record: dict[str, Any], gold: list[str], matcher: "_AnswerMatcher", chosen: dict[str, Any]) -> None:
+        """Count a record that is written; `chosen` is what its chooser returned."""
         self.num_questions += 1
         self.num_documents += len(record["documents"])
         self.num_words += sum(len(document.split()) for document in record["documents"])
         self.num_scored += len(record.get("reranking_scores") or ())
-        if num_retrieved is not None:
-            self.num_positives_retrieved = (self.num_positives_retrieved or 0) + num_retrieved
+        self.num_questions_unmatched += chosen.get("unmatched", False)
+        if "positives_retrieved" in chosen:
+            self.num_positives_retrieved = (self.num_positives_retrieved or 0) + chosen["positives_retrieved"]
         if record.get("positives") is None:
             self.num_questions_without_positives += 1
             return
@@ -524,6 +538,8 @@ class _Statistics:
         }
         if self.num_positives_retrieved is not None:
             counts["positives_retrieved"] = self.num_positives_retrieved
+        if self.num_questions_unmatched:
+            counts["questions_sharing_no_word_with_corpus"] = self.num_questions_unmatched
         if self.num_scored:
             counts["documents_scored"] = self.num_scored
         if self.num_answers:

@@ -1,7 +1,7 @@
 """Which documents a question gets: its own, some of its source's passages, or passages retrieved from a corpus.
 
-A chooser turns questions into `{"record": record, "positives_retrieved": int?}`. A question gets the same documents
-whichever other questions are selected.
+A chooser turns questions into `{"record": record, "positives_retrieved": int?, "unmatched": bool?}`. A question gets
+the same documents whichever other questions are selected.
 """
 
 import hashlib
@@ -17,6 +17,8 @@ from .retrieval import BM25Retriever
 
 # Passages retrieved beyond those wanted, since some repeat a gold passage or one another.
 SPARE = 10
+# How many times as many are retrieved where copies left too few.
+MORE = 4
 
 
 class Chooser(Protocol):
@@ -32,7 +34,8 @@ class Chooser(Protocol):
             questions: Questions.
 
         Returns:
-            For each `record`, and `positives_retrieved` where that means something.
+            For each `record`, `positives_retrieved` where that means something, and `unmatched` where the corpus had
+            no answer to the search.
         """
 
 
@@ -122,21 +125,34 @@ class CorpusDocuments:
     def __init__(self, passages: datasets.Dataset, index: Index, top_k: int, order: str, seed: int):
         self.block_size = index.queries_per_block
         self._passages = passages
-        self._search = index.search
+        self._index = index
         self._top_k = top_k
         self._order = order
         self._seed = seed
 
     def __call__(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
         """See `Chooser.__call__`."""
-        hits = self._search([question.query for question in questions], self._top_k + SPARE)
-        return [self._choose(question, found) for question, found in zip(questions, hits, strict=True)]
+        found = self._find([question.query for question in questions], self._top_k + SPARE)
+        return [self._choose(question, ranked) for question, ranked in zip(questions, found, strict=True)]
 
-    def _choose(self, question: Question, hits: Sequence[int]) -> dict[str, Any]:
-        positives = {_words(passage): passage for passage in question.positives or ()}
-        ranked = {}
+    def _find(self, queries: Sequence[str], k: int) -> list[dict[str, str]]:
+        """Distinct passages by their words, best first: at least `top_k`, or all of the corpus."""
+        found = [self._distinct(hits) for hits in self._index.search(queries, k)]
+        few = [place for place, ranked in enumerate(found) if len(ranked) < self._top_k]
+        if few and k < len(self._passages):
+            again = self._find([queries[place] for place in few], k * MORE)
+            for place, ranked in zip(few, again, strict=True):
+                found[place] = ranked
+        return found
+
+    def _distinct(self, hits: Sequence[int]) -> dict[str, str]:
+        ranked: dict[str, str] = {}
         for text in self._passages[[int(index) for index in hits]]["text"]:
             ranked.setdefault(_words(text), text)
+        return ranked
+
+    def _choose(self, question: Question, ranked: dict[str, str]) -> dict[str, Any]:
+        positives = {_words(passage): passage for passage in question.positives or ()}
         wanted = self._top_k - len(positives)
         others = [words for words in ranked if words not in positives][:wanted]
         retrieved = [words for words in list(ranked)[: self._top_k] if words in positives]
@@ -147,7 +163,12 @@ class CorpusDocuments:
             generator = random.Random(stable_hash(self._seed, "documents", question.id))
             chosen = _shuffled(chosen, generator)
         record = _record(question, [positives.get(words) or ranked[words] for words in chosen])
-        return {"record": record} | ({"positives_retrieved": len(retrieved)} if positives else {})
+        chosen_record = {"record": record}
+        if positives:
+            chosen_record["positives_retrieved"] = len(retrieved)
+        if not self._index.matches(question.query):
+            chosen_record["unmatched"] = True
+        return chosen_record
 
 
 def stable_hash(seed: int, purpose: str, identifier: str) -> int:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from .document_choice import OwnDocuments, PoolDocuments, sample, stable_hash
-from .formats import OWN_DOCUMENTS, detect_format
+from .formats import OWN_DOCUMENTS, detect_format, read_record
+from .questions import as_mapping
 from .readers import read_source
-from .records import RecordError, read_records
+from .records import RecordError
 from .sources import open_elements
 
 logger = logging.getLogger(__name__)
@@ -85,10 +86,10 @@ def load_data(
         FileNotFoundError: A path that does not exist.
         ValueError: The source cannot be read, or no question has a gold answer.
     """
-    if format is None and Path(source).is_file():
-        format = detect_format(*next(open_elements(source), (source, {"query": "", "documents": []})))
-    if format == "records" and Path(source).is_file():
-        records, dropped = _own_records(source, num_documents)
+    if format is None:
+        format = _format_of(source, config, split, revision)
+    if format == "records":
+        records, dropped = _own_records(source, config, split, revision, num_documents), {}
     else:
         records, dropped, format = _records_of(source, format, config, split, revision, num_documents, limit, seed)
     examples = [_example(record) for record in records]
@@ -142,11 +143,21 @@ def keep_documents(record: dict[str, Any], num_documents: int) -> dict[str, Any]
     return cut
 
 
-def _own_records(source: str, num_documents: int | None) -> tuple[Iterator[dict[str, Any]], dict[str, int]]:
-    records = read_records(source, require_answer=False, keep_other_keys=True)
-    if num_documents is not None:
-        records = (keep_documents(record, num_documents) for record in records)
-    return records, {}
+def _format_of(source: str, config: str | None, split: str | None, revision: str | None) -> str:
+    first = next(open_elements(source, config, split, revision), None)
+    if first is None:
+        raise RecordError(f"{source}: found no records, expected at least one question; check what wrote the file.")
+    return detect_format(*first)
+
+
+def _own_records(
+    source: str, config: str | None, split: str | None, revision: str | None, num_documents: int | None
+) -> Iterator[dict[str, Any]]:
+    """Records as they are, with what else they say."""
+    for index, (location, element) in enumerate(open_elements(source, config, split, revision)):
+        element = as_mapping(element, location)
+        record = {**element, **read_record(element, location, str(index))}
+        yield record if num_documents is None else keep_documents(record, num_documents)
 
 
 def _records_of(

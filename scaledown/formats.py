@@ -13,7 +13,11 @@
 | `records`  | the project's own                                                                                      |
 """
 
+import ast
+import io
+import itertools
 import json
+import tokenize
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +28,11 @@ FORMATS = ("squad", "hotpotqa", "nq", "triviaqa", "msmarco", "popqa", "bioasq", 
 # Here the source itself says which documents belong to a question, so they are kept unless others are asked for.
 OWN_DOCUMENTS = ("columns", "records")
 NO_ANSWER = "No Answer Present."
+# The usual names of the columns of any table.
+QUESTION_COLUMNS = ("question", "query")
+ANSWER_COLUMNS = ("answer", "answers")
+DOCUMENTS_COLUMNS = ("documents", "passages", "contexts")
+ID_COLUMNS = ("id", "_id")
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,8 @@ def detect_format(location: str, element: Any) -> str:
     """
     element = as_mapping(element, location)
     keys = element.keys()
-    if {"query", "documents"} <= keys:
+    # In a table of one's own, which may have the same names, a text spells the list.
+    if {"query", "documents"} <= keys and not isinstance(element["documents"], str):
         return "records"
     if "paragraphs" in keys or {"context", "qas"} <= keys:
         return "squad"
@@ -67,13 +77,13 @@ def detect_format(location: str, element: Any) -> str:
         return "nq"
     if {"Question", "Answer"} <= keys or ("question" in keys and isinstance(element.get("answer"), dict)):
         return "triviaqa"
-    if {"query", "passages"} <= keys:
+    if {"query", "passages"} <= keys and not _are_texts(element["passages"]):
         return "msmarco"
     if {"question", "possible_answers"} <= keys:
         return "popqa"
     if "body" in keys and not {"exact_answer", "ideal_answer", "snippets"}.isdisjoint(keys):
         return "bioasq"
-    if not {"question", "query"}.isdisjoint(keys) and not {"answer", "answers", "documents"}.isdisjoint(keys):
+    if not {"question", "query"}.isdisjoint(keys) and not {*ANSWER_COLUMNS, *DOCUMENTS_COLUMNS}.isdisjoint(keys):
         return "columns"
     raise SourceError(
         f"{location}: found the keys {', '.join(map(str, element)) or '(none)'}; expected those of SQuAD (paragraphs, "
@@ -102,6 +112,7 @@ def add_element(
         RecordError: A record breaks the project's format.
     """
     element = as_mapping(element, location)
+    collector.location = location
     if collector.source.format == "columns":
         _add_columns(collector, element, location, default_id, columns or Columns())
     else:
@@ -209,7 +220,8 @@ def _add_hotpotqa(collector: QuestionCollector, element: dict[str, Any], locatio
     else:
         positives = list(dict.fromkeys(passage for title in titles for passage in passages[title]))
         candidates = [passage for group in passages.values() for passage in group]
-        collector.add_question(identifier, query, [answer], positives, candidates)
+        # The test split hides its supporting facts; that none is known is not that there is none.
+        collector.add_question(identifier, query, [answer], positives if titles else None, candidates)
 
 
 def _pairs(element: dict[str, Any], name: str, first: str, second: str, location: str) -> list[tuple[Any, Any]]:
@@ -284,7 +296,7 @@ def _add_msmarco(collector: QuestionCollector, element: dict[str, Any], location
 
 
 def _add_popqa(collector: QuestionCollector, element: dict[str, Any], location: str, default_id: str) -> None:
-    answers = as_texts(_decoded(element.get("possible_answers")), location)
+    answers = as_texts(_decoded(element.get("possible_answers"), location), location)
     query = get_field(element, "question", str, location)
     collector.add_question(get_identifier(element, default_id), query, answers, None, [])
 
@@ -309,17 +321,17 @@ def _add_bioasq(collector: QuestionCollector, element: dict[str, Any], location:
 def _add_columns(
     collector: QuestionCollector, element: dict[str, Any], location: str, default_id: str, columns: Columns
 ) -> None:
-    question = _column(element, columns.question, ("question", "query"), "question", location)
-    answer = _column(element, columns.answer, ("answer", "answers"), "answer", location)
-    documents = _column(element, columns.documents, ("documents", "passages", "contexts"), "documents", location)
-    identifier = _column(element, columns.id, ("id", "_id"), "id", location)
+    question = _column(element, columns.question, QUESTION_COLUMNS, "question", location)
+    answer = _column(element, columns.answer, ANSWER_COLUMNS, "answer", location)
+    documents = _column(element, columns.documents, DOCUMENTS_COLUMNS, "documents", location)
+    identifier = _column(element, columns.id, ID_COLUMNS, "id", location)
     if question is None:
         raise SourceError(
             f"{location}: found the keys {', '.join(map(str, element)) or '(none)'}; expected a column with the "
             f"question. Name it with --question_column."
         )
-    answers = [text for text in as_texts(_decoded(answer), f"{location}, answer") if not is_blank(text)]
-    texts = [text for text in as_texts(_decoded(documents), f"{location}, documents") if not is_blank(text)]
+    answers = _listed_texts(answer, f"{location}, answer")
+    texts = _listed_texts(documents, f"{location}, documents")
     record = {"query": str(question), "documents": texts, "answer": answers}
     identifier = default_id if identifier in (None, "") else str(identifier)
     if is_blank(str(question)):
@@ -328,12 +340,31 @@ def _add_columns(
         _add_record(collector, {**record, "id": identifier}, location, default_id)
 
 
-def _add_record(collector: QuestionCollector, element: dict[str, Any], location: str, default_id: str) -> None:
+def read_record(element: dict[str, Any], location: str, default_id: str) -> dict[str, Any]:
+    """Validate a record of a source.
+
+    Args:
+        element: The record.
+        location: Where it comes from, for messages.
+        default_id: The id of a record that has none.
+
+    Returns:
+        The record as `records.normalize_record` returns it; an empty answer is no answer.
+
+    Raises:
+        RecordError: The record breaks the project's format.
+    """
     answer = element.get("answer")
     if isinstance(answer, str) or (isinstance(answer, list) and all(isinstance(text, str) for text in answer)):
-        # An empty answer is no answer: the question is dropped and counted, not refused with its whole file.
+        # The question is dropped and counted, not refused with its whole file.
         element = {**element, "answer": [text for text in as_texts(answer, location) if not is_blank(text)]}
-    record = normalize_record(element, location, default_id, require_answer=False)
+    return normalize_record(element, location, default_id, require_answer=False)
+
+
+def _add_record(collector: QuestionCollector, element: dict[str, Any], location: str, default_id: str) -> None:
+    record = read_record(element, location, default_id)
+    others = collector.source.other_fields
+    others += [name for name, value in element.items() if value is not None and name not in (*record, *others)]
     # The format has no empty documents, so the pool holds every one of them.
     documents = [collector.add_passage(document) for document in record["documents"]]
     positives = record["positives"]
@@ -355,16 +386,46 @@ def _column(element: dict[str, Any], name: str | None, usual: tuple[str, ...], m
     return element[name]
 
 
-def _decoded(value: Any) -> Any:
-    """A list that a table holds as its JSON, or the value as it is."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            decoded = json.loads(value)
-        except ValueError:
-            return value
-        if isinstance(decoded, list) and all(isinstance(text, str) for text in decoded):
-            return decoded
-    return value
+def _are_texts(value: Any) -> bool:
+    """Whether a field holds texts, or a text that may spell a list of them, rather than objects."""
+    if isinstance(value, str):
+        return not value.lstrip().startswith("{")
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _listed_texts(value: Any, location: str) -> list[str]:
+    return [text for text in as_texts(_decoded(value, location), location) if not is_blank(text)]
+
+
+def _decoded(value: Any, location: str) -> Any:
+    """The list that a table's cell spells, as JSON or as Python prints it; any other value as it is."""
+    text = value.strip() if isinstance(value, str) else ""
+    if not (text.startswith("[") and text.endswith("]")):
+        return value
+    try:
+        decoded = json.loads(text)
+    except (ValueError, RecursionError):
+        decoded = _python_list(text, location)
+    # A list of lists is more likely an answer, such as a matrix, than a list of texts.
+    return value if decoded is None or any(isinstance(item, list) for item in decoded) else decoded
+
+
+def _python_list(text: str, location: str) -> list[Any] | None:
+    """The list a text spells in Python, which is how pandas writes one into a CSV; None where it is ordinary text."""
+    try:
+        decoded = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+    if not isinstance(decoded, list):
+        return None
+    kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type != tokenize.NL]
+    if (tokenize.STRING, tokenize.STRING) in itertools.pairwise(kinds):
+        # To Python, texts with no comma between are one text.
+        raise SourceError(
+            f"{location}: found {' '.join(text.split())[:60]}, an array as numpy prints it, without commas; expected a "
+            f"list. Write lists as JSON, with json.dumps for example."
+        )
+    return decoded
 
 
 def _strings(value: Any, location: str) -> Any:

@@ -52,6 +52,9 @@ class Index(Protocol):
             For each question indices into the passages, best first; equal scores keep the order of the passages.
         """
 
+    def matches(self, query: str) -> bool:
+        """Whether a question has anything to be found by; if not, `search` finds the first passages."""
+
 
 class BM25Index:
     """A BM25 index of bm25s, mapped from the disk; its scores equal those of `bm25s.BM25().index(...)`.
@@ -75,6 +78,10 @@ class BM25Index:
         """See `Index.search`."""
         return [top_indices(self.scores(query), k) for query in queries]
 
+    def matches(self, query: str) -> bool:
+        """See `Index.matches`."""
+        return bool(self._ids(query))
+
     def scores(self, query: str) -> np.ndarray:
         """Score every passage.
 
@@ -84,11 +91,15 @@ class BM25Index:
         Returns:
             float32, shape (number of passages,); 0 where no word is shared.
         """
-        stems = tokenize([query], self._stemmer)[0]
-        ids = [self._index.vocab_dict[stem] for stem in stems if stem in self._index.vocab_dict]
+        ids = self._ids(query)
         if not ids:
             return np.zeros(len(self._passages), dtype=np.float32)
         return self._index.get_scores_from_ids(ids)
+
+    def _ids(self, query: str) -> list[int]:
+        """The words of a question that the passages have."""
+        stems = tokenize([query], self._stemmer)[0]
+        return [self._index.vocab_dict[stem] for stem in stems if stem in self._index.vocab_dict]
 
     def _build(self) -> None:
         """Two passes: stems of the passages and their frequencies, then the scores into their places."""
@@ -237,6 +248,10 @@ class EncodingIndex:
                 if len(order) == k:
                     least[query] = merged[order[-1]]
         return best
+
+    def matches(self, query: str) -> bool:
+        """See `Index.matches`: an encoding is near to some passage, whatever its words."""
+        return True
 
     def _build(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class WorkFolder:
         path: The folder; created where it is missing.
         settings: What decides the result, as JSON values. Settings that only decide its speed do not belong here.
         remedy: What a user should do about a folder with other settings.
+        steps: Names of settings by the journal they decide; they may change until it holds something.
 
     Raises:
         WorkFolderError: The folder holds the work of other settings, or something else altogether.
@@ -43,8 +44,15 @@ class WorkFolder:
     SETTINGS = "settings.json"
     LOCK = ".lock"
 
-    def __init__(self, path: str | os.PathLike, settings: dict[str, Any], remedy: str = ""):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        settings: dict[str, Any],
+        remedy: str = "",
+        steps: Mapping[str, Sequence[str]] | None = None,
+    ):
         self.path = Path(path)
+        self._steps = steps or {}
         self._lock = FileLock(self.path / self.LOCK)
         self.settings = json.loads(json.dumps(settings))
         self._remedy = remedy or f"Give the same options and source to go on, or delete {self.path} to start anew."
@@ -58,18 +66,19 @@ class WorkFolder:
                 f"folder. Move it away, or choose another name."
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        with atomic_writer(self.path / self.SETTINGS) as stream:
-            stream.write(json.dumps(self.settings, ensure_ascii=False, indent=2).encode("utf-8") + b"\n")
+        self._write_settings()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes out; a kill frees the lock.
+        """Keep other processes out; a kill frees the lock. From here on the folder is bound to these settings.
 
         Raises:
-            WorkFolderError: Another process is at work in the folder.
+            WorkFolderError: Another process is at work in the folder, or was, with other settings.
         """
         try:
             with self._lock.acquire(timeout=0):
+                if self._check():
+                    self._write_settings()
                 yield
         except Timeout as error:
             raise WorkFolderError(
@@ -111,18 +120,35 @@ class WorkFolder:
         names = (f".{self.SETTINGS}.", self.LOCK)
         return (path for path in self.path.iterdir() if not path.name.startswith(names))
 
-    def _check(self) -> None:
+    def _write_settings(self) -> None:
+        with atomic_writer(self.path / self.SETTINGS, overwrite=True) as stream:
+            stream.write(json.dumps(self.settings, ensure_ascii=False, indent=2).encode("utf-8") + b"\n")
+
+    def _free(self) -> set[str]:
+        """Settings that decide nothing of what has been done."""
+        journals = {name: self.path / f"{name}.jsonl" for name in self._steps}
+        return {
+            setting
+            for name, path in journals.items()
+            if not path.exists() or path.stat().st_size == 0
+            for setting in self._steps[name]
+        }
+
+    def _check(self) -> bool:
+        """Whether the folder's settings are others, though none that decide what has been done."""
         path = self.path / self.SETTINGS
         try:
             before = json.loads(path.read_text("utf-8"))
         except ValueError as error:
             raise WorkFolderError(f"{path}: found no JSON ({error}). Delete {self.path} to start anew.") from error
-        names = [name for name in {**before, **self.settings} if before.get(name) != self.settings.get(name)]
+        changed = [name for name in {**before, **self.settings} if before.get(name) != self.settings.get(name)]
+        names = [name for name in changed if name not in self._free()]
         if names:
             changes = "; ".join(
                 f"{name} was {_shorten(before.get(name))}, now {_shorten(self.settings.get(name))}" for name in names
             )
             raise WorkFolderError(f"{self.path} holds the work of another run: {changes}. {self._remedy}")
+        return bool(changed)
 
 
 class Journal:

@@ -38,12 +38,27 @@ PERFORMANCE = (
 )
 
 
+# What decides the scores, and what the answers: the documents that were chosen serve any teacher.
+SETTINGS_OF_STEPS = {
+    "scores": ("reranker", "reranker_revision", "reranker_max_length"),
+    "answers": (
+        "keep_best",
+        "teacher",
+        "teacher_revision",
+        "teacher_max_tokens",
+        "teacher_temperature",
+        "teacher_extra_body",
+    ),
+}
+
+
 @dataclass
 class PreparationArguments:
     """What to read, how to choose the documents, which teachers to ask, and where to write.
 
     Raises:
-        ValueError: A number out of range, options that contradict each other, or an output that is the source.
+        ValueError: A number out of range, options that contradict each other, or an output that is the source or the
+            corpus, or inside them.
     """
 
     source: str | None = field(
@@ -177,8 +192,7 @@ class PreparationArguments:
             )
         if self.source is None and not self.only_corpus:
             raise ValueError("source is missing; name the questions with --source.")
-        if self.output is not None and Path(self.output).resolve() == Path(self.source).resolve():
-            raise ValueError(f"output is {self.output}, the source itself; write to another file.")
+        self._check_output()
         if self.corpus is None and self.top_k is not None:
             raise ValueError("top_k is given without a corpus; name one with --corpus, or use --num_documents.")
         if self.corpus is None and self.corpus_dir is not None:
@@ -198,6 +212,20 @@ class PreparationArguments:
         if self.teacher_url is not None and self.teacher is None:
             raise ValueError("teacher_url is given without the model's name there; add --teacher.")
         self.extra_body  # noqa: B018 - refused now, not after the work
+
+    def _check_output(self) -> None:
+        if self.output is None:
+            return
+        output = Path(self.output).resolve()
+        for name, value in (("source", self.source), ("corpus", self.corpus)):
+            if value is None:
+                continue
+            path = Path(value).resolve()
+            if path == output:
+                raise ValueError(f"output is {self.output}, the {name} itself; write to another file.")
+            # The unfinished work beside the output would be read as a part of it, and change it.
+            if path.is_dir() and path in output.parents:
+                raise ValueError(f"output is {self.output}, inside the {name} {value}; write to another folder.")
 
     def _check_choices(self) -> None:
         choices = {

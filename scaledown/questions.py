@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .records import is_blank
+from .records import half_of_a_pair, is_blank
 
 # Takes a title, perhaps empty, and a long text, and returns passages.
 Splitter = Callable[[str, str], list[str]]
@@ -46,6 +46,7 @@ class Source:
         passages: The pool: every passage of the source once, in order of appearance.
         dropped: Ids of the questions left out, by reason.
         num_scores_discarded: Records whose reranking scores were left behind, since their documents change.
+        other_fields: What records have besides the fields of the format, each name once.
     """
 
     format: str
@@ -53,6 +54,7 @@ class Source:
     passages: list[str] = field(default_factory=list)
     dropped: dict[str, list[str]] = field(default_factory=dict)
     num_scores_discarded: int = 0
+    other_fields: list[str] = field(default_factory=list)
 
     @property
     def num_read(self) -> int:
@@ -69,25 +71,38 @@ class QuestionCollector:
         require_answer: Whether a question without an answer is dropped.
         keep_pool: Whether passages that are no question's positive are kept; where documents come from a corpus, they
             would only cost memory.
+
+    `location` is where the element being read comes from, for messages.
+
+    Raises:
+        SourceError: A text, or an id, cannot be written as UTF-8.
     """
 
     def __init__(self, source: Source, split: Splitter, require_answer: bool = True, keep_pool: bool = True):
         self.source = source
-        self.split = split
+        self.location = source.format
+        self._split = split
         self.require_answer = require_answer
         self.keep_pool = keep_pool
         self._passages: dict[bytes, str] = {}
         self._ids: set[str] = set()
 
+    def split(self, title: str, text: str) -> list[str]:
+        """Cut a long text into passages."""
+        check_can_be_written(title, "a title", self.location)
+        check_can_be_written(text, "a text", self.location)
+        return self._split(title, text)
+
     def add_passage(self, text: str) -> str | None:
         """Put a passage into the pool; returns the pool's text of it, None for an empty one."""
         if is_blank(text):
             return None
+        check_can_be_written(text, "a passage", self.location)
         # Copies that differ only in white space are one passage: a distractor must not repeat the gold passage.
         words = " ".join(text.split())
         if not self.keep_pool:
             return text.strip()
-        key = hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        key = hashlib.blake2b(words.encode("utf-8"), digest_size=16).digest()
         return self._passages.setdefault(key, text.strip())
 
     def add_passages(self, texts: Iterable[str]) -> list[str]:
@@ -105,6 +120,9 @@ class QuestionCollector:
     ) -> None:
         """Keep a question, or drop it with a reason."""
         answers = list(dict.fromkeys(answer.strip() for answer in answers if not is_blank(answer)))
+        check_can_be_written(query, "a question", self.location)
+        for answer in answers:
+            check_can_be_written(answer, "an answer", self.location)
         if identifier in self._ids:
             self.drop("duplicate_id", identifier)
         elif is_blank(query):
@@ -112,6 +130,7 @@ class QuestionCollector:
         elif not answers and self.require_answer:
             self.drop("no_answer", identifier)
         else:
+            check_can_be_written(identifier, "an id", self.location)
             self._ids.add(identifier)
             if not self.keep_pool:
                 candidates = []
@@ -121,12 +140,24 @@ class QuestionCollector:
 
     def drop(self, reason: str, identifier: str) -> None:
         """Count a question that is left out."""
+        check_can_be_written(identifier, "an id", self.location)
         self.source.dropped.setdefault(reason, []).append(identifier)
 
     def finish(self) -> Source:
         """Close the pool and return the source."""
         self.source.passages = list(self._passages.values())
         return self.source
+
+
+def check_can_be_written(text: str, what: str, location: str) -> None:
+    """Raise a SourceError for a text with half of a surrogate pair."""
+    half = half_of_a_pair(text)
+    if half is not None:
+        start = " ".join(text[:60].split()).encode("utf-8", "backslashreplace").decode("utf-8")
+        raise SourceError(
+            f"{location}: found half of a surrogate pair, {half}, in {what} that begins with {start}; expected text "
+            f"that can be written as UTF-8. Remove the character, or write the whole pair."
+        )
 
 
 def get_identifier(element: dict[str, Any], default: str, *names: str) -> str:

@@ -5,7 +5,7 @@
 
 `documents` may be empty (closed book). The first `answer` is the one that is learned; where a teacher wrote it, the
 data set's own are `gold_answers`. `reranking_scores` are a teacher's, one per document. `positives` are the indices of
-the documents known to hold the answer; absent means unknown. Other keys are ignored, unless a reader asks for them.
+the documents known to hold the answer; absent means unknown. Other keys are ignored.
 """
 
 import contextlib
@@ -56,16 +56,13 @@ class RecordError(ValueError):
     """A record that breaks the format; the message names the file, the line, the finding and the remedy."""
 
 
-def read_records(
-    path: str | os.PathLike, require_answer: bool = True, keep_other_keys: bool = False
-) -> Iterator[dict[str, Any]]:
+def read_records(path: str | os.PathLike, require_answer: bool = True) -> Iterator[dict[str, Any]]:
     """Read and validate a file of records, one record at a time.
 
     Args:
         path: A JSON Lines file in UTF-8, plain or compressed with gzip or xz, or a Parquet file; the content decides,
             not the name. Blank lines are skipped.
         require_answer: Whether a record without an answer is an error; otherwise its `answer` is an empty list.
-        keep_other_keys: Whether keys that are not the format's come along, such as `answer_kind`.
 
     Returns:
         An iterator over dicts with the keys `id` (str, by default the zero-based index of the line), `query` (str),
@@ -77,7 +74,7 @@ def read_records(
         RecordError: A line breaks the format, or the file holds no record (raised while iterating).
     """
     check_is_file(path)
-    return _generate_records(str(path), require_answer, keep_other_keys=keep_other_keys)
+    return _generate_records(str(path), require_answer)
 
 
 def load_records(
@@ -271,6 +268,18 @@ def is_blank(text: str) -> bool:
     return all(unicodedata.category(character) in BLANK_CATEGORIES for character in text)
 
 
+def half_of_a_pair(text: str) -> str | None:
+    """The first half of a surrogate pair that stands alone in a text, as JSON spells it; None where there is none.
+
+    JSON can spell one; such a text can be neither written nor tokenised.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"\\u{ord(text[error.start]):04x}"
+    return None
+
+
 def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
     """Read a JSON Lines file without regard to what its lines hold.
 
@@ -376,11 +385,7 @@ def answers_of(record: dict[str, Any]) -> list[str]:
 
 
 def _generate_records(
-    path: str,
-    require_answer: bool,
-    size: int | None = None,
-    mtime_ns: int | None = None,
-    keep_other_keys: bool = False,
+    path: str, require_answer: bool, size: int | None = None, mtime_ns: int | None = None
 ) -> Iterator[dict[str, Any]]:
     empty = True
     if is_parquet(path):
@@ -389,8 +394,7 @@ def _generate_records(
         rows = ((f"line {number}", number - 1, value) for number, value in read_json_lines(path))
     for place, index, value in rows:
         empty = False
-        record = normalize_record(value, f"{path}, {place}", str(index), require_answer)
-        yield {**value, **record} if keep_other_keys else record
+        yield normalize_record(value, f"{path}, {place}", str(index), require_answer)
     if empty:
         raise RecordError(f"{path}: found no records, expected one JSON object per line; check what wrote the file.")
 
@@ -479,16 +483,14 @@ def _text(value: Any, name: str, location: str) -> str:
         raise _record_error(
             location, f'"{name}": {found}', "a non-empty string", "Fill in the text, or drop the entry."
         )
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        # JSON can spell half of a surrogate pair; such a string can be neither written nor tokenised.
+    half = half_of_a_pair(value)
+    if half is not None:
         raise _record_error(
             location,
-            f'"{name}": half of a surrogate pair, \\u{ord(value[error.start]):04x}',
+            f'"{name}": half of a surrogate pair, {half}',
             "text that can be written as UTF-8",
             "Remove the character, or write the whole pair.",
-        ) from error
+        )
     return value
 
 

@@ -66,7 +66,7 @@ def check_is_no_missing_path(source: str) -> None:
     """Raise FileNotFoundError for a name that was meant as a path and is none."""
     path = Path(source)
     # A name on the Hub is `name` or `owner/name`; anything else was meant as a path.
-    meant = source.startswith((".", "~", os.sep)) or source.count("/") > 1 or _suffix(path) in SUFFIXES
+    meant = source.startswith((".", "~", os.sep)) or source.count("/") > 1 or kind_suffix(path) in SUFFIXES
     if not path.exists() and (meant or path.suffix in COMPRESSIONS):
         raise FileNotFoundError(f"{source} does not exist (looked from {Path.cwd()}); check the path.")
 
@@ -104,12 +104,12 @@ def file_elements(path: Path) -> Elements:
     check_is_file(path)
     if is_parquet(path):
         return ((f"{path}, row {index}", row) for index, row in enumerate(read_parquet_rows(path)))
-    if _suffix(path) in (".csv", ".tsv"):
-        return _table_elements(path, "\t" if _suffix(path) == ".tsv" else ",")
+    if kind_suffix(path) in (".csv", ".tsv"):
+        return _table_elements(path, "\t" if kind_suffix(path) == ".tsv" else ",")
     return _json_file_elements(path)
 
 
-def _suffix(path: Path) -> str:
+def kind_suffix(path: Path) -> str:
     """The suffix that tells the kind of a file: that before .gz or .xz."""
     return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
 

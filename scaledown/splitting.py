@@ -12,7 +12,11 @@ from .records import is_blank
 WORDS_PER_TOKEN = 0.75
 # Texts are cut again where a passage came out too long, each time into shorter ones.
 MAX_CUTS = 5
-WORD = re.compile(r"\S+")
+# Some scripts have no blanks between words: Thai, Lao, Burmese, Khmer, kana, and Chinese, of which a tokenizer makes
+# about one token a character. Anything else longer than 20 characters, more than nearly all words of any language, is
+# an address or code, of more tokens than one word.
+UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]{{1,20}}")
 Span = tuple[int, int]
 
 
@@ -23,7 +27,8 @@ class PassageSplitter:
     of its text, `title: passage`, and counts.
 
     Args:
-        tokenizer: Counts the tokens, and must be a fast one; without it, a token is counted as 3/4 of a word.
+        tokenizer: Counts the tokens, and must be a fast one; without it, a token is counted as 3/4 of a word. Where
+            words stand without blanks, as in Chinese, a character counts as a word.
         length: Tokens of a passage at most.
         overlap: Tokens at the end of a passage that the next one repeats, at most.
 
@@ -127,7 +132,7 @@ class PassageSplitter:
             word = end
             while word > start + overlap and not _begins_word(text, spans, word):
                 word -= 1
-            # A single word longer than a passage is cut.
+            # A single word longer than a passage is cut, and so is a sentence without blanks.
             end = word if word > start + overlap else end
             passage = text[spans[start][0] : spans[end - 1][1]].strip()
             if not is_blank(passage):

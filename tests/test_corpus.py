@@ -66,6 +66,17 @@ def test_a_word_longer_than_a_passage_is_cut_and_nothing_is_lost():
     assert "".join(passages).replace(" ", "") == text.replace(" ", "")
 
 
+def test_text_without_blanks_is_counted_by_its_characters_where_there_is_no_tokenizer():
+    text = "漢字" * 500 + " " + "ไทย" * 100 + " " + "x" * 3000
+    passages = PassageSplitter(length=128)("", text)
+    assert "".join(passages).replace(" ", "") == text.replace(" ", "")
+    assert all(len(passage.replace(" ", "")) <= 96 for passage in passages if "漢" in passage)
+    assert max(map(len, passages)) <= 96 * 20
+    # Ordinary words are whole, however long.
+    words = " ".join(["Donaudampfschifffahrtsgesellschaft"] * 60)
+    assert set(" ".join(PassageSplitter(length=16)("", words)).split()) == {"Donaudampfschifffahrtsgesellschaft"}
+
+
 def test_the_title_stands_before_each_passage_and_counts():
     passages = PassageSplitter(length=16)(" A title ", " ".join(WORDS[:30]))
     assert all(passage.startswith("A title: w") for passage in passages)
@@ -118,6 +129,7 @@ def test_text_files_folders_and_columns(tmp_path):
     row = {"wikipedia_title": "Ada", "text": {"paragraph": ["One.", "Two."]}}
     (tmp_path / "sub" / "a.jsonl").write_text(json.dumps(row))
     (tmp_path / "ignored.bin").write_bytes(b"\xff")
+    (tmp_path / "b.txt.bak").write_text("An older line.\n")
     kilt = texts_of(tmp_path / "sub" / "a.jsonl", text_column="text.paragraph", title_column="wikipedia_title")
     assert kilt == [("Ada", "One.\nTwo.")]
     (tmp_path / "sub" / "a.jsonl").write_text('"Just a text."\n')
@@ -135,6 +147,7 @@ def test_text_files_folders_and_columns(tmp_path):
             SourceError,
             "line 1: found txet; expected the column 'text'. Correct --text_c",
         ),
+        ("c.jsonl", rb'{"text": "a \ud83d"}', SourceError, "line 1: found half of a surrogate pair, .ud83d, in a text"),
         ("c.jsonl", b'{"text": 5}\n', SourceError, "line 1: found 5 under 'text'; expected a text"),
         ("c.txt.gz", gzip.compress(b"text " * 999, mtime=0)[:-20], RecordError, "damaged compressed data"),
         ("c.txt", b" \n\n", SourceError, "2 texts and no word in them"),

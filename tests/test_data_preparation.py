@@ -180,6 +180,21 @@ def test_a_supporting_fact_outside_the_context_drops_the_question(tmp_path):
     assert source.dropped == {"supporting_fact_not_in_context": ["a"]}
 
 
+def test_without_supporting_facts_the_right_passages_are_unknown(tmp_path):
+    row = {name: value for name, value in hotpotqa_row("a").items() if name not in ("answer", "supporting_facts")}
+    source = write_json(tmp_path / "in.json", [row])
+    prepare(PreparationArguments(source, str(tmp_path / "out.jsonl"), keep_unanswered=True))
+    (record,) = read_records(tmp_path / "out.jsonl", require_answer=False)
+    assert record["positives"] is None and len(record["documents"]) == 5
+
+
+def test_fields_that_are_left_out_are_named_once(tmp_path, caplog):
+    rows = [{"query": "q", "documents": ["d"], "answer": "a", "answer_kind": "date", "hops": 1}] * 2
+    run(write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
+    (message,) = [line for line in caplog.messages if "left out" in line]
+    assert "the records' fields answer_kind, hops are left out" in message
+
+
 # Choice of documents
 
 
@@ -342,6 +357,12 @@ def test_retrieval_works_over_passages_without_words():
         ('[{"context": "c", "qas": [{"question": "q", "answer": 5}]}]', SourceError, "question 1: found the answers"),
         ('[{"question": "q", "context": [["t", "s"]]}]', SourceError, "element 1: found the sentences s"),
         ('[{"question": "q", "context": [["t"]]}]', SourceError, "expected .title, sentences. pairs"),
+        (
+            r'[{"context": "Ada \ud83d", "qas": []}]',
+            SourceError,
+            r"element 1: found half of a surrogate pair, .ud83d, in a passage that begins with Ada .*Remove the char",
+        ),
+        (r'[{"question": "\udc00", "possible_answers": "a"}]', SourceError, "element 1: found half .* in a question"),
         ('[{"context": "c", "qas": [{"question": "q", "answer": "a"}]}]', ValueError, "pool has 1 passages and num_"),
     ],
 )
@@ -361,6 +382,12 @@ def test_bad_settings_are_refused(tmp_path):
         PreparationArguments(source, output, num_examples=0)
     with pytest.raises(ValueError, match="the source itself"):
         PreparationArguments(source, source, overwrite=True)
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    with pytest.raises(ValueError, match="the corpus itself"):
+        PreparationArguments(source, output, corpus=output, overwrite=True)
+    with pytest.raises(ValueError, match=r"out.jsonl, inside the corpus .*; write to another folder"):
+        PreparationArguments(source, str(corpus / "sub" / "out.jsonl"), corpus=str(corpus))
     with pytest.raises(SourceError, match="split is 'train'"):
         prepare(PreparationArguments(source, output, split="train"))
     with pytest.raises(FileNotFoundError, match="does not exist"):

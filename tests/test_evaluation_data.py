@@ -1,7 +1,9 @@
 """The questions of an evaluation: records and other formats."""
 
+import gzip
 import json
 
+import datasets
 import pytest
 
 from scaledown.evaluation_data import keep_documents, load_data
@@ -25,6 +27,19 @@ def test_records_keep_their_own_fields(tmp_path):
     assert (first.index, second.index) == (0, 1)
     assert data.description["name"] == "a.jsonl" and data.description["format"] == "records"
     assert data.description["num_questions"] == 2 and data.description["documents_per_question"] == 1
+
+
+def test_records_are_read_from_every_form_that_preparation_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    records = [record(0, hops=2, answer=["A"], gold_answers=["G"]), record(1, hops=1, answer=["B"], gold_answers=["H"])]
+    expected = load_data(write(tmp_path / "a.jsonl", records)).examples
+    (tmp_path / "a.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps(records).encode()))
+    (tmp_path / "hub").mkdir()
+    datasets.Dataset.from_list(records).to_parquet(tmp_path / "hub" / "train.parquet")
+    for name in ("a.json", "a.json.gz", "hub", "hub/train.parquet"):
+        data = load_data(str(tmp_path / name))
+        assert data.examples == expected and data.description["format"] == "records", name
 
 
 def test_gold_answers_come_before_a_teachers(tmp_path):

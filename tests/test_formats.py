@@ -193,6 +193,41 @@ def test_a_plain_table_needs_no_names(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("cell", "texts"),
+    [
+        ('["a", "b"]', ["a", "b"]),
+        # As pandas writes a column of lists.
+        ("['a', \"b's\",\n 'c']", ["a", "b's", "c"]),
+        ("[1990, 1991.5]", ["1990", "1991.5"]),
+        # What is no list stays text: a sound, a citation, a matrix.
+        ("[Applause]", ["[Applause]"]),
+        ("[1] Scott, W. Ivanhoe.", ["[1] Scott, W. Ivanhoe."]),
+        ("[[1, 2], [3, 4]]", ["[[1, 2], [3, 4]]"]),
+    ],
+)
+def test_a_list_in_a_cell_is_a_list_and_other_text_in_brackets_is_text(tmp_path, cell, texts):
+    quoted = cell.replace('"', '""')
+    path = write(tmp_path / "in.csv", f'question,documents,answer\nWho?,"{quoted}","{quoted}"\n')
+    question = only_question(path)
+    assert question.candidates == texts and question.answers == texts
+
+
+@pytest.mark.parametrize("cell", ["['a' 'b']", "['a'\n 'b']"])
+def test_an_array_as_numpy_prints_it_is_refused_since_its_texts_would_run_together(tmp_path, cell):
+    with pytest.raises(SourceError, match=r"line \d, documents: found .* without commas; .* Write lists as JSON"):
+        read_source(write(tmp_path / "in.csv", f'question,documents,answer\nWho?,"{cell}",Ada\n'))
+
+
+def test_a_table_may_name_its_columns_like_records_or_ms_marco(tmp_path):
+    table = write(tmp_path / "in.csv", 'query,documents,answer\nWho?,"[""One."", ""Two.""]",Ada\n')
+    lines = write(tmp_path / "in.jsonl", {"query": "Who?", "passages": ["One.", "Two."], "answer": "Ada"})
+    for path in (table, lines):
+        source = read_source(path)
+        assert source.format == "columns"
+        assert [(q.query, q.candidates, q.answers) for q in source.questions] == [("Who?", ["One.", "Two."], ["Ada"])]
+
+
+@pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
         ("a.csv", "question,answer\nWho?,Ada,too many\n", SourceError, "line 2: found 3 fields, expected 2"),

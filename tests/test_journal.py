@@ -55,6 +55,21 @@ def test_a_batch_done_in_part_is_done_again_as_a_whole(tmp_path):
     assert len((tmp_path / "j.jsonl").read_text().splitlines()) == 6
 
 
+def test_settings_of_a_step_bind_from_its_first_result(tmp_path):
+    def folder(teacher: str) -> WorkFolder:
+        return WorkFolder(tmp_path / "w", {"seed": 1, "teacher": teacher}, steps={"answers": ["teacher"]})
+
+    folder("big")
+    late = folder("big")
+    with folder("small").locked():
+        folder("small").journal("answers").append([(0, "x")])
+    with pytest.raises(WorkFolderError, match="teacher was small, now big"):
+        folder("big")
+    # It was opened before the answer was there.
+    with pytest.raises(WorkFolderError, match="teacher was small, now big"), late.locked():
+        pass
+
+
 def test_work_of_other_settings_is_refused_with_what_changed(tmp_path):
     folder = tmp_path / "out.work"
     WorkFolder(folder, {"seed": 1, "source": {"size": 5}}).agree("questions", 3)

@@ -18,6 +18,7 @@ from tiny_teachers import save_all
 
 from scaledown.data_preparation import PreparationArguments, main, prepare
 from scaledown.document_choice import keep_best
+from scaledown.journal import WorkFolderError
 from scaledown.preparation_arguments import parse_arguments
 from scaledown.records import load_records, read_records
 from scaledown.reranking_teacher import RerankingTeacher
@@ -127,6 +128,20 @@ def test_known_gold_passages_stay_and_auto_hides_them(tmp_path, corpus_file, ord
     assert report["counts"]["positives_retrieved"] == 5
 
 
+def test_copies_in_the_corpus_do_not_take_the_place_of_documents(tmp_path, questions):
+    rows = [{"text": "The badger sleeps in its den."}] * 50 + [{"text": f"Den {place}."} for place in range(5)]
+    corpus = write_lines(tmp_path / "copies.jsonl", rows)
+    first = run(source=questions, corpus=corpus, output=tmp_path / "o.jsonl", top_k=4, num_examples=10)[0]
+    assert first["documents"][0] == "The badger sleeps in its den." and len(set(first["documents"])) == 4
+
+
+def test_questions_that_share_no_word_with_the_corpus_are_counted(tmp_path, questions):
+    corpus = write_lines(tmp_path / "one.jsonl", [{"text": "A badger."}, {"text": "Rain."}])
+    run(source=questions, corpus=corpus, output=tmp_path / "o.jsonl", top_k=2)
+    report = json.loads((tmp_path / "o.jsonl.report.json").read_text())
+    assert report["counts"]["questions_sharing_no_word_with_corpus"] == 9
+
+
 # Teachers
 
 
@@ -192,6 +207,29 @@ def test_keep_best_keeps_gold_documents_and_the_order():
     assert keep_best({**record, "positives": [0, 2]}, 1)["documents"] == ["a", "c"]
     del record["positives"]
     assert keep_best(record, 1) == {"documents": ["e"], "reranking_scores": [9.0]}
+
+
+def test_a_dry_run_counts_the_documents_that_will_remain_and_leaves_the_choice_of_teachers(
+    tmp_path, questions, corpus_file, models
+):
+    def dry_run(name: str, teacher: str, **settings) -> dict:
+        output = str(tmp_path / name)
+        return prepare(
+            PreparationArguments(questions, output, corpus=corpus_file, teacher=teacher, dry_run=True, **settings)
+        )
+
+    few = dry_run("few.jsonl", "big", top_k=2)
+    cut = dry_run("cut.jsonl", "big", top_k=6, reranker="any", keep_best=2)
+    assert few["estimate"]["answers to write"] == cut["estimate"]["answers to write"]
+    assert cut["estimate"]["pairs to score"] == 60
+    # What has not been written is not counted.
+    assert not {"questions_written", "documents", "mean_document_words"} & cut["counts"].keys()
+    dry_run("cut.jsonl", "small", top_k=6, reranker="another", teacher_max_tokens=5)
+    with pytest.raises(WorkFolderError, match="top_k was 6, now 5"):
+        dry_run("cut.jsonl", "small", top_k=5)
+    teachers = {"teacher": models["teacher"], "teacher_max_tokens": 4}
+    records = run(source=questions, corpus=corpus_file, output=tmp_path / "few.jsonl", top_k=2, **teachers)
+    assert len(records) == 10
 
 
 # Files
