@@ -17,7 +17,7 @@ SHORT_LESSON := --per_device_train_batch_size 64 --compression_rate 4
 RESULT := all_results.json
 READY := | $(VENV)/.installed
 
-.PHONY: embedded embedded-comparison
+.PHONY: embedded embedded-encoder embedded-comparison
 
 embedded: $(E)/model/$(RESULT)
 	$(PY) evaluate.py --model $(E)/model --data $(E)/world/test.jsonl --num_documents 5 \
@@ -37,6 +37,7 @@ $(E)/lesson-10/test.jsonl: OPTIONS = --num_train 64000 --num_documents 5 --two_h
 $(E)/lesson-11/test.jsonl: OPTIONS = --num_train 112000 --two_hops 0.85 --lists 0.7 --seed 5 $(NAMES)
 $(E)/lesson-12/test.jsonl: OPTIONS = --num_train 32000 --two_hops 0.9 --lists 0.3 --seed 6 $(NAMES)
 $(E)/lesson-13/test.jsonl: OPTIONS = --num_train 100000 --num_documents 5 --two_hops 0.55 --alike 0.5 --lists 0.3 --seed 5
+$(E)/lesson-repeats/test.jsonl: OPTIONS = --num_train 60000 --num_documents 1 --two_hops 0 --repeats 0.5 $(SHORT)
 $(E)/lesson-14/test.jsonl: OPTIONS = --num_train 14000 --num_documents 5 --two_hops 0.35 --alike 0.3 --seed 7
 $(E)/lesson-%/test.jsonl: $(READY)
 	$(PY) -m scaledown.world --output $(@D) $(OPTIONS)
@@ -108,20 +109,65 @@ $(E)/model-14/$(RESULT): $(E)/model-13/$(RESULT) $(E)/lesson-14/test.jsonl
 $(E)/model/$(RESULT): $(E)/model-14/$(RESULT) $(E)/lesson-14/test.jsonl
 	$(call NEXT,14,3e-4) --max_steps 180 --reranking_loss_weight 0.25 --compression_rate 16 --seed 1
 
+# A second model, with an encoder as the compressor, on the generator of the checkpoint in the repository's root. First
+# every token gets a slot, then ever more tokens share one.
+EM := $(E)/encoder-model
+LESSON = $(call TRAIN,lesson) --model_name_or_path $(<D) --train_file $(E)/lesson-$(1)/train.jsonl
+
+embedded-encoder: $(EM)/$(RESULT) $(E)/world/test.jsonl
+	$(PY) evaluate.py --model $(EM) --data $(E)/world/test.jsonl --num_documents 5 --max_new_tokens 8 --batch_size 25
+
+$(E)/own-generator/.done: $(READY)
+	$(PY) -m scaledown.extract_generator --model . --output $(@D)
+	touch $@
+
+$(E)/encoder/.done: $(READY)
+	$(PY) -m scaledown.world_encoder --output $(@D) --num_lessons 3 $(FAST)
+	touch $@
+
+$(EM)-begun/$(RESULT): $(E)/own-generator/.done $(E)/encoder/.done $(E)/lesson-repeats/test.jsonl
+	$(call TRAIN,encoder)
+$(EM)-rate-1/$(RESULT): $(EM)-begun/$(RESULT)
+	$(call LESSON,repeats) --max_answer_length 64 --max_steps 800 --seed 1 $(call RATE,3e-3)
+$(EM)-rate-2/$(RESULT): $(EM)-rate-1/$(RESULT)
+	$(call LESSON,repeats) --max_answer_length 64 --max_steps 150 --seed 2 --compression_rate 2
+$(EM)-rate-4/$(RESULT): $(EM)-rate-2/$(RESULT)
+	$(call LESSON,repeats) --max_answer_length 64 --max_steps 200 --seed 4 --compression_rate 4
+$(EM)-rate-8/$(RESULT): $(EM)-rate-4/$(RESULT)
+	$(call LESSON,repeats) --max_answer_length 64 --max_steps 250 --seed 8 --compression_rate 8
+$(EM)-rate-16/$(RESULT): $(EM)-rate-8/$(RESULT)
+	$(call LESSON,repeats) --max_answer_length 64 --max_steps 400 --seed 16 --compression_rate 16
+$(EM)-1/$(RESULT): $(EM)-rate-16/$(RESULT) $(E)/lesson-1/test.jsonl
+	$(call LESSON,1) --max_steps 400 --seed 3 --lr_scheduler_type cosine
+$(EM)-2/$(RESULT): $(EM)-1/$(RESULT) $(E)/lesson-2/test.jsonl
+	$(call LESSON,2) --max_steps 300 --seed 2
+$(EM)-3/$(RESULT): $(EM)-2/$(RESULT) $(E)/lesson-3/test.jsonl
+	$(call LESSON,3) --max_steps 300 --seed 3
+$(EM)-4/$(RESULT): $(EM)-3/$(RESULT) $(E)/lesson-4/test.jsonl
+	$(call LESSON,4) --max_steps 150 --seed 4
+$(EM)/$(RESULT): $(EM)-4/$(RESULT) $(E)/lesson-7/test.jsonl
+	$(call TRAIN,n-layers) --model_name_or_path $(<D) --train_file $(E)/lesson-7/train.jsonl --max_steps 600 --seed 5 \
+		$(call RATE,1.5e-3)
+
 # Comparisons: joint and two-stage training, both kinds of compressor, four rates.
 C := $(E)/compared
 ONE_PASSAGE := joint two-stage naive encoder-joint encoder-two-stage
 RATES := 4 8 16 32
 N_LAYERS := recipes/embedded-first-lesson.yaml --generator_name_or_path $(E)/generator-14
-ENCODER := recipes/embedded-encoder.yaml
+# Straight at 16 tokens per slot, and with the first lesson alone, as the others.
+ENCODER := recipes/embedded-encoder.yaml --generator_name_or_path $(E)/generator-14 \
+	--compressor_name_or_path $(E)/encoder-5 --num_memory_tokens 32 --compression_rate 16 \
+	--train_file $(E)/lesson-1/train.jsonl --max_answer_length 16 --max_steps 900
 TWO_STAGE = --two_stage true --cache_dir $(@D)-cache
 
 embedded-comparison: $(ONE_PASSAGE:%=$(C)/results/%/metrics.json) $(RATES:%=$(C)/results/rate-%/metrics.json)
 	rm -rf $(C)/results/rates
 	$(PY) evaluate.py --compare $(RATES:%=$(C)/results/rate-%) --output_dir $(C)/results/rates
 
-$(E)/encoder/.done: $(READY)
-	$(PY) -m scaledown.world_encoder --output $(@D) --num_lessons 5
+$(E)/encoder-5/.done: $(E)/encoder/.done
+	test -d $(@D) || cp -R $(<D) $(@D)
+	rm -f $@
+	$(PY) -m scaledown.world_encoder --output $(@D) --num_lessons 5 $(FAST)
 	touch $@
 
 $(C)/one/test.jsonl: $(READY)
@@ -137,9 +183,9 @@ $(C)/naive/$(RESULT):
 	$(PY) experiments/naive_two_stage.py $(N_LAYERS) --output_dir $(@D) $(TWO_STAGE)
 
 $(C)/encoder-joint/$(RESULT) $(C)/encoder-two-stage/$(RESULT): \
-		$(E)/encoder/.done $(E)/generator-14/.done $(E)/lesson-1/test.jsonl
+		$(E)/encoder-5/.done $(E)/generator-14/.done $(E)/lesson-1/test.jsonl
 $(C)/encoder-joint/$(RESULT):
-	$(PY) train.py $(ENCODER) --output_dir $(@D)
+	$(PY) train.py $(ENCODER) --slot_pooling memory_tokens --output_dir $(@D)
 $(C)/encoder-two-stage/$(RESULT):
 	$(PY) train.py $(ENCODER) --output_dir $(@D) $(TWO_STAGE)
 
