@@ -110,12 +110,12 @@ $(E)/model/$(RESULT): $(E)/model-14/$(RESULT) $(E)/lesson-14/test.jsonl
 	$(call NEXT,14,3e-4) --max_steps 180 --reranking_loss_weight 0.25 --compression_rate 16 --seed 1
 
 # A second model, with an encoder as the compressor, on the generator of the checkpoint in the repository's root. First
-# every token gets a slot, then ever more tokens share one.
+# every token gets a slot, then ever more tokens share one. It answers from one passage.
 EM := $(E)/encoder-model
 LESSON = $(call TRAIN,lesson) --model_name_or_path $(<D) --train_file $(E)/lesson-$(1)/train.jsonl
 
-embedded-encoder: $(EM)/$(RESULT) $(E)/world/test.jsonl
-	$(PY) evaluate.py --model $(EM) --data $(E)/world/test.jsonl --num_documents 5 --max_new_tokens 8 --batch_size 25
+embedded-encoder: $(EM)/$(RESULT)
+	$(PY) evaluate.py --model $(EM) --data $(E)/lesson-3/test.jsonl --num_documents 1 --max_new_tokens 8 --batch_size 50
 
 $(E)/own-generator/.done: $(READY)
 	$(PY) -m scaledown.extract_generator --model . --output $(@D)
@@ -141,13 +141,8 @@ $(EM)-1/$(RESULT): $(EM)-rate-16/$(RESULT) $(E)/lesson-1/test.jsonl
 	$(call LESSON,1) --max_steps 400 --seed 3 --lr_scheduler_type cosine
 $(EM)-2/$(RESULT): $(EM)-1/$(RESULT) $(E)/lesson-2/test.jsonl
 	$(call LESSON,2) --max_steps 300 --seed 2
-$(EM)-3/$(RESULT): $(EM)-2/$(RESULT) $(E)/lesson-3/test.jsonl
+$(EM)/$(RESULT): $(EM)-2/$(RESULT) $(E)/lesson-3/test.jsonl
 	$(call LESSON,3) --max_steps 300 --seed 3
-$(EM)-4/$(RESULT): $(EM)-3/$(RESULT) $(E)/lesson-4/test.jsonl
-	$(call LESSON,4) --max_steps 150 --seed 4
-$(EM)/$(RESULT): $(EM)-4/$(RESULT) $(E)/lesson-7/test.jsonl
-	$(call TRAIN,n-layers) --model_name_or_path $(<D) --train_file $(E)/lesson-7/train.jsonl --max_steps 600 --seed 5 \
-		$(call RATE,1.5e-3)
 
 # Comparisons: joint and two-stage training, both kinds of compressor, four rates.
 C := $(E)/compared
