@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
 
@@ -163,8 +163,12 @@ def run(args: ComparisonArguments, kind: str, method: str, seed: int, records: l
     """Train and measure once; a run that is there already is not repeated."""
     folder = Path(args.output) / f"{kind}-{method.replace(', ', '-').replace(' ', '-')}-{seed}"
     result = folder / "result.json"
+    settings = {name: value for name, value in asdict(args).items() if name not in ("output", "seeds", "compressors")}
     if result.is_file():
-        return json.loads(result.read_text(encoding="utf-8"))
+        found = json.loads(result.read_text(encoding="utf-8"))
+        if found["settings"] != settings:
+            raise ValueError(f"{result} is of other settings, {found['settings']}; name another --output.")
+        return found
     folder.mkdir(parents=True, exist_ok=True)
     seconds, peak = [], []
     for command in commands(args, kind, method, seed, folder):
@@ -178,6 +182,7 @@ def run(args: ComparisonArguments, kind: str, method: str, seed: int, records: l
         peak.append(usage.ru_maxrss / 1024)
     measured = measure(folder / "model", records)
     found = {"compressor": kind, "method": method, "seed": seed, **measured, "seconds": seconds, "peak_mib": peak}
+    found["settings"] = settings
     result.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found
 

@@ -1,7 +1,7 @@
 """Arguments of `benchmark.py`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,9 @@ from .devices import DTYPES
 MODES = ("flops", "speed", "train", "scaling")
 SWEPT = ("batch_size", "num_documents", "document_length", "new_tokens", "compression_rate")
 DEFAULT_COMPRESSORS = "5"
+# Counting has no batches, clocks or types of numbers.
+_OF_MEASUREMENTS = ("batch_size", "sweep", "mixed_lengths", "repeats", "threads", "dtype", "device")
+UNREAD = {"flops": _OF_MEASUREMENTS, "scaling": _OF_MEASUREMENTS, "train": ("sweep",)}
 
 
 @dataclass
@@ -27,7 +30,7 @@ class BenchmarkArguments:
         default="flops",
         metadata={
             "help": "flops: operations, counted without computing them; speed: time and memory of answers; train: "
-            "those of training steps; scaling: time against the number and the length of documents."
+            "those of training steps; scaling: operations against the number and the length of documents."
         },
     )
     generator: str | None = field(
@@ -46,7 +49,10 @@ class BenchmarkArguments:
     document_length: int = field(default=128, metadata={"help": "Tokens of a document."})
     query_length: int = field(
         default=0,
-        metadata={"help": "Question tokens the compressor reads beside a document; 0 counts them among its tokens."},
+        metadata={
+            "help": "Question tokens the compressor reads beside a document; 0 counts them among its tokens. flops and "
+            "scaling count them for every document, speed measures them as the model reads them, once where it can."
+        },
     )
     new_tokens: int = field(default=32, metadata={"help": "Tokens of an answer."})
     compression_rate: int = field(default=16, metadata={"help": "Document tokens per slot."})
@@ -83,6 +89,16 @@ class BenchmarkArguments:
             raise FileExistsError(
                 f"{self.output_dir} already exists; results are never overwritten. Name a new folder."
             )
+        if not self.compressor_names:
+            raise ValueError(f"compressors is {self.compressors!r}, expected at least one, such as 5.")
+        unread = UNREAD.get(self.mode, ()) + (("compressors",) if self.generator is None else ())
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name in unread and value != option.default:
+                without = "" if self.generator else " without a generator"
+                raise ValueError(
+                    f"mode {self.mode}{without} does not read {option.name}={value}; leave --{option.name} out."
+                )
         _ = self.settings  # is read now, not after the work
 
     @property

@@ -92,6 +92,11 @@ class Protocol:
         """Tokens of the generator's input that are no document's."""
         return self.prompt_length + (self.num_documents - 1) * self.separator_length
 
+    @property
+    def text_length(self) -> int:
+        """Tokens of the generator's input with the documents as text."""
+        return self.frame_length + self.num_documents * self.document_length
+
     def chunks(self, length: int) -> list[int]:
         """Tokens of the chunks a document is cut into.
 
@@ -257,8 +262,7 @@ def count_rows(generator: str, compressors: list[str], protocol: Protocol) -> li
         config = build_config(generator, name, chunk_length, protocol.query_length, protocol.compression_rate)
         model = build_on_meta(config)
         if generation is None:
-            length = protocol.frame_length + protocol.num_documents * protocol.document_length
-            text = count_generation(model.generator, length, protocol.new_tokens)
+            text = count_generation(model.generator, protocol.text_length, protocol.new_tokens)
             rows.append(Row(generator, None, text, Flops(), Flops(), 1.0, paper.get(None)))
             generation = count_generation(model.generator, protocol.frame_length + protocol.slots, protocol.new_tokens)
         compression = count_compression(model, protocol)

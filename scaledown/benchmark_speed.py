@@ -265,6 +265,13 @@ def measure(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     contestants = Contestants(arguments)
+    limit = getattr(contestants.generator.config, "max_position_embeddings", None)
+    longest = max(protocol.text_length + protocol.new_tokens for protocol, _ in arguments.settings)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"{arguments.generator} has {limit} positions, and the longest setting needs {longest} to read its "
+            "documents as text and answer; lower num_documents, document_length or new_tokens."
+        )
     rows = []
     for protocol, batch_size in tqdm(arguments.settings, desc="Settings", disable=None):
         rows += measure_setting(contestants, protocol, batch_size)

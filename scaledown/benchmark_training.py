@@ -39,7 +39,7 @@ def measure_training(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = find_device(arguments.device)
-    dtype = pick_dtype(arguments.dtype) if device.type == "cuda" else torch.float32
+    dtype = torch.float32 if arguments.dtype == "auto" and device.type != "cuda" else pick_dtype(arguments.dtype)
     rows = []
     for name in arguments.compressor_names:
         protocol = arguments.protocol
@@ -48,13 +48,16 @@ def measure_training(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
         config = build_config(arguments.generator, name, chunk_length, protocol.query_length, protocol.compression_rate)
         model = ScaleDownModel(config).to(device, dtype)
         model.add_lora()
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # as train.py holds what learns
+                parameter.data = parameter.data.float()
         model.train()
         sizes = (config.vocab_size, config.compressor_config.vocab_size)
         inputs = draw_inputs(
             protocol, arguments.batch_size, sizes[0], arguments.mixed_lengths, sizes[1], arguments.seed
         )
-        steps, tokens = _steps(model, inputs, protocol.new_tokens, device)
-        peaks = {stage: _peak(model, step, device) for stage, step in steps.items()}  # warms up too
+        steps, optimizers, tokens = _steps(model, inputs, protocol.new_tokens, device, dtype)
+        peaks = {stage: _peak(model, optimizers, step, device) for stage, step in steps.items()}  # warms up too
         times: dict[str, list[float]] = {stage: [] for stage in STAGES}
         for _ in range(arguments.repeats):
             for stage, step in steps.items():
@@ -68,7 +71,7 @@ def measure_training(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
             speed = tokens[stage] / step["median"]
             row = {"compressor": name, "stage": stage, "batch_size": arguments.batch_size, "step": step}
             rows.append({**row, "tokens": tokens[stage], "tokens_per_second": speed, "peak_bytes": peaks[stage]})
-        del model, steps
+        del model, steps, optimizers
     return rows
 
 
@@ -90,9 +93,11 @@ def render_training(rows: list[dict[str, Any]]) -> str:
 
 
 def _steps(
-    model: ScaleDownModel, inputs: Inputs, answer_length: int, device: torch.device
-) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
-    """A step of each stage, and the tokens and slots its models read."""
+    model: ScaleDownModel, inputs: Inputs, answer_length: int, device: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, Callable[[], Any]], list[torch.optim.Optimizer], dict[str, int]]:
+    """A step of each stage in mixed precision, the optimizers, and the tokens and slots the stages' models read."""
+    optimizers: list[torch.optim.Optimizer] = []
+    mixed = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     chunks = {name: inputs.chunks[name].to(device) for name in CHUNK_INPUTS}
     ids, slot_mask = inputs.truncated.to(device), inputs.slot_mask.to(device)
     answer = ids[:, -1:].expand(-1, answer_length)
@@ -104,17 +109,23 @@ def _steps(
 
     def stepper(parameters: list[torch.nn.Parameter], **documents: torch.Tensor) -> Callable[[], None]:
         optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+        optimizers.append(optimizer)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
         def step() -> None:
-            model(**prompt, **documents).loss.backward()
-            optimizer.step()
+            with mixed:
+                loss = model(**prompt, **documents).loss
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
         return step
 
     @torch.no_grad()
     def compress() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        return model.compressor.hidden_states(*(chunks[name] for name in CHUNK_INPUTS))
+        with mixed:
+            return model.compressor.hidden_states(*(chunks[name] for name in CHUNK_INPUTS))
 
     learned = [p for p in model.parameters() if p.requires_grad]
     behind = [p for name, p in model.named_parameters() if p.requires_grad and "compressor.backbone" not in name]
@@ -125,10 +136,12 @@ def _steps(
         "generate": stepper(behind, memory_states=states, memory_mask=mask, rerank_states=scored),
     }
     read = int(inputs.chunks["compressor_attention_mask"].sum() + inputs.chunks["chunk_slots"].sum()) + len(states)
-    return steps, {"joint": read + ids.numel(), "compress": read, "generate": ids.numel()}
+    return steps, optimizers, {"joint": read + ids.numel(), "compress": read, "generate": ids.numel()}
 
 
-def _peak(model: ScaleDownModel, step: Callable[[], Any], device: torch.device) -> int:
+def _peak(
+    model: ScaleDownModel, optimizers: list[torch.optim.Optimizer], step: Callable[[], Any], device: torch.device
+) -> int:
     """Bytes beside what is there between steps: gradients and activations."""
     step()  # makes the optimizer's state
     if device.type == "cuda":
@@ -136,7 +149,8 @@ def _peak(model: ScaleDownModel, step: Callable[[], Any], device: torch.device) 
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    tracker = MemoryTracker([*model.parameters(), *model.buffers()])
+    held = [tensor for optimizer in optimizers for state in optimizer.state.values() for tensor in state.values()]
+    tracker = MemoryTracker([*model.parameters(), *model.buffers(), *filter(torch.is_tensor, held)])
     with tracker:
         step()
     return tracker.peak

@@ -17,8 +17,14 @@ def pick_device() -> str:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name; auto is what `pick_device` finds."""
-    return torch.device(pick_device() if name == "auto" else name)
+    """The device of a name; auto is what `pick_device` finds. Raises a ValueError for one that is not here."""
+    try:
+        device = torch.device(pick_device() if name == "auto" else name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        message = str(error).splitlines()[0]
+        raise ValueError(f"device is {name}, which is not here ({message}); correct --device.") from error
+    return device
 
 
 def wait_for(device: torch.device) -> None:

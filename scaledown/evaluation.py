@@ -20,6 +20,7 @@ from .answer_teacher import TeacherError
 from .answering import answer_all
 from .bootstrap import Bootstrap
 from .command_line import run_command
+from .devices import find_device
 from .evaluation_arguments import EvaluationArguments, parse_arguments
 from .evaluation_card import check_card, update_card
 from .evaluation_data import Example, load_data
@@ -189,13 +190,7 @@ def _place(arguments: EvaluationArguments) -> tuple[PartialState, torch.device]:
         raise ValueError(
             f"device is {arguments.device}, but each of {state.num_processes} processes has its own; auto."
         )
-    try:
-        device = torch.device(arguments.device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        message = str(error).splitlines()[0]
-        raise ValueError(f"device is {arguments.device}, which is not here ({message}); correct --device.") from error
-    return state, device
+    return state, find_device(arguments.device)
 
 
 def _fitting(

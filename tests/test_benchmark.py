@@ -117,14 +117,21 @@ def test_flops_are_written_as_json_and_table(tmp_path, capsys):
     assert "already exists" in capsys.readouterr().err
 
 
+SPEED = ["--mode", "speed", "--generator", "qwen2.5-0.5b"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--new_tokens", "0"], "new_tokens is 0, expected at least 1"),
         (["--query_length", "-1"], "query_length is -1"),
         (["--mode", "speed"], "mode speed needs a generator"),
-        (["--sweep", "layers=1"], "sweep holds 'layers=1'"),
-        (["--sweep", "batch_size=0"], "sweep holds 'batch_size=0'"),
+        ([*SPEED, "--sweep", "layers=1"], "sweep holds 'layers=1'"),
+        ([*SPEED, "--sweep", "batch_size=0"], "sweep holds 'batch_size=0'"),
+        ([*SPEED, "--compressors", ","], "expected at least one"),
+        (["--compressors", "3"], "mode flops without a generator does not read compressors=3"),
+        (["--batch_size", "8"], "does not read batch_size=8"),
+        (["--mode", "train", "--generator", "x", "--sweep", "batch_size=4"], "mode train does not read sweep"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
@@ -138,6 +145,6 @@ def test_an_unknown_shape_is_told(capsys):
 
 
 def test_a_sweep_changes_one_setting_at_a_time():
-    arguments = parse_arguments(["--sweep", "batch_size=1,8", "num_documents=50"])
+    arguments = parse_arguments([*SPEED, "--sweep", "batch_size=1,8", "num_documents=50"])
     found = [(protocol.num_documents, batch) for protocol, batch in arguments.settings]
     assert found == [(10, 1), (10, 8), (50, 1)]

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from scaledown import ScaleDownModel
 from scaledown.benchmark import main
 from scaledown.benchmark_arguments import BenchmarkArguments
 from scaledown.benchmark_flops import Protocol
@@ -95,7 +96,7 @@ def test_files_of_a_speed_run(tmp_path, capsys):
 
 
 def test_scaling_of_text_and_slots():
-    rows = count_scaling(arguments(mode="scaling", compressors="2"))
+    rows = count_scaling(arguments(mode="scaling", compressors="2", repeats=5))
     assert len(rows) == 2 * (len(DOCUMENTS) + len(LENGTHS))
     exponents = {(row["swept"], row["contestant"]): row["exponent"] for row in fit_exponents(rows)}
     # Attention is most of what a model as narrow computes on a text as long, and none of it crosses documents here.
@@ -109,6 +110,33 @@ def test_exponents_are_those_of_a_power_law():
         for n in (1, 2, 4, 8)
     ]
     assert fit_exponents(rows)[0]["exponent"] == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "cuda:77"}, "device is cuda:77, which is not here"),
+        ({"num_documents": 500}, "has 512 positions, and the longest setting needs 125"),
+    ],
+)
+def test_what_cannot_be_measured_is_told(settings, message):
+    with pytest.raises(ValueError, match=message):
+        measure(arguments(**settings))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_holds_what_learns_in_32_bits_and_counts_no_optimizer(dtype, monkeypatch):
+    pytest.importorskip("peft")
+    kept = []
+    original = ScaleDownModel.add_lora
+    monkeypatch.setattr(ScaleDownModel, "add_lora", lambda self, **kw: (original(self, **kw), kept.append(self))[0])
+    settings = {"compressors": "2", "num_documents": 1, "document_length": 8, "prompt_length": 4, "repeats": 1}
+    joint, *_ = measure_training(arguments(mode="train", dtype=dtype, **settings))
+    learned = [p for p in kept[0].parameters() if p.requires_grad]
+    assert {p.dtype for p in learned} == {torch.float32}
+    assert {p.dtype for p in kept[0].generator.parameters() if not p.requires_grad} == {getattr(torch, dtype)}
+    size = sum(p.nbytes for p in learned)
+    assert size < joint["peak_bytes"] < 3 * size  # gradients, but not AdamW's two states
 
 
 def test_training_steps_of_every_stage():
@@ -130,6 +158,7 @@ def test_training_steps_of_every_stage():
 def test_every_mode_writes_a_table(mode, tmp_path, capsys):
     folder = tmp_path / mode
     options = ["--mode", mode, "--generator", "tiny", "--compressors", "2", "--num_documents", "2"]
-    assert main([*options, "--document_length", "16", "--repeats", "1", "--output_dir", str(folder)]) == 0
+    options += ["--repeats", "1"] if mode == "train" else []
+    assert main([*options, "--document_length", "16", "--output_dir", str(folder)]) == 0
     assert capsys.readouterr().out == (folder / f"{mode}.md").read_text()
     assert json.loads((folder / f"{mode}.json").read_text())["results"]

@@ -80,6 +80,6 @@ def test_the_demo_runs_from_top_to_bottom_without_a_network(notebook, tmp_path, 
         assert f"<th>{column}</th>" in table.data["text/html"]
     for plot in ("loss", "reranking"):
         assert any("image/png" in output.get("data", {}) for output in outputs[plot]), plot
-    run = tmp_path / "runs" / "notebook"
+    run = tmp_path / "runs" / "notebook-demo"
     assert (run / "model" / "config.json").is_file() and (run / "evaluation" / "metrics.json").is_file()
     assert not list(run.glob("*/cache")) and not list(run.glob("*/checkpoint-*"))
