@@ -444,7 +444,13 @@ def test_what_is_not_supported_is_refused_at_once(tmp_path, settings, message):
 
 @pytest.mark.parametrize(
     "stage, scored, weight",
-    [("joint", 0, 0.05), ("joint", 1, 0.05), ("joint", 1, 0.0), ("generate", 0, 0.05), ("generate", 1, 0.05)],
+    [
+        ("joint", 0, 0.05),
+        ("joint", 1, 0.05),
+        ("joint", 1, 0.0),
+        pytest.param("generate", 0, 0.05, marks=pytest.mark.slow),
+        pytest.param("generate", 1, 0.05, marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_train_with_partly_scored_data(backbones, tmp_path, stage, scored, weight):
     """One question at most has scores; one has no documents either, and is the only one of its micro-batch."""
