@@ -1,13 +1,13 @@
 """Arguments of `benchmark.py`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from .benchmark_flops import Protocol
 from .benchmark_shapes import SHAPES
-from .command_line import parse_options, split_names
+from .command_line import parse_options, refuse_options, split_names
 from .devices import DTYPES
 
 MODES = ("flops", "speed", "train", "scaling")
@@ -92,13 +92,8 @@ class BenchmarkArguments:
         if not self.compressor_names:
             raise ValueError(f"compressors is {self.compressors!r}, expected at least one, such as 5.")
         unread = UNREAD.get(self.mode, ()) + (("compressors",) if self.generator is None else ())
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if option.name in unread and value != option.default:
-                without = "" if self.generator else " without a generator"
-                raise ValueError(
-                    f"mode {self.mode}{without} does not read {option.name}={value}; leave --{option.name} out."
-                )
+        without = "" if self.generator else " without a generator"
+        refuse_options(self, unread, f"mode {self.mode}{without}")
         _ = self.settings  # is read now, not after the work
 
     @property

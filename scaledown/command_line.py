@@ -2,7 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
@@ -51,6 +52,23 @@ def parse_options(kind: type[Arguments], argv: Sequence[str] | None = None, **de
     argv = list(sys.argv[1:] if argv is None else argv)
     (arguments,) = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
     return arguments
+
+
+def refuse_options(arguments: Any, names: Collection[str], reader: str) -> None:
+    """Refuse options that were given where nothing reads them.
+
+    Args:
+        arguments: A dataclass of options.
+        names: Those that are not read.
+        reader: What does not read them; the message begins with it.
+
+    Raises:
+        ValueError: One of them has another value than its default.
+    """
+    for option in fields(arguments):
+        value = getattr(arguments, option.name)
+        if option.name in names and value != option.default:
+            raise ValueError(f"{reader} does not read {option.name}={value}; leave --{option.name} out.")
 
 
 def split_names(text: str | None) -> list[str]:

@@ -56,6 +56,11 @@ def pick_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def is_quantized(model: Any) -> bool:
+    """Whether a ScaleDown model's generator is held in few bits: because it was asked for, or was stored so."""
+    return getattr(model.generator, "hf_quantizer", None) is not None
+
+
 def load_model(load: Callable[[], Model], name: str, option: str) -> Model:
     """Load a model, or say which option names one that cannot be loaded.
 

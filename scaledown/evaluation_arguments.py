@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from .command_line import parse_options, split_names
+from .command_line import parse_options, refuse_options, split_names
 from .devices import DTYPES
 from .formats import FORMATS
 from .systems import BASELINES
@@ -179,9 +179,9 @@ class EvaluationArguments:
         if self.model is not None and self.data is None:
             raise ValueError("data is missing; pass --data with the questions to ask.")
         if self.rejudge is not None:
-            self._check_read("rejudge takes the answers of an earlier run as they are", READ_BY_REJUDGE)
+            refuse_options(self, self._others(READ_BY_REJUDGE), "rejudge takes earlier answers as they are and")
         elif self.model is None:
-            self._check_read("compare puts earlier runs side by side and asks nothing", READ_BY_COMPARE)
+            refuse_options(self, self._others(READ_BY_COMPARE), "compare puts earlier runs side by side and")
         unknown = [name for name in self.baseline_names if name not in BASELINES]
         if unknown:
             raise ValueError(f"there is no baseline {unknown[0]!r}; expected some of {', '.join(BASELINES)}, or none.")
@@ -189,11 +189,8 @@ class EvaluationArguments:
         if absent and self.rejudge is None:
             raise ValueError(f"judge_against names {absent[0]!r}, which is not among the baselines; add it to those.")
 
-    def _check_read(self, reason: str, read: tuple[str, ...]) -> None:
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if option.name not in read and value != option.default:
-                raise ValueError(f"{reason}, so {option.name}={value} says nothing; leave --{option.name} out.")
+    def _others(self, read: tuple[str, ...]) -> set[str]:
+        return {option.name for option in fields(self)}.difference(read)
 
     @property
     def baseline_names(self) -> list[str]:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from modeling_scaledown import ScaleDownModel
 
-from .devices import load_model, pick_dtype
+from .devices import is_quantized, load_model, pick_dtype
 from .evaluation_arguments import EvaluationArguments
 from .evaluation_data import Example
 from .systems import MEMORY_BASELINES, TEXT_BASELINES, CompressedSystem, System, TextSystem, choose_donors
@@ -86,7 +86,7 @@ def load_contestants(arguments: EvaluationArguments, device: torch.device) -> Co
     if set(arguments.baseline_names) & set(TEXT_BASELINES):
         _find_generator(found, arguments, device, dtype)
     if config.lora_config is not None:
-        if _is_quantized(model):
+        if is_quantized(model):
             found.notes.append("The quantised generator keeps its LoRA unmerged, which makes the model slower.")
         else:
             model.merge_lora()
@@ -165,7 +165,7 @@ def _find_generator(
             )
         else:
             found.notes.append("The baselines read text with the model's own generator, which has no LoRA.")
-    elif _is_quantized(model):
+    elif is_quantized(model):
         found.generator, found.adapters_off = model.generator, True
         found.notes.append("The baselines read text with the quantised generator, its LoRA passed over.")
     else:
@@ -196,11 +196,6 @@ def _load_generator(
     name = Path(source[0]).resolve().name if Path(source[0]).exists() else source[0]
     found.notes.append(f"The baselines read text with {name}.")
     return generator.to(device).eval()
-
-
-def _is_quantized(model: ScaleDownModel) -> bool:
-    """Whether the generator is held in few bits, because it was asked for or because it was stored so."""
-    return getattr(model.generator, "hf_quantizer", None) is not None
 
 
 def without_lora(generator: PreTrainedModel) -> PreTrainedModel:

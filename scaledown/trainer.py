@@ -22,6 +22,7 @@ from weights_scaledown import checkpoint_index, read_tensors
 
 from .arguments import ScaleDownTrainingArguments
 from .cache import CachedDataset
+from .devices import is_quantized
 from .metrics import ANSWER_METRICS
 from .records import answers_of
 
@@ -341,7 +342,7 @@ class ScaleDownTrainer(Trainer):
         if self._load_backbone is not None:
             unexpected = load_result.unexpected_keys
             unexpected[:] = [n for n in unexpected if not n.startswith("compressor.backbone.")]
-        if getattr(self.model.generator, "hf_quantizer", None) is not None:
+        if is_quantized(self.model):
             # Quantised weights come with what they are read by, beside the parameter that holds them.
             unexpected = load_result.unexpected_keys
             unexpected[:] = [n for n in unexpected if not (n.startswith("generator.") and ".weight." in n)]

@@ -28,6 +28,7 @@ from .cache import CachedDataset, open_plan
 from .collators import GenerationCollator, JointCollator, PretrainingCollator
 from .command_line import run_command, split_names
 from .compression import cache_fingerprint, compress_records
+from .devices import is_quantized
 from .pretraining import load_pretraining_data
 from .records import atomic_writer, load_records
 from .trainer import ScaleDownTrainer
@@ -340,9 +341,9 @@ def finish(
         metrics: What came of it.
         num_examples: Rows it learned from, if known.
     """
-    if model_args.merge_lora and model.config.weights_format == "full" and not _is_quantized(model):
+    if model_args.merge_lora and model.config.weights_format == "full" and not is_quantized(model):
         model.merge_lora()
-    if not _is_quantized(model):
+    if not is_quantized(model):
         for parameter in model.parameters():  # buffers, such as rotary frequencies, stay in 32 bits
             parameter.data = parameter.data.to(args.generator_dtype)
     model.card_fields = {
@@ -551,10 +552,6 @@ def _last_whole_checkpoint(folder: Path) -> str | None:
 def _target_modules(names: str) -> str | list[str]:
     """peft takes `all-linear` as it is, names as a list; any other string it would read as a regular expression."""
     return names if names == "all-linear" else split_names(names)
-
-
-def _is_quantized(model: ScaleDownModel) -> bool:
-    return getattr(model.generator, "hf_quantizer", None) is not None
 
 
 def _recorded_settings(*arguments: Any) -> dict[str, Any]:
