@@ -64,6 +64,10 @@ class WorldArguments:
         default=False,
         metadata={"help": "Passages of the kind that is asked about tell the same facts, of other things."},
     )
+    mixed_names: float = field(
+        default=0.0,
+        metadata={"help": "Share of the books and ships of train that are called by words of either kind."},
+    )
     num_facts: int = field(default=7, metadata={"help": "Facts a passage tells at most."})
     plain: bool = field(default=False, metadata={"help": "Tell facts and nothing else, as a first lesson has it."})
     seed: int = field(default=0, metadata={"help": "Decides everything."})
@@ -124,9 +128,14 @@ class Names:
     """The parts that names are made of; the same in every world.
 
     A name belongs to one split, by a checksum of it.
+
+    Args:
+        mixed: Share of books and ships that are called by words of either. There are 500 and 320 names of these kinds,
+            so few that a compressor learns each by heart; of the words of either, 1,620 are made.
     """
 
-    def __init__(self):
+    def __init__(self, mixed: float = 0.0):
+        self.mixed = mixed
         rng, taken = random.Random(0), set()
         surnames = _words(rng, 240, ["er", "ok", "man", "sen", "ley", "wick", "ard", "ow"], taken)
         self.rivers = _words(rng, 60, ["el", "une", "isk"], taken)
@@ -141,6 +150,8 @@ class Names:
             "book": ([f"The {word}" for word in parts["book, first"]], parts["book, last"]),
             "ship": (parts["ship, first"], parts["ship, last"]),
         }
+        firsts, lasts = (parts[f"book, {place}"] + parts[f"ship, {place}"] for place in ("first", "last"))
+        self.mixed_parts = {"book": ([f"The {word}" for word in firsts], lasts), "ship": (firsts, lasts)}
 
     def draw(self, rng: random.Random, kind: str, split: str) -> str:
         """Draw a name of a split.
@@ -153,7 +164,8 @@ class Names:
         Returns:
             The name.
         """
-        firsts, lasts = self.parts[kind]
+        mixed = kind in self.mixed_parts and self.mixed > 0 and rng.random() < self.mixed
+        firsts, lasts = (self.mixed_parts if mixed else self.parts)[kind]
         while True:
             name = f"{rng.choice(firsts)} {rng.choice(lasts)}"
             if split_of(name) == split:
@@ -191,17 +203,18 @@ class World:
     Args:
         split: "train", "validation" or "test": whose names are used.
         seed: Decides what is drawn.
+        mixed_names: As in `Names`.
 
     Raises:
         ValueError: if the split is none of these.
     """
 
-    def __init__(self, split: str, seed: int = 0):
+    def __init__(self, split: str, seed: int = 0, mixed_names: float = 0.0):
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}.")
         self.split = split
         self.random = random.Random(f"{split} {seed}")
-        self.names = Names()
+        self.names = Names(mixed_names)
 
     def value(self, kind: str) -> str:
         """Draw a value of some kind."""
@@ -479,7 +492,7 @@ def main() -> int:
         folder = Path(args.output)
         folder.mkdir(parents=True, exist_ok=True)
         for split, count in zip(SPLITS, (args.num_train, args.num_validation, args.num_test), strict=True):
-            world = World(split, args.seed)
+            world = World(split, args.seed, args.mixed_names if split == "train" else 0.0)
             documents = args.num_test_documents if split == "test" else args.num_documents
             with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
                 for number in range(count):

@@ -18,7 +18,7 @@ from scaledown.world_generator import (
     read_causally,
     teach,
 )
-from scaledown.world_text import RELATIONS
+from scaledown.world_text import NAME_PARTS, RELATIONS
 from scaledown.world_tokenizer import build_tokenizer
 
 
@@ -99,6 +99,21 @@ def test_splits_share_no_name():
             name = world[split].value(kind)
             assert split_of(name) == split
             assert split_of(world[split].names.like(random.Random(0), kind, split, name)) == split
+
+
+@pytest.mark.parametrize("kind", ["book", "ship"])
+def test_books_and_ships_may_be_called_by_words_of_either(tokenizer, kind):
+    drawn = {}
+    for mixed in (0.0, 1.0):
+        world = World("train", mixed_names=mixed)
+        drawn[mixed] = {world.value(kind) for _ in range(3000)}
+    known = set(NAME_PARTS[f"{kind}, first"].split()), set(NAME_PARTS[f"{kind}, last"].split())
+    for mixed, names in drawn.items():
+        assert all(split_of(name) == "train" for name in names)
+        words = [name.removeprefix("The ").split() for name in names]
+        assert all(first in known[0] and last in known[1] for first, last in words) == (mixed == 0)
+        assert all(tokenizer.unk_token_id not in tokenizer(name)["input_ids"] for name in names)
+    assert len(drawn[1.0]) > 2 * len(drawn[0.0])
 
 
 def test_passages_fit_a_chunk_and_every_word_is_known(tokenizer):
