@@ -2,9 +2,12 @@
 
     pip install torchao==0.18.0 bitsandbytes==0.50.2
     python experiments/weight_precision.py --generator qwen2.5-0.5b --threads 2
+    python experiments/weight_precision.py --generator qwen2.5-0.5b --threads 2 \
+        --kinds "float32,float32 with LoRA"
 
-Weights and token ids are random, shapes are real. Slots are read as embeddings, as many as ten documents of 128 tokens
-become at 16x. Kinds of weights alternate, and gains are medians over rounds of the ratio within a round.
+LoRA, where a kind has it, is apart, as in training, and not merged into the weights. Weights and token ids are random,
+shapes are real. Slots are read as embeddings, as many as ten documents of 128 tokens become at 16x. Kinds of weights
+alternate, and gains are medians over rounds of the ratio within a round.
 """
 
 import json
@@ -17,18 +20,20 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig, set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from modeling_scaledown import LORA_DEFAULTS
 from scaledown.benchmark_flops import Protocol
 from scaledown.benchmark_shapes import load_shape
 from scaledown.benchmark_speed import draw_inputs, spread
-from scaledown.command_line import parse_options, run_command
+from scaledown.command_line import parse_options, run_command, split_names
 from scaledown.tables import table
 
-WHOLE = "float32"
+WITH_LORA = " with LoRA"
 
 
 @dataclass
@@ -36,6 +41,9 @@ class PrecisionArguments:
     """What to time."""
 
     generator: str = field(default="qwen2.5-0.5b", metadata={"help": "As in benchmark.py."})
+    kinds: str | None = field(
+        default=None, metadata={"help": "Kinds of weights, separated by commas; all by default. Gains are the first's."}
+    )
     new_tokens: int = field(default=32, metadata={"help": "Tokens of an answer."})
     repeats: int = field(default=3, metadata={"help": "Measurements of each figure, after one that warms up."})
     threads: int | None = field(default=None, metadata={"help": "Threads on a CPU; torch's choice by default."})
@@ -43,23 +51,39 @@ class PrecisionArguments:
     output: str | None = field(default=None, metadata={"help": "Where to write the results as JSON."})
 
 
-def kinds_of_weights() -> dict[str, dict[str, Any]]:
-    """What `from_pretrained` is told, by kind of weights; nothing but linear layers is quantised."""
+def kinds_of_weights(names: list[str]) -> dict[str, dict[str, Any]]:
+    """What `from_pretrained` is told, by kind of weights; nothing but linear layers is quantised.
+
+    Args:
+        names: Kinds that are wanted; all if there are none.
+
+    Returns:
+        Keyword arguments by kind.
+
+    Raises:
+        ValueError: There is no such kind.
+    """
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 
     half = {"dtype": torch.bfloat16}
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    return {
-        WHOLE: {"dtype": torch.float32},
+    kinds = {
+        "float32": {"dtype": torch.float32},
+        f"float32{WITH_LORA}": {"dtype": torch.float32},
         "bfloat16": half,
-        "int8 weights, torchao": {**half, "quantization_config": TorchAoConfig(Int8WeightOnlyConfig())},
-        "int8 weights and activations, torchao": {
+        f"bfloat16{WITH_LORA}": half,
+        "int8 weights (torchao)": {**half, "quantization_config": TorchAoConfig(Int8WeightOnlyConfig())},
+        "int8 weights and activations (torchao)": {
             **half,
             "quantization_config": TorchAoConfig(Int8DynamicActivationInt8WeightConfig()),
         },
-        "8 bits, bitsandbytes": {**half, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
-        "4 bits, bitsandbytes": {**half, "quantization_config": four_bits},
+        "8 bits (bitsandbytes)": {**half, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+        "4 bits (bitsandbytes)": {**half, "quantization_config": four_bits},
     }
+    for name in names:
+        if name not in kinds:
+            raise ValueError(f"{name!r} is no kind of weights; name some of: {', '.join(kinds)}.")
+    return {name: kinds[name] for name in names or kinds}
 
 
 @torch.inference_mode()
@@ -91,8 +115,12 @@ def measure(args: PrecisionArguments) -> list[dict[str, Any]]:
     models = {}
     with TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        for name, settings in kinds_of_weights().items():
+        for name, settings in kinds_of_weights(split_names(args.kinds)).items():
             models[name] = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
+            if name.endswith(WITH_LORA):
+                inject_adapter_in_model(LoraConfig(**LORA_DEFAULTS), models[name])
+                models[name].eval().to(settings["dtype"])
+    reference = next(iter(models))
     inputs = draw_inputs(Protocol(), 1, config.vocab_size, False, config.vocab_size, args.seed)
     prompts = {"text": inputs.text, "slots": inputs.truncated}
     runs = {(name, read): [] for read in prompts for name in models}
@@ -106,7 +134,7 @@ def measure(args: PrecisionArguments) -> list[dict[str, Any]]:
         row = {"weights": name, "reads": read, "tokens": prompts[read].shape[1]}
         for place, figure in enumerate(("first_token", "next_token")):
             values = [seconds[place] for seconds in found]
-            whole = [seconds[place] for seconds in runs[WHOLE, read]]
+            whole = [seconds[place] for seconds in runs[reference, read]]
             row[figure] = spread(values)
             row[f"{figure}_gain"] = median(a / b for a, b in zip(whole, values, strict=True))
         rows.append(row)

@@ -124,6 +124,11 @@ def _words(rng: random.Random, count: int, endings: list[str], taken: set[str]) 
     return found
 
 
+def happens(rng: random.Random, share: float) -> bool:
+    """Whether something of a share happens; at 0 nothing is drawn, so that seeds draw what they drew without it."""
+    return share > 0 and rng.random() < share
+
+
 class Names:
     """The parts that names are made of; the same in every world.
 
@@ -164,7 +169,7 @@ class Names:
         Returns:
             The name.
         """
-        mixed = kind in self.mixed_parts and self.mixed > 0 and rng.random() < self.mixed
+        mixed = kind in self.mixed_parts and happens(rng, self.mixed)
         firsts, lasts = (self.mixed_parts if mixed else self.parts)[kind]
         while True:
             name = f"{rng.choice(firsts)} {rng.choice(lasts)}"
@@ -443,14 +448,14 @@ class World:
             raise ValueError(f"repeats={repeats} needs num_documents=1, not {num_documents}: which one, nothing says.")
         hops = 1 + (self.random.random() < two_hops)
         near = min(num_documents, 5)
-        one_kind = alike > 0 and self.random.random() < alike
+        one_kind = happens(self.random, alike)
         passages, first, second = self.context(near, hops, one_kind, same_facts, **telling)
         if hops == 1:
             asked = self.ask(passages, first)
         else:
-            asked = self.ask_across(passages, first, second, lists > 0 and self.random.random() < lists)
+            asked = self.ask_across(passages, first, second, happens(self.random, lists))
         question = next(asked)
-        if repeats > 0 and self.random.random() < repeats:
+        if happens(self.random, repeats):
             question = Question("What?", passages[first].text, "text", 1, [first])
         told = " ".join(passage.text for passage in passages)
         while len(passages) < num_documents:

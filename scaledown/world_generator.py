@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from .command_line import parse_options, run_command
-from .world import World
+from .world import World, happens
 from .world_tokenizer import SPECIAL, SYSTEM_PROMPT, build_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ class Curriculum:
             self.world.random = rng
             hops = 1 + (rng.random() < two_hops)
             count = rng.randint(fewest or documents, documents)
-            one_kind = alike > 0 and rng.random() < alike
+            one_kind = happens(rng, alike)
             passages, first, second = self.world.context(count, hops, one_kind, num_facts=num_facts, plain=plain)
             questions = list(self.world.ask_across(passages, first, second))[:across] if hops == 2 else []
             single = [question for index in range(count) for question in self.world.ask(passages, index)]
