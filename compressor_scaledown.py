@@ -109,9 +109,9 @@ class RerankingHead(nn.Linear):
             states (`torch.FloatTensor` of shape `(num_chunks, hidden)`): Hidden states at the reranking position.
 
         Returns:
-            `torch.FloatTensor` of shape `(num_chunks,)`.
+            `torch.FloatTensor` of shape `(num_chunks, 1)`, as of any linear layer, which LoRA may be put around.
         """
-        return (states.float() * self.weight.float()).sum(dim=-1) + self.bias.float()
+        return (states.float() * self.weight.float()).sum(dim=-1, keepdim=True) + self.bias.float()
 
 
 class ScaleDownCompressor(nn.Module):
@@ -275,7 +275,7 @@ class ScaleDownCompressor(nn.Module):
         memory = memory.masked_fill(~memory_mask.unsqueeze(-1), 0.0)
         scores = None
         if self.reranking_head is not None and rerank_states is not None:
-            scores = self.reranking_head(rerank_states)  # (num_chunks,)
+            scores = self.reranking_head(rerank_states).squeeze(-1)  # (num_chunks,)
         return CompressedDocuments(memory_embeddings=memory, memory_mask=memory_mask, reranking_scores=scores)
 
     def hidden_states(

@@ -24,6 +24,8 @@ WEIGHTS_FORMATS = ("full", "delta")
 SLOT_POOLINGS = ("memory_tokens", "span_mean")
 # Their first position is the one after the padding token's id.
 POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet")
+# They multiply the embeddings of ids, and take those they are given as they are.
+SCALED_BY_ID = ("falcon_h1",)
 
 # The prompt of OSCAR (arXiv 2504.07109).
 DEFAULT_SYSTEM_PROMPT = (
@@ -227,6 +229,18 @@ class ScaleDownConfig(PreTrainedConfig):
                 f"{self.generator_config.model_type} looks tokens up again in every layer, which slots cannot serve; "
                 "choose a generator without hidden_size_per_layer_input."
             )
+        for name in ("generator_config", "compressor_config"):
+            backbone = getattr(self, name)
+            if getattr(backbone, "hidden_size", None) is None:
+                raise ValueError(
+                    f"{name} of model_type={backbone.model_type!r} has no hidden_size of its own: it is made of "
+                    "several models. Name a checkpoint that holds its language model alone."
+                )
+            if backbone.model_type in SCALED_BY_ID:
+                raise ValueError(
+                    f"{name}: {backbone.model_type} scales embeddings only where it looks them up itself, and reads "
+                    "slots, which it does not, unscaled; choose another model."
+                )
         limit = getattr(self.compressor_config, "max_position_embeddings", None)
         if limit is not None and self.compressor_config.model_type in POSITIONS_AFTER_PADDING:
             limit -= self.compressor_config.pad_token_id + 1

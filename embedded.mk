@@ -13,6 +13,7 @@ define ON_GENERATOR
 endef
 NEXT = $(call TRAIN,n-layers) --model_name_or_path $(<D) --train_file $(E)/lesson-$(1)/train.jsonl $(call RATE,$(2))
 LISTS := --max_answer_length 48
+TOLD_BY_NAME := --two_hops 0 --alike 1 --same_facts true $(SHORT)
 SHORT_LESSON := --per_device_train_batch_size 64 --compression_rate 4
 RESULT := all_results.json
 READY := | $(VENV)/.installed
@@ -39,6 +40,12 @@ $(E)/lesson-12/test.jsonl: OPTIONS = --num_train 32000 --two_hops 0.9 --lists 0.
 $(E)/lesson-13/test.jsonl: OPTIONS = --num_train 100000 --num_documents 5 --two_hops 0.55 --alike 0.5 --lists 0.3 --seed 5
 $(E)/lesson-repeats/test.jsonl: OPTIONS = --num_train 60000 --num_documents 1 --two_hops 0 --repeats 0.5 $(SHORT)
 $(E)/lesson-14/test.jsonl: OPTIONS = --num_train 14000 --num_documents 5 --two_hops 0.35 --alike 0.3 --seed 7
+$(E)/lesson-16/test.jsonl: OPTIONS = --num_train 40000 --num_documents 5 --two_hops 0.25 --alike 0.5 --seed 8 --mixed_names 0.7
+$(E)/lesson-names/test.jsonl: OPTIONS = --num_train 32000 --num_documents 2 --seed 11 $(TOLD_BY_NAME)
+$(E)/lesson-mixed-names/test.jsonl: OPTIONS = --num_train 32000 --num_documents 2 --seed 12 $(TOLD_BY_NAME) --mixed_names 0.5
+$(E)/lesson-four-names/test.jsonl: OPTIONS = --num_train 24000 --num_documents 4 --seed 13 $(TOLD_BY_NAME) --mixed_names 0.5
+$(E)/lesson-two-long/test.jsonl: OPTIONS = --num_train 24000 --num_documents 2 --two_hops 0 --alike 0.6 --seed 14 --mixed_names 0.5
+$(E)/lesson-five-long/test.jsonl: OPTIONS = --num_train 32000 --two_hops 0 --alike 0.3 --seed 15 --mixed_names 0.5
 $(E)/lesson-%/test.jsonl: $(READY)
 	$(PY) -m scaledown.world --output $(@D) $(OPTIONS)
 
@@ -106,16 +113,20 @@ $(E)/model-13/$(RESULT): $(E)/model-12/$(RESULT) $(E)/lesson-13/test.jsonl
 $(E)/model-14/$(RESULT): $(E)/model-13/$(RESULT) $(E)/lesson-14/test.jsonl
 	$(call NEXT,14,4e-4) --max_steps 180 --reranking_loss_weight 0.25 --compression_rate 4
 
-$(E)/model/$(RESULT): $(E)/model-14/$(RESULT) $(E)/lesson-14/test.jsonl
+$(E)/model-15/$(RESULT): $(E)/model-14/$(RESULT) $(E)/lesson-14/test.jsonl
 	$(call NEXT,14,3e-4) --max_steps 180 --reranking_loss_weight 0.25 --compression_rate 16 --seed 1
 
+# Books and ships were known by heart, by name: they are called otherwise, in more ways than can be.
+$(E)/model/$(RESULT): $(E)/model-15/$(RESULT) $(E)/lesson-16/test.jsonl
+	$(call NEXT,16,8e-4) --max_steps 1200 --reranking_loss_weight 0.25 --compression_rate 16 --seed 2
+
 # A second model, with an encoder as the compressor, on the generator of the checkpoint in the repository's root. First
-# every token gets a slot, then ever more tokens share one. It answers from one passage.
+# every token gets a slot, then ever more tokens share one, then passages are told apart.
 EM := $(E)/encoder-model
 LESSON = $(call TRAIN,lesson) --model_name_or_path $(<D) --train_file $(E)/lesson-$(1)/train.jsonl
 
 embedded-encoder: $(EM)/$(RESULT)
-	$(PY) evaluate.py --model $(EM) --data $(E)/lesson-3/test.jsonl --num_documents 1 --max_new_tokens 8 --batch_size 50
+	$(PY) evaluate.py --model $(EM) --data $(E)/lesson-five-long/test.jsonl --num_documents 5 --max_new_tokens 8 --batch_size 25
 
 $(E)/own-generator/.done: $(READY)
 	$(PY) -m scaledown.extract_generator --model . --output $(@D)
@@ -141,8 +152,18 @@ $(EM)-1/$(RESULT): $(EM)-rate-16/$(RESULT) $(E)/lesson-1/test.jsonl
 	$(call LESSON,1) --max_steps 400 --seed 3 --lr_scheduler_type cosine
 $(EM)-2/$(RESULT): $(EM)-1/$(RESULT) $(E)/lesson-2/test.jsonl
 	$(call LESSON,2) --max_steps 300 --seed 2
-$(EM)/$(RESULT): $(EM)-2/$(RESULT) $(E)/lesson-3/test.jsonl
-	$(call LESSON,3) --max_steps 300 --seed 3
+# Passages that only their names tell apart, and scores that weigh more than answers: so names come to be compared.
+BY_NAME := --reranking_loss_weight 2
+$(EM)-3/$(RESULT): $(EM)-2/$(RESULT) $(E)/lesson-names/test.jsonl
+	$(call LESSON,names) --max_steps 400 --seed 2 $(BY_NAME)
+$(EM)-4/$(RESULT): $(EM)-3/$(RESULT) $(E)/lesson-mixed-names/test.jsonl
+	$(call LESSON,mixed-names) --max_steps 400 --seed 3 $(BY_NAME)
+$(EM)-5/$(RESULT): $(EM)-4/$(RESULT) $(E)/lesson-four-names/test.jsonl
+	$(call LESSON,four-names) --max_steps 300 --seed 4 $(BY_NAME)
+$(EM)-6/$(RESULT): $(EM)-5/$(RESULT) $(E)/lesson-two-long/test.jsonl
+	$(call LESSON,two-long) --max_steps 375 --seed 5 $(BY_NAME)
+$(EM)/$(RESULT): $(EM)-6/$(RESULT) $(E)/lesson-five-long/test.jsonl
+	$(call NEXT,five-long,1.5e-3) --max_steps 600 --seed 6 --reranking_loss_weight 1
 
 # Comparisons: joint and two-stage training, both kinds of compressor, four rates.
 C := $(E)/compared

@@ -13,6 +13,7 @@
 # limitations under the License.
 """ScaleDown model: a query-dependent compressor in front of a causal language model (OSCAR, arXiv 2504.07109)."""
 
+import contextlib
 import copy
 import difflib
 import tempfile
@@ -52,7 +53,7 @@ try:
     from .card_scaledown import CARD_NAME, CARD_TEMPLATE_NAME, HUB_NAME, is_rendered, read_card_fields, write_card
     from .compressor_scaledown import COMPRESSORS, CompressedDocuments, ScaleDownCompressor
     from .configuration_scaledown import WEIGHTS_FORMATS, ScaleDownConfig
-    from .processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor
+    from .processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor, is_whole
     from .reranking_scaledown import document_scores, reranking_loss, select_chunks, slots_by_document
     from .weights_scaledown import (
         absolute_name,
@@ -75,7 +76,7 @@ except ImportError:
     from card_scaledown import CARD_NAME, CARD_TEMPLATE_NAME, HUB_NAME, is_rendered, read_card_fields, write_card
     from compressor_scaledown import COMPRESSORS, CompressedDocuments, ScaleDownCompressor
     from configuration_scaledown import WEIGHTS_FORMATS, ScaleDownConfig
-    from processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor
+    from processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor, is_whole
     from reranking_scaledown import document_scores, reranking_loss, select_chunks, slots_by_document
     from weights_scaledown import (
         absolute_name,
@@ -119,6 +120,7 @@ CHUNKS_PER_PASS_ELSEWHERE = 64
 # Where `generate()` compiles the steps after the prompt when their cache is static.
 COMPILING_DEVICES = ("cuda", "xpu")
 # OSCAR, table 7.
+DEFAULT_MAX_NEW_TOKENS = 128
 LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": "all-linear"}
 WITHOUT_GENERATOR = (
     "This model was loaded without its generator; it can compress and rank, not answer or have LoRA layers. Load it "
@@ -199,7 +201,8 @@ class CompressionCache:
             self.misses += 1
             return None
         self.hits += 1
-        self._entries.move_to_end(key)
+        with contextlib.suppress(KeyError):  # another thread may just have dropped it
+            self._entries.move_to_end(key)
         return found
 
     def put(self, key: tuple, memory: torch.Tensor, score: torch.Tensor | None):
@@ -323,6 +326,12 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if mode and self.compression_cache is not None:
             self.compression_cache.clear()
         return super().train(mode)
+
+    def load_state_dict(self, *args, **kwargs):
+        """Loads weights, as everywhere in torch; what others compressed is forgotten."""
+        if self.compression_cache is not None:
+            self.compression_cache.clear()
+        return super().load_state_dict(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         """The generator's token embeddings."""
@@ -477,8 +486,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 Tokens to learn, -100 elsewhere; shifted inside, as everywhere in transformers.
             reranking_labels (`torch.FloatTensor` of shape `(num_documents,)`, *optional*):
                 Teacher scores, NaN where there is none.
-            logits_to_keep (`int`, defaults to 0):
-                Compute logits at the last positions only; 0 computes all.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
+                Compute logits at the last positions only, or, without labels, at those named; 0 computes all.
             num_items_in_batch, num_scored_examples (`int`, *optional*):
                 Answer tokens and scored questions to average over, when a step is made of several micro-batches.
 
@@ -486,8 +495,11 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             `ScaleDownOutput`.
 
         Raises:
-            ValueError: slots and memory embeddings, or documents and teacher scores, do not match in number.
+            ValueError: slots and memory embeddings, or documents and teacher scores, do not match in number; labels
+                with positions to keep.
         """
+        if labels is not None and isinstance(logits_to_keep, torch.Tensor):
+            raise ValueError("labels need logits at the positions in front of them; pass logits_to_keep as a number.")
         documents = self._compress_inputs(
             compressor_input_ids=compressor_input_ids,
             compressor_attention_mask=compressor_attention_mask,
@@ -590,6 +602,11 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                     "compressor_input_ids or memory_embeddings."
                 )
             return embeds
+        if slot_mask is not None and slot_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"slot_mask has shape {tuple(slot_mask.shape)} for input_ids of shape {tuple(input_ids.shape)}; where "
+                "tokens were added behind the processor's, add as many False."
+            )
         if documents.memory_mask is not None:
             memory = memory[documents.memory_mask.to(memory.device)]
         memory = memory.reshape(-1, memory.shape[-1])  # (num_slots, hidden)
@@ -800,12 +817,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if return_reranking_scores or selects:
             self._require_reranking()
         for name, limit in (("max_documents", max_documents), ("max_slots", max_slots)):
-            if limit is not None and (not isinstance(limit, int) or limit < 1):
+            if limit is not None and (not is_whole(limit) or limit < 1):
                 raise ValueError(f"{name}={limit} must be a whole number of at least 1.")
-        if not {"generation_config", "max_length"} & generation_kwargs.keys():
-            generation_kwargs.setdefault("max_new_tokens", 128)
-        settings = generation_kwargs.get("generation_config")
-        max_new_tokens = generation_kwargs.get("max_new_tokens", getattr(settings, "max_new_tokens", None))
+        generation_kwargs, max_new_tokens = _with_length(generation_kwargs)
         _check_batch_size(batch_size)
         answers, scores = [], []
         for start in range(0, len(questions), batch_size):
@@ -1378,7 +1392,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         kwargs.setdefault("use_safetensors", True)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
-        quantization = bitsandbytes_config(load_in_4bit, load_in_8bit, kwargs.get("dtype"))
+        quantization = bitsandbytes_config(load_in_4bit, load_in_8bit, kwargs.get("dtype", kwargs.get("torch_dtype")))
         if quantization is not None:
             kwargs["quantization_config"] = quantization
         is_delta = False
@@ -1402,6 +1416,10 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         model._card_fields = None  # those of the card beside the weights
         model._share_quantizer()
         model._freeze()
+        # transformers reads generation settings with all arguments, which would be saved and published among them.
+        own = {*cls.config_class.__annotations__, "with_generator", "with_backbone"} - vars(GenerationConfig()).keys()
+        for name in own & vars(model.generation_config).keys():
+            delattr(model.generation_config, name)
         return (model, info) if wants_info else model
 
     @classmethod
@@ -1552,9 +1570,14 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             # transformers cannot undo how it read weights that were stored quantised.
             kwargs.setdefault("save_original_format", False)
         self.config.weights_format = weights_format
-        # FSDP gives the model a class of its own, whose code is not the one to save.
+        # FSDP gives the model a class of its own, and so may users: the code beside the weights is this file's.
         wrapped_class = type(self)
-        self.__class__ = next(c for c in wrapped_class.__mro__ if not c.__module__.startswith("torch."))
+        self.__class__ = next(c for c in wrapped_class.__mro__ if c.__module__ == __name__)
+        if wrapped_class is not self.__class__ and not wrapped_class.__module__.startswith("torch."):
+            logger.warning_once(
+                f"Saved as a {self.__class__.__name__}, which is what it loads as: the code of "
+                f"{wrapped_class.__name__} stays out."
+            )
         try:
             if weights_format == "delta":
                 names = self.state_dict() if state_dict is None else state_dict
@@ -1756,6 +1779,19 @@ def _greedy(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerB
 def _without_downloading_again(hub: dict) -> dict:
     """Where to read from once everything was downloaded anew, if that was asked for."""
     return {name: value for name, value in hub.items() if name != "force_download"}
+
+
+def _with_length(generation_kwargs: dict) -> tuple[dict, int | None]:
+    """Arguments of `generate` with a length, and how many new tokens they allow, if they count those."""
+    settings, lengths = generation_kwargs.get("generation_config"), ("max_new_tokens", "max_length")
+    given = {name: generation_kwargs.get(name, getattr(settings, name, None)) for name in lengths}
+    if any(value is not None for value in given.values()):
+        return generation_kwargs, given["max_new_tokens"]
+    if settings is None:
+        return {**generation_kwargs, "max_new_tokens": DEFAULT_MAX_NEW_TOKENS}, DEFAULT_MAX_NEW_TOKENS
+    settings = copy.deepcopy(settings)  # the caller keeps theirs
+    settings.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
+    return {**generation_kwargs, "generation_config": settings}, DEFAULT_MAX_NEW_TOKENS
 
 
 def _check_batch_size(batch_size: int):

@@ -16,6 +16,9 @@
 import copy
 import itertools
 import math
+import threading
+from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
@@ -44,6 +47,9 @@ logger = logging.get_logger(__name__)
 # through the template.
 _DOCUMENTS_MARK = "SCALEDOWN-DOCUMENTS-GO-HERE"
 _QUESTION_MARK = "SCALEDOWN-QUESTION-GOES-HERE"
+
+# How a tokenizer splits special tokens is its state, not the call's: two threads must not tokenize at once.
+_TOKENIZING = threading.Lock()
 
 IGNORE_INDEX = -100
 # Fields of the configuration that the processor shares.
@@ -256,8 +262,9 @@ class ScaleDownProcessor(ProcessorMixin):
         """
         if isinstance(documents, str):
             raise TypeError(f"documents is one string ({documents[:40]!r}…); pass a list of documents.")
-        if documents is not None and not isinstance(documents, (list, tuple)):
-            raise TypeError(f"documents must be a list, got {type(documents).__name__}.")
+        questions, documents = _listed(questions), _listed(documents)
+        if documents is not None and not isinstance(documents, list):
+            raise TypeError(f"documents must be a list, got {type(documents).__name__}; pass list(documents).")
         if isinstance(questions, str):
             if documents and isinstance(documents[0], (list, tuple)):
                 raise TypeError(
@@ -265,8 +272,11 @@ class ScaleDownProcessor(ProcessorMixin):
                     "list, or a list of questions."
                 )
             questions, documents = [questions], [documents if documents is not None else []]
-        if not isinstance(questions, (list, tuple)):
-            raise TypeError(f"questions must be a string or a list of strings, got {type(questions).__name__}.")
+        if not isinstance(questions, list):
+            raise TypeError(
+                f"questions must be a string or a list of strings, got {type(questions).__name__}; pass "
+                "list(questions)."
+            )
         if len(questions) == 0:
             raise ValueError("questions is empty; pass at least one question.")
         if documents is None:
@@ -296,7 +306,7 @@ class ScaleDownProcessor(ProcessorMixin):
                 if not document.strip():
                     raise ValueError(f"documents[{i}][{j}] is empty; leave it out or pass its text.")
                 _check_encodable(document, f"documents[{i}][{j}]")
-        return list(questions), [list(listed) for listed in documents]
+        return questions, [list(listed) for listed in documents]
 
     def encode_documents(
         self,
@@ -369,13 +379,13 @@ class ScaleDownProcessor(ProcessorMixin):
 
     def _compression_settings(self, compression_rate: int | None, num_memory_tokens: int | None) -> tuple[int, int]:
         rate = self.compression_rate if compression_rate is None else compression_rate
-        if isinstance(rate, bool) or not isinstance(rate, int) or not 1 <= rate <= self.chunk_length:
+        if not is_whole(rate) or not 1 <= rate <= self.chunk_length:
             raise ValueError(
                 f"compression_rate={rate!r} must be a whole number from 1 to chunk_length={self.chunk_length}."
             )
         limit = self.num_memory_tokens
         max_slots = limit if num_memory_tokens is None else num_memory_tokens
-        if isinstance(max_slots, bool) or not isinstance(max_slots, int) or not 1 <= max_slots <= limit:
+        if not is_whole(max_slots) or not 1 <= max_slots <= limit:
             raise ValueError(
                 f"num_memory_tokens={max_slots!r} must be a whole number from 1 to {limit}, the memory embeddings this "
                 "model was built with."
@@ -392,14 +402,12 @@ class ScaleDownProcessor(ProcessorMixin):
         """Ids before the query, between query and chunk, and after the chunk, as the backbone was pretrained."""
         tokenizer = self.compressor_tokenizer
         if tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None:
-            pair = tokenizer("a", "b", return_special_tokens_mask=True)
+            pair = _tokenize(tokenizer, "a", "b", return_special_tokens_mask=True)
             ids, is_special = pair["input_ids"], pair["special_tokens_mask"]
             first, last = is_special.index(0), len(ids) - 1 - is_special[::-1].index(0)
             gap = [i for i in range(first, last) if is_special[i]]
             return ids[:first], [ids[i] for i in gap], ids[last + 1 :]
-        single = tokenizer("a", return_special_tokens_mask=True)
-        first = single["special_tokens_mask"].index(0)
-        return single["input_ids"][:first], tokenizer("\n", add_special_tokens=False)["input_ids"], []
+        return _first_special_ids(tokenizer), _tokenize(tokenizer, "\n", add_special_tokens=False)["input_ids"], []
 
     def _cut_query(self, ids: list[int]) -> list[int]:
         if len(ids) > self.max_query_length:
@@ -496,11 +504,9 @@ class ScaleDownProcessor(ProcessorMixin):
         parts = (before, stripped, after)
         segments = _encode_continuations(self.tokenizer, parts, as_text=False)
         start = 1 if closed_book else 0  # nothing goes before it, so it continues nothing
-        segments[start] = self.tokenizer(parts[start], add_special_tokens=False)["input_ids"]
+        segments[start] = _tokenize(self.tokenizer, parts[start], add_special_tokens=False)["input_ids"]
         if self.tokenizer.chat_template is None:
-            first = self.tokenizer("a", return_special_tokens_mask=True)
-            bos = first["input_ids"][: first["special_tokens_mask"].index(0)]
-            segments[start][:0] = bos
+            segments[start][:0] = _first_special_ids(self.tokenizer)
         return (*segments, lead)
 
     def _render_prompt(self, closed_book: bool) -> str:
@@ -555,6 +561,22 @@ class ScaleDownProcessor(ProcessorMixin):
         }
 
 
+def is_whole(number: object) -> bool:
+    """Whether something is a whole number, of Python or of an array."""
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, *texts, **settings) -> dict:
+    with _TOKENIZING:
+        return tokenizer(*texts, **settings)
+
+
+def _first_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids the tokenizer puts before a text."""
+    single = _tokenize(tokenizer, "a", return_special_tokens_mask=True)
+    return single["input_ids"][: single["special_tokens_mask"].index(0)]
+
+
 def _control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids that steer the model: special tokens, and added tokens the chat template uses."""
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
@@ -571,9 +593,8 @@ def _control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 def _encode_as_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Token ids of untrusted texts, without any special token whatever the texts spell."""
-    encoded = tokenizer(
-        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-    )["input_ids"]
+    settings = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    encoded = _tokenize(tokenizer, texts, split_special_tokens=True, **settings)["input_ids"]
     control = _control_ids(tokenizer)
     return [
         ids if control.isdisjoint(ids) else _encode_without_added_tokens(tokenizer, text, control)
@@ -589,7 +610,7 @@ def _encode_continuations(
     def encode(parts: list[str]) -> list[list[int]]:
         if as_text:
             return _encode_as_text(tokenizer, parts)
-        return tokenizer(parts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        return _tokenize(tokenizer, parts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
 
     # Something is put before the text that does not merge with it, and its ids are taken off again.
     before = ["a" if text[:1].isspace() else "\n" for text in texts]
@@ -605,7 +626,7 @@ def _encode_without_added_tokens(tokenizer: PreTrainedTokenizerBase, text: str, 
     """`split_special_tokens` leaves added tokens that are not marked special; here the vocabulary alone decides."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = _tokenize(tokenizer, text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     else:
         if backend.normalizer is not None:
             text = backend.normalizer.normalize_str(text)
@@ -636,6 +657,11 @@ def _pad(rows: list[list], value: int | bool, side: str) -> tuple[torch.Tensor, 
     return torch.tensor([a + b for a, b in padded]), torch.tensor([a + b for a, b in mask])
 
 
+def _listed(values):
+    """A sequence of any kind, such as a column of a data set, as a list; anything else as it is."""
+    return list(values) if isinstance(values, Sequence) and not isinstance(values, (str, bytes)) else values
+
+
 def _check_encodable(text: str, name: str):
     try:
         text.encode("utf-8")
@@ -660,7 +686,8 @@ def _check_answers(answers: str | list[str], num_questions: int) -> list[str]:
 
 def _reranking_labels(scores: list, documents: list[list[str]]) -> torch.Tensor:
     """Teacher scores of all documents in a row, NaN for a question without any."""
-    if len(documents) == 1 and scores and isinstance(scores[0], (int, float)):
+    scores = scores.tolist() if hasattr(scores, "tolist") else list(scores)  # a teacher returns arrays
+    if len(documents) == 1 and any(isinstance(score, Real) for score in scores):
         scores = [scores]
     if len(scores) != len(documents):
         raise ValueError(f"{len(documents)} questions but {len(scores)} lists of reranking_scores; pass one each.")

@@ -439,7 +439,8 @@ class World:
             **telling: `num_facts` and `plain` of `passage`.
 
         Returns:
-            The record; the passages that are needed stand among the first five.
+            The record; the passages that are needed stand among the first five. `kind` is that of the thing which the
+            answer is told of.
 
         Raises:
             ValueError: if a passage is to be repeated where there are several, or two are needed and there is one.
@@ -477,6 +478,7 @@ class World:
             "positives": question.positives,
             "hops": question.hops,
             "answer_kind": question.answer_kind,
+            "kind": passages[second].kind,
         }
 
 

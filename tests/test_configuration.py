@@ -181,6 +181,18 @@ def test_roberta_begins_to_count_positions_after_its_padding():
                 make(**settings)
 
 
+@pytest.mark.parametrize("side", ["generator_config", "compressor_config"])
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [("falcon_h1", "scales embeddings only where it looks them up"), ("gemma3", "has no hidden_size of its own")],
+)
+def test_backbones_that_cannot_read_slots_are_refused(side, model_type, message):
+    configs = {"generator_config": GENERATORS["llama"](), "compressor_config": GENERATORS["llama"]()}
+    configs[side] = AutoConfig.for_model(model_type)
+    with pytest.raises(ValueError, match=f"{side}.*{message}"):
+        ScaleDownConfig(**configs, compressor_type="llm")
+
+
 def test_a_generator_that_looks_tokens_up_in_every_layer_is_refused():
     with pytest.raises(ValueError, match="which slots cannot serve"):
         ScaleDownConfig(generator_config=AutoConfig.for_model("gemma3n_text"))

@@ -1,5 +1,6 @@
 """What makes inference faster changes no answer: passes of like length, the cache, documents left out."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -123,6 +124,14 @@ def test_training_empties_the_cache():
     assert len(model.compression_cache) > 0
     model.train()
     assert len(model.compression_cache) == 0
+
+
+def test_other_weights_empty_the_cache():
+    model = build_model("n_layers").optimize_for_inference(cache_entries=10)
+    model.compress(QUESTIONS, DOCUMENTS)
+    other = build_model("n_layers", seed=1)
+    model.load_state_dict(other.state_dict())
+    assert_same(model.compress(QUESTIONS, DOCUMENTS), other.compress(QUESTIONS, DOCUMENTS))
 
 
 def test_without_reranking_the_cache_holds_memory_alone():
@@ -265,3 +274,33 @@ def test_choosing_documents_needs_reranking_and_a_number():
         build_model("n_layers", enable_reranking=False).answer("Who?", ["A heron."], max_documents=1)
     with pytest.raises(ValueError, match="max_documents=0 must be a whole number"):
         build_model("n_layers").answer("Who?", ["A heron."], max_documents=0)
+    assert isinstance(build_model("n_layers").answer("Who?", ["A heron."], max_documents=np.int64(1), **WRITING), str)
+
+
+# -- the length of answers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "new_tokens"),
+    [
+        ({}, 128),
+        ({"generation_config": GenerationConfig(do_sample=False, pad_token_id=2)}, 128),
+        ({"generation_config": GenerationConfig(max_new_tokens=5, pad_token_id=2)}, 5),
+        ({"generation_config": GenerationConfig(pad_token_id=2), "max_new_tokens": 6}, 6),
+    ],
+)
+def test_answers_have_128_tokens_at_most_unless_a_length_is_given(arguments, new_tokens, monkeypatch):
+    model = build_model("n_layers")
+    model.generation_config.eos_token_id = None
+    generate, lengths = model.generate, []
+
+    def counted(**kwargs):
+        sequences = generate(**kwargs)
+        lengths.append(sequences.shape[1] - kwargs["input_ids"].shape[1])
+        return sequences
+
+    monkeypatch.setattr(model, "generate", counted)
+    given = dict(arguments)
+    model.answer(QUESTIONS[0], DOCUMENTS[0], **arguments)
+    assert lengths == [new_tokens]
+    assert arguments == given and getattr(arguments.get("generation_config"), "max_new_tokens", None) in (None, 5)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import pad
 
 from reranking_scaledown import document_scores, reranking_loss
@@ -327,6 +328,30 @@ def test_the_loss_needs_only_the_logits_of_the_answer(model):
     assert_close(part.logits, whole.logits[:, -longest - 1 :])
     assert_close(part.loss, whole.loss)
     assert_same_gradients(gradients(model, part.loss), gradients(model, model(**batch).loss))
+
+
+def test_labels_go_with_the_last_positions_alone(model):
+    with pytest.raises(ValueError, match="pass logits_to_keep as a number"):
+        model(**training_batch(model), logits_to_keep=torch.tensor([3, 4]))
+
+
+def test_a_mask_of_slots_that_stays_short_of_the_prompt_is_refused(model):
+    batch = training_batch(model)
+    longer = pad(batch["input_ids"], (0, 2), value=5)
+    with pytest.raises(ValueError, match=r"slot_mask has shape .* add as many False"):
+        model(**{**batch, "input_ids": longer, "attention_mask": pad(batch["attention_mask"], (0, 2), value=1)})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_around_every_linear_layer_keeps_the_scores_as_they_were(kind):
+    model = build_model(kind)
+    batch = training_batch(model)
+    expected = model(**batch)
+    extended = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    assert any("reranking_head.lora_A" in name for name, _ in extended.named_modules())
+    output = extended.eval()(**batch)
+    assert_close(output.reranking_scores, expected.reranking_scores)
+    assert_close(output.loss, expected.loss)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,9 +4,13 @@ import copy
 import itertools
 import logging
 import math
+import sys
+import threading
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -631,7 +635,7 @@ def test_an_answer_past_the_context_is_refused(model):
         processor(QUESTIONS[0], DOCUMENTS[0], answers=ANSWERS[1])
 
 
-# -- other people's tokenizers -----------------------------------------------------------------------------------------
+# -- other people's tokenizers ----------------------------------------------------------------------------------------
 
 
 def test_a_template_that_leaves_the_system_message_out_gets_it_in_the_users():
@@ -685,3 +689,55 @@ def test_a_question_that_is_too_long_by_itself_is_to_be_shortened(processor):
     processor.max_prompt_length = 40
     with pytest.raises(ValueError, match="Shorten the question"):
         processor("Who? " * 40)
+
+
+# -- several threads, and values of other libraries -------------------------------------------------------------------
+
+
+def test_a_prompt_is_the_same_while_other_threads_build_theirs(processor):
+    expected, found = prompts(processor(QUESTIONS[0], DOCUMENTS[0])), []
+
+    def build():
+        found.extend(prompts(processor(QUESTIONS[0], DOCUMENTS[0])) for _ in range(60))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=build) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(found) == 240 and all(ids == expected for ids in found)
+
+
+def test_columns_of_a_data_set_are_questions_and_documents(processor):
+    data = Dataset.from_dict({"query": QUESTIONS, "documents": DOCUMENTS})
+    expected = processor(QUESTIONS, DOCUMENTS)
+    batch = processor(data["query"], data["documents"])
+    assert prompts(batch) == prompts(expected)
+    assert torch.equal(batch["compressor_input_ids"], expected["compressor_input_ids"])
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        np.array([1.5, -2.0], dtype=np.float32),
+        list(np.array([1.5, -2.0], dtype=np.float32)),
+        torch.tensor([1.5, -2.0]),
+        (1.5, -2),
+        [[1.5, -2.0]],
+        [np.array([1.5, -2.0])],
+    ],
+)
+def test_scores_may_be_what_a_teacher_returns(processor, scores):
+    batch = processor(QUESTIONS[0], DOCUMENTS[0], reranking_scores=scores)
+    assert batch["reranking_labels"].tolist() == [1.5, -2.0]
+
+
+def test_whole_numbers_may_be_those_of_an_array(processor):
+    batch = processor(QUESTIONS[0], DOCUMENTS[0], compression_rate=np.int64(4), num_memory_tokens=np.int64(2))
+    expected = processor(QUESTIONS[0], DOCUMENTS[0], compression_rate=4, num_memory_tokens=2)
+    assert torch.equal(batch["chunk_slots"], expected["chunk_slots"])

@@ -264,3 +264,11 @@ def test_a_generator_that_is_quantized_in_its_repository(weights_format, bits, g
     assert_quantized(loaded, bits)
     assert torch.allclose(outputs(loaded)["logits"], expected["logits"], atol=0.5)
     assert torch.equal(outputs(loaded)["memory_embeddings"], expected["memory_embeddings"])
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_four_bits_are_multiplied_in_the_type_asked_for(name, generator, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    built(generator).save_pretrained(tmp_path)
+    model = ScaleDownModel.from_pretrained(tmp_path, load_in_4bit=True, **{name: torch.float16})
+    assert model.config.quantization_config.bnb_4bit_compute_dtype == torch.float16

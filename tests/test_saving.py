@@ -484,6 +484,35 @@ def test_generation_config_round_trip(tmp_path):
     assert (loaded.max_new_tokens, loaded.repetition_penalty, loaded.pad_token_id) == (7, 1.25, 2)
 
 
+def test_arguments_of_loading_are_no_generation_settings(tmp_path):
+    build_model().save_pretrained(tmp_path / "first")
+    loaded = load_silently(
+        tmp_path / "first", compression_rate=4, system_prompt="Nobody's business", with_backbone=True
+    )
+    loaded.save_pretrained(tmp_path / "second")
+    first, second = (
+        json.loads((tmp_path / name / "generation_config.json").read_text()) for name in ("first", "second")
+    )
+    assert first == second
+    assert loaded.config.compression_rate == 4
+
+
+class Extended(ScaleDownModel):
+    """What a user may make of the model in a script."""
+
+
+def test_a_model_of_a_class_made_on_top_loads_as_what_it_extends(tmp_path, caplog):
+    model = build_model()
+    expected = outputs(model)
+    model.__class__ = Extended
+    model.save_pretrained(tmp_path)
+    assert "the code of Extended stays out" in caplog.text
+    assert type(model) is Extended
+    assert files(tmp_path) >= CODE
+    loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+    assert_same_outputs(loaded, expected)
+
+
 def test_a_model_without_a_processor_is_saved_with_a_warning_every_time(tmp_path, caplog):
     model = build_model()
     model.processor = None

@@ -53,6 +53,8 @@ def test_right_passages_and_no_other_hold_the_answer(num_documents):
             index in record["positives"] for index in range(num_documents)
         ]
         assert max(record["positives"]) < 5
+        asked = [question.split("{n}") for relation in RELATIONS[record["kind"]] for question in relation.questions]
+        assert any(record["query"].startswith(begins) and record["query"].endswith(ends) for begins, ends in asked)
 
 
 def test_two_hops_name_only_the_first_thing():
