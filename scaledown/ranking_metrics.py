@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import ir_measures
-from ir_measures import RR, R, nDCG
+from ir_measures import RR, R, Success, nDCG
 
 RECALL_AT = (1, 3, 5)
 
@@ -19,7 +19,7 @@ def rank_questions(
         recall_at: Ranks at which recall is measured.
 
     Returns:
-        `ndcg@10`, `mrr` and `recall@k`, each with one value per question.
+        `ndcg@10`, `mrr`, `success@1` (a right document is first) and `recall@k`, each with one value per question.
 
     Raises:
         ValueError: A question has no right document, or one that is not there.
@@ -35,7 +35,7 @@ def rank_questions(
         order = sorted(range(len(row)), key=lambda place: -row[place])
         runs[str(index)] = {str(place): float(len(row) - rank) for rank, place in enumerate(order)}
         truth[str(index)] = {str(place): 1 for place in right}
-    measures = {nDCG @ 10: "ndcg@10", RR: "mrr", **{R @ k: f"recall@{k}" for k in recall_at}}
+    measures = {nDCG @ 10: "ndcg@10", RR: "mrr", Success @ 1: "success@1", **{R @ k: f"recall@{k}" for k in recall_at}}
     values = {name: [0.0] * len(runs) for name in measures.values()}
     for result in ir_measures.iter_calc(list(measures), truth, runs):
         values[measures[result.measure]][int(result.query_id)] = result.value

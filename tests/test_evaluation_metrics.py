@@ -120,9 +120,12 @@ def test_rankings():
     assert found["ndcg@10"] == pytest.approx([(1 / math.log2(3) + 1 / 2) / ideal, 1.0, 1 / math.log2(3)])
     assert found["mrr"] == pytest.approx([1 / 2, 1.0, 1 / 2])
     assert found["recall@1"] == pytest.approx([0.0, 1.0, 0.0])
+    assert found["success@1"] == pytest.approx([0.0, 1.0, 0.0])
     assert found["recall@3"] == pytest.approx([1.0, 1.0, 1.0])
     means = load_metric("ranking").compute(predictions=scores, references=positives)
     assert means["mrr"] == pytest.approx(2 / 3)
+    one_of_two = rank_questions([[3.0, 2.0, 1.0]], [[0, 2]])
+    assert (one_of_two["success@1"], one_of_two["recall@1"]) == ([1.0], [0.5])
 
 
 @pytest.mark.parametrize("positives", [[], [2]])

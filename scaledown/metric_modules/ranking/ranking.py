@@ -1,4 +1,4 @@
-"""How high the right documents are ranked: nDCG@10, MRR and recall@k, as ir-measures computes them."""
+"""How high the right documents are ranked: nDCG@10, MRR, success@1 and recall@k, as ir-measures computes them."""
 
 import datasets
 import evaluate
@@ -8,7 +8,7 @@ from scaledown.ranking_metrics import RECALL_AT, rank_questions
 
 
 class Ranking(evaluate.Metric):
-    """How high the right documents are ranked: nDCG@10, MRR and recall@k, as ir-measures computes them."""
+    """How high the right documents are ranked: nDCG@10, MRR, success@1 and recall@k, as ir-measures computes them."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
