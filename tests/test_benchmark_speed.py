@@ -154,7 +154,7 @@ def test_training_steps_of_every_stage():
     assert compress["peak_bytes"] < joint["peak_bytes"]
 
 
-@pytest.mark.parametrize("mode", ["flops", "scaling", "train"])
+@pytest.mark.parametrize("mode", ["flops", pytest.param("scaling", marks=pytest.mark.slow), "train"])
 def test_every_mode_writes_a_table(mode, tmp_path, capsys):
     folder = tmp_path / mode
     options = ["--mode", mode, "--generator", "tiny", "--compressors", "2", "--num_documents", "2"]

@@ -305,6 +305,7 @@ def test_a_sample_is_part_of_every_larger_one_in_the_order_of_the_source(tmp_pat
     assert ids[0] != ids[1]
 
 
+@pytest.mark.slow
 def test_the_output_does_not_depend_on_the_hash_seed_of_the_process(tmp_path):
     source = write_json(tmp_path / "in.json", squad_file())
     for hash_seed in "12":

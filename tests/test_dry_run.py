@@ -88,7 +88,7 @@ def test_the_model_is_the_one_that_would_be_trained(backbones, without_weights, 
     assert (found.needed.gradients, found.needed.optimizer) == (4 * learned, 8 * learned)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["n_layers", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
 def test_a_trained_model_is_looked_at_without_its_weights(backbones, kind, train_file, tmp_path):
     from_backbones(backbones[kind], max_query_length=40).save_pretrained(tmp_path / "trained")
     (tmp_path / "trained" / "model.safetensors").unlink()
@@ -130,7 +130,14 @@ def test_without_data_the_paper_stands_in_for_it(without_weights, tmp_path):
     assert ((batch["labels"] != -100).sum(dim=1) == 32).all()
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_train_epochs": 2.5}, {"per_device_train_batch_size": 4}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_train_epochs": 2.5},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"per_device_train_batch_size": 4}, marks=pytest.mark.slow),
+    ],
+)
 def test_steps_are_those_the_trainer_makes(backbones, train_file, tmp_path, settings, monkeypatch):
     args = training_arguments(tmp_path, **{"max_steps": -1, "num_train_epochs": 1, **settings})
     arguments, data = model_arguments(backbones, "n_layers"), DataArguments(train_file=str(train_file))

@@ -150,6 +150,7 @@ def test_streaming_needs_a_number_of_steps(text, tmp_path, capsys):
     assert "max_steps" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_read_one_stream(text, tmp_path):
     save_backbones(tmp_path / "backbones")
     arguments = {

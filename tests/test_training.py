@@ -446,8 +446,8 @@ def test_what_is_not_supported_is_refused_at_once(tmp_path, settings, message):
     "stage, scored, weight",
     [
         ("joint", 0, 0.05),
-        ("joint", 1, 0.05),
-        ("joint", 1, 0.0),
+        pytest.param("joint", 1, 0.05, marks=pytest.mark.slow),
+        pytest.param("joint", 1, 0.0, marks=pytest.mark.slow),
         pytest.param("generate", 0, 0.05, marks=pytest.mark.slow),
         pytest.param("generate", 1, 0.05, marks=pytest.mark.slow),
     ],
