@@ -1,7 +1,7 @@
 """Answers questions from whole passages and from compressed ones, side by side.
 
-    python -m scaledown.demo                         # the embedded model, on passages it never saw
-    python -m scaledown.demo --num_documents 20      # four times as many as it was trained with
+    python -m scaledown.demo                        # the embedded model, on passages it never saw
+    python -m scaledown.demo --num_documents 5      # as many as it was trained with, half as many as by default
 
 The passages are of the project's made-up world, drawn on the spot in the names of its test split. The same generator
 reads them as text, without the LoRA that ScaleDown added to it, and as slots.
@@ -35,7 +35,7 @@ class DemoArguments:
 
     model: str = field(default=str(ROOT), metadata={"help": "A ScaleDown model; the embedded one by default."})
     num_questions: int = field(default=8, metadata={"help": "Questions to ask, one at a time."})
-    num_documents: int = field(default=5, metadata={"help": "Passages per question, at least 2."})
+    num_documents: int = field(default=10, metadata={"help": "Passages per question, at least 2."})
     compression_rate: int | None = field(
         default=None, metadata={"help": "Tokens per slot; the model's own by default."}
     )
