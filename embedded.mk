@@ -116,7 +116,7 @@ $(E)/model-14/$(RESULT): $(E)/model-13/$(RESULT) $(E)/lesson-14/test.jsonl
 $(E)/model-15/$(RESULT): $(E)/model-14/$(RESULT) $(E)/lesson-14/test.jsonl
 	$(call NEXT,14,3e-4) --max_steps 180 --reranking_loss_weight 0.25 --compression_rate 16 --seed 1
 
-# Books and ships were known by heart, by name: they are called otherwise, in more ways than can be.
+# Names of books and ships were known by heart: they are called in more ways than can be learned so.
 $(E)/model/$(RESULT): $(E)/model-15/$(RESULT) $(E)/lesson-16/test.jsonl
 	$(call NEXT,16,8e-4) --max_steps 1200 --reranking_loss_weight 0.25 --compression_rate 16 --seed 2
 
@@ -124,6 +124,7 @@ $(E)/model/$(RESULT): $(E)/model-15/$(RESULT) $(E)/lesson-16/test.jsonl
 # every token gets a slot, then ever more tokens share one, then passages are told apart.
 EM := $(E)/encoder-model
 LESSON = $(call TRAIN,lesson) --model_name_or_path $(<D) --train_file $(E)/lesson-$(1)/train.jsonl
+REPEATS = $(call LESSON,repeats) --max_answer_length 64
 
 embedded-encoder: $(EM)/$(RESULT)
 	$(PY) evaluate.py --model $(EM) --data $(E)/lesson-five-long/test.jsonl --num_documents 5 --max_new_tokens 8 --batch_size 25
@@ -139,15 +140,15 @@ $(E)/encoder/.done: $(READY)
 $(EM)-begun/$(RESULT): $(E)/own-generator/.done $(E)/encoder/.done $(E)/lesson-repeats/test.jsonl
 	$(call TRAIN,encoder)
 $(EM)-rate-1/$(RESULT): $(EM)-begun/$(RESULT)
-	$(call LESSON,repeats) --max_answer_length 64 --max_steps 800 --seed 1 $(call RATE,3e-3)
+	$(REPEATS) --max_steps 800 --seed 1 $(call RATE,3e-3)
 $(EM)-rate-2/$(RESULT): $(EM)-rate-1/$(RESULT)
-	$(call LESSON,repeats) --max_answer_length 64 --max_steps 150 --seed 2 --compression_rate 2
+	$(REPEATS) --max_steps 150 --seed 2 --compression_rate 2
 $(EM)-rate-4/$(RESULT): $(EM)-rate-2/$(RESULT)
-	$(call LESSON,repeats) --max_answer_length 64 --max_steps 200 --seed 4 --compression_rate 4
+	$(REPEATS) --max_steps 200 --seed 4 --compression_rate 4
 $(EM)-rate-8/$(RESULT): $(EM)-rate-4/$(RESULT)
-	$(call LESSON,repeats) --max_answer_length 64 --max_steps 250 --seed 8 --compression_rate 8
+	$(REPEATS) --max_steps 250 --seed 8 --compression_rate 8
 $(EM)-rate-16/$(RESULT): $(EM)-rate-8/$(RESULT)
-	$(call LESSON,repeats) --max_answer_length 64 --max_steps 400 --seed 16 --compression_rate 16
+	$(REPEATS) --max_steps 400 --seed 16 --compression_rate 16
 $(EM)-1/$(RESULT): $(EM)-rate-16/$(RESULT) $(E)/lesson-1/test.jsonl
 	$(call LESSON,1) --max_steps 400 --seed 3 --lr_scheduler_type cosine
 $(EM)-2/$(RESULT): $(EM)-1/$(RESULT) $(E)/lesson-2/test.jsonl

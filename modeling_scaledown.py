@@ -649,25 +649,18 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             read = 0 if mask is None else max(mask.shape[1] - input_ids.shape[1], 0)
             kwargs["prompt_embeds"] = nn.functional.pad(embeds, (0, 0, read, 0))
         if self.compiles_decoding:
-            self._ask_for_static_cache(kwargs)
+            kwargs = self._with_static_cache(kwargs)
         return super().generate(inputs, *args, **kwargs)
 
-    def _ask_for_static_cache(self, kwargs: dict):
-        """Adds a static cache to the arguments of `generate`, unless they ask for what does not go with one."""
+    def _with_static_cache(self, kwargs: dict) -> dict:
+        """Arguments of `generate` with a static cache, unless they ask for what does not go with one."""
         settings = kwargs.get("generation_config") or self.generation_config
-
-        def asked(name: str):
-            return kwargs.get(name, getattr(settings, name, None))
-
         assisted = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
-        decided = any(asked(name) is not None for name in (*assisted, "past_key_values", "cache_implementation"))
-        if decided or asked("use_cache") is False:
-            return
-        if kwargs.get("generation_config") is None:
-            kwargs["cache_implementation"] = "static"
-        else:
-            kwargs["generation_config"] = copy.deepcopy(settings)  # the caller keeps theirs
-            kwargs["generation_config"].cache_implementation = "static"
+        names = (*assisted, "past_key_values", "cache_implementation")
+        decided = any(_asked(kwargs, settings, name) is not None for name in names)
+        if decided or _asked(kwargs, settings, "use_cache") is False:
+            return kwargs
+        return _with_setting(kwargs, "cache_implementation", "static")
 
     def prepare_inputs_for_generation(
         self,
@@ -1781,17 +1774,27 @@ def _without_downloading_again(hub: dict) -> dict:
     return {name: value for name, value in hub.items() if name != "force_download"}
 
 
-def _with_length(generation_kwargs: dict) -> tuple[dict, int | None]:
+def _asked(kwargs: dict, settings: GenerationConfig | None, name: str):
+    """What the arguments of `generate` say of a setting, by themselves or in a configuration."""
+    return kwargs.get(name, getattr(settings, name, None))
+
+
+def _with_setting(kwargs: dict, name: str, value) -> dict:
+    """Arguments of `generate` with a setting more, in their configuration where they have one."""
+    if kwargs.get("generation_config") is None:
+        return {**kwargs, name: value}
+    settings = copy.deepcopy(kwargs["generation_config"])  # the caller keeps theirs
+    setattr(settings, name, value)
+    return {**kwargs, "generation_config": settings}
+
+
+def _with_length(kwargs: dict) -> tuple[dict, int | None]:
     """Arguments of `generate` with a length, and how many new tokens they allow, if they count those."""
-    settings, lengths = generation_kwargs.get("generation_config"), ("max_new_tokens", "max_length")
-    given = {name: generation_kwargs.get(name, getattr(settings, name, None)) for name in lengths}
-    if any(value is not None for value in given.values()):
-        return generation_kwargs, given["max_new_tokens"]
-    if settings is None:
-        return {**generation_kwargs, "max_new_tokens": DEFAULT_MAX_NEW_TOKENS}, DEFAULT_MAX_NEW_TOKENS
-    settings = copy.deepcopy(settings)  # the caller keeps theirs
-    settings.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
-    return {**generation_kwargs, "generation_config": settings}, DEFAULT_MAX_NEW_TOKENS
+    settings = kwargs.get("generation_config")
+    max_new_tokens, max_length = (_asked(kwargs, settings, name) for name in ("max_new_tokens", "max_length"))
+    if max_new_tokens is not None or max_length is not None:
+        return kwargs, max_new_tokens
+    return _with_setting(kwargs, "max_new_tokens", DEFAULT_MAX_NEW_TOKENS), DEFAULT_MAX_NEW_TOKENS
 
 
 def _check_batch_size(batch_size: int):

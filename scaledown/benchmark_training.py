@@ -16,7 +16,7 @@ from modeling_scaledown import CHUNK_INPUTS, ScaleDownModel
 from .benchmark_arguments import BenchmarkArguments
 from .benchmark_shapes import build_config, label
 from .benchmark_speed import Inputs, draw_inputs, spread
-from .devices import find_device, pick_dtype, wait_for
+from .devices import find_device, hold_learned_in_32_bits, pick_dtype, wait_for
 from .tables import table
 from .tracing import MemoryTracker
 
@@ -48,9 +48,7 @@ def measure_training(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
         config = build_config(arguments.generator, name, chunk_length, protocol.query_length, protocol.compression_rate)
         model = ScaleDownModel(config).to(device, dtype)
         model.add_lora()
-        for parameter in model.parameters():
-            if parameter.requires_grad:  # as train.py holds what learns
-                parameter.data = parameter.data.float()
+        hold_learned_in_32_bits(model)
         model.train()
         sizes = (config.vocab_size, config.compressor_config.vocab_size)
         inputs = draw_inputs(

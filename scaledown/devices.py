@@ -56,6 +56,13 @@ def pick_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def hold_learned_in_32_bits(model: torch.nn.Module) -> None:
+    """Hold what learns in 32 bits: AdamW's steps of some 1e-5 vanish in 16-bit weights."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 def is_quantized(model: Any) -> bool:
     """Whether a ScaleDown model's generator is held in few bits: because it was asked for, or was stored so."""
     return getattr(model.generator, "hf_quantizer", None) is not None

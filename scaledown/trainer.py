@@ -22,7 +22,7 @@ from weights_scaledown import checkpoint_index, read_tensors
 
 from .arguments import ScaleDownTrainingArguments
 from .cache import CachedDataset
-from .devices import is_quantized
+from .devices import hold_learned_in_32_bits, is_quantized
 from .metrics import ANSWER_METRICS
 from .records import answers_of
 
@@ -66,10 +66,7 @@ class ScaleDownTrainer(Trainer):
         load_backbone: Callable[[], nn.Module] | None = None,
         **kwargs,
     ):
-        # AdamW's steps of some 1e-5 vanish in 16-bit weights.
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        hold_learned_in_32_bits(model)
         if not isinstance(args, ScaleDownTrainingArguments):
             raise TypeError(f"args must be ScaleDownTrainingArguments, got {type(args).__name__}.")
         if args.compressor_learning_rate is None:  # OSCAR, table 7
