@@ -24,6 +24,13 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.utils import ModelOutput
 
+try:
+    from .errors_scaledown import ScaleDownError
+except ImportError:
+    if __package__:  # loaded as remote code: the failure is real
+        raise
+    from errors_scaledown import ScaleDownError
+
 # Decoder stacks of transformers name their final norm one of these.
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "layer_norm")
 # Backbones whose last layer can attend to all positions and compute few, by where their layers are.
@@ -300,9 +307,11 @@ class ScaleDownCompressor(nn.Module):
             ValueError: there is no backbone, or no `document_mask` where it is needed.
         """
         if self.backbone is None:
-            raise ValueError("This model was loaded without its compressor's backbone; it reads cached states only.")
+            raise ScaleDownError(
+                "This model was loaded without its compressor's backbone; it reads cached states only."
+            )
         if self.memory_embeddings is None and document_mask is None:
-            raise ValueError(
+            raise ScaleDownError(
                 'slot_pooling="span_mean" needs compressor_document_mask; pass all that the processor returned.'
             )
         num_chunks = input_ids.shape[0]
@@ -390,7 +399,7 @@ class NLayersCompressor(ScaleDownCompressor):
             if isinstance(getattr(backbone, name, None), nn.Module):
                 setattr(backbone, name, nn.Identity())
                 return backbone
-        raise ValueError(
+        raise ScaleDownError(
             f"{type(backbone).__name__} has no final norm under any of the names {', '.join(FINAL_NORM_NAMES)}; "
             'use compressor_type="llm" with this architecture.'
         )

@@ -19,6 +19,13 @@ import math
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+try:
+    from .errors_scaledown import ScaleDownError
+except ImportError:
+    if __package__:  # loaded as remote code: the failure is real
+        raise
+    from errors_scaledown import ScaleDownError
+
 COMPRESSOR_TYPES = ("n_layers", "modernbert", "llm")
 WEIGHTS_FORMATS = ("full", "delta")
 SLOT_POOLINGS = ("memory_tokens", "span_mean")
@@ -162,15 +169,15 @@ class ScaleDownConfig(PreTrainedConfig):
 
     def _validate_sizes(self):
         if self.compressor_type not in COMPRESSOR_TYPES:
-            raise ValueError(
+            raise ScaleDownError(
                 f"compressor_type={self.compressor_type!r} is unknown; choose one of {', '.join(COMPRESSOR_TYPES)}."
             )
         if self.weights_format not in WEIGHTS_FORMATS:
-            raise ValueError(
+            raise ScaleDownError(
                 f"weights_format={self.weights_format!r} is unknown; choose one of {', '.join(WEIGHTS_FORMATS)}."
             )
         if self.slot_pooling not in SLOT_POOLINGS:
-            raise ValueError(
+            raise ScaleDownError(
                 f"slot_pooling={self.slot_pooling!r} is unknown; choose one of {', '.join(SLOT_POOLINGS)}."
             )
         for name in (
@@ -183,14 +190,14 @@ class ScaleDownConfig(PreTrainedConfig):
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+                raise ScaleDownError(f"{name}={value!r} must be a whole number of at least 1.")
         if self.num_memory_tokens > self.chunk_length:
-            raise ValueError(
+            raise ScaleDownError(
                 f"num_memory_tokens={self.num_memory_tokens} exceeds chunk_length={self.chunk_length}: a chunk would "
                 "grow instead of shrink. Lower num_memory_tokens or raise chunk_length."
             )
         if self.compression_rate > self.chunk_length:
-            raise ValueError(
+            raise ScaleDownError(
                 f"compression_rate={self.compression_rate} exceeds chunk_length={self.chunk_length}: one slot cannot "
                 "stand for more tokens than a chunk has. Lower compression_rate or raise chunk_length."
             )
@@ -198,46 +205,46 @@ class ScaleDownConfig(PreTrainedConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 remedy = "; 0 switches the reranking loss off" if name == "reranking_loss_weight" else ""
-                raise ValueError(f"{name}={value!r} must be a number of at least 0{remedy}.")
+                raise ScaleDownError(f"{name}={value!r} must be a number of at least 0{remedy}.")
         if not isinstance(self.enable_reranking, bool):
-            raise ValueError(f"enable_reranking={self.enable_reranking!r} must be True or False.")
+            raise ScaleDownError(f"enable_reranking={self.enable_reranking!r} must be True or False.")
         if self.lora_config is not None and not isinstance(self.lora_config, dict):
-            raise ValueError(
+            raise ScaleDownError(
                 f"lora_config={self.lora_config!r} must be a dictionary of peft.LoraConfig arguments, or None."
             )
         for name in ("system_prompt", "user_prompt", "closed_book_prompt", "document_separator"):
             if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a string.")
+                raise ScaleDownError(f"{name}={getattr(self, name)!r} must be a string.")
         for name, fields in (("user_prompt", ("{documents}", "{question}")), ("closed_book_prompt", ("{question}",))):
             for field in fields:
                 if getattr(self, name).count(field) != 1:
-                    raise ValueError(f"{name}={getattr(self, name)!r} must contain {field} exactly once.")
+                    raise ScaleDownError(f"{name}={getattr(self, name)!r} must contain {field} exactly once.")
         if self.user_prompt.index("{documents}") > self.user_prompt.index("{question}"):
-            raise ValueError(
+            raise ScaleDownError(
                 f"user_prompt={self.user_prompt!r} must name {{documents}} before {{question}}, so that a prompt can "
                 "be continued from the documents' cache."
             )
 
     def _validate_backbones(self):
         if self.compressor_config is None:
-            raise ValueError(
+            raise ScaleDownError(
                 f"compressor_type={self.compressor_type!r} needs a compressor_config; pass one, or use "
                 "ScaleDownModel.from_backbones(generator, compressor), which fills it in."
             )
         if getattr(self.generator_config, "hidden_size_per_layer_input", 0):
-            raise ValueError(
+            raise ScaleDownError(
                 f"{self.generator_config.model_type} looks tokens up again in every layer, which slots cannot serve; "
                 "choose a generator without hidden_size_per_layer_input."
             )
         for name in ("generator_config", "compressor_config"):
             backbone = getattr(self, name)
             if getattr(backbone, "hidden_size", None) is None:
-                raise ValueError(
+                raise ScaleDownError(
                     f"{name} of model_type={backbone.model_type!r} has no hidden_size of its own: it is made of "
                     "several models. Name a checkpoint that holds its language model alone."
                 )
             if backbone.model_type in SCALED_BY_ID:
-                raise ValueError(
+                raise ScaleDownError(
                     f"{name}: {backbone.model_type} scales embeddings only where it looks them up itself, and reads "
                     "slots, which it does not, unscaled; choose another model."
                 )
@@ -247,7 +254,7 @@ class ScaleDownConfig(PreTrainedConfig):
         # Up to 4 tokens frame query and chunk (as in RoBERTa), one more asks for the reranking score.
         needed = self.max_query_length + self.chunk_length + self.num_memory_tokens + 5
         if limit is not None and needed > limit:
-            raise ValueError(
+            raise ScaleDownError(
                 f"max_query_length={self.max_query_length} + chunk_length={self.chunk_length} + num_memory_tokens="
                 f"{self.num_memory_tokens} + 5 special tokens = {needed} exceeds the compressor's "
                 f"{limit} positions. Lower max_query_length or chunk_length."
@@ -259,11 +266,13 @@ def _as_config(config: dict | PreTrainedConfig, name: str) -> PreTrainedConfig:
     if isinstance(config, PreTrainedConfig):
         return copy.deepcopy(config)
     if not isinstance(config, dict):
-        raise ValueError(f"{name} must be a transformers configuration or its dictionary, got {type(config).__name__}.")
+        raise ScaleDownError(
+            f"{name} must be a transformers configuration or its dictionary, got {type(config).__name__}."
+        )
     config = dict(config)
     model_type = config.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
-        raise ValueError(
+        raise ScaleDownError(
             f"{name} has model_type={model_type!r}, which this version of transformers does not know; upgrade it, or "
             "name a model_type it has."
         )
@@ -286,7 +295,7 @@ def truncated_config(config: PreTrainedConfig, num_layers: int) -> PreTrainedCon
     """
     depth = config.num_hidden_layers
     if num_layers > depth:
-        raise ValueError(
+        raise ScaleDownError(
             f"num_compressor_layers={num_layers} exceeds the generator's {depth} layers; choose at most {depth}."
         )
     truncated = copy.deepcopy(config)

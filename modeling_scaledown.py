@@ -53,6 +53,7 @@ try:
     from .card_scaledown import CARD_NAME, CARD_TEMPLATE_NAME, HUB_NAME, is_rendered, read_card_fields, write_card
     from .compressor_scaledown import COMPRESSORS, CompressedDocuments, ScaleDownCompressor
     from .configuration_scaledown import WEIGHTS_FORMATS, ScaleDownConfig
+    from .errors_scaledown import ScaleDownError
     from .processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor, is_whole
     from .reranking_scaledown import document_scores, reranking_loss, select_chunks, slots_by_document
     from .weights_scaledown import (
@@ -76,6 +77,7 @@ except ImportError:
     from card_scaledown import CARD_NAME, CARD_TEMPLATE_NAME, HUB_NAME, is_rendered, read_card_fields, write_card
     from compressor_scaledown import COMPRESSORS, CompressedDocuments, ScaleDownCompressor
     from configuration_scaledown import WEIGHTS_FORMATS, ScaleDownConfig
+    from errors_scaledown import ScaleDownError
     from processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor, is_whole
     from reranking_scaledown import document_scores, reranking_loss, select_chunks, slots_by_document
     from weights_scaledown import (
@@ -181,7 +183,7 @@ class CompressionCache:
 
     def __init__(self, max_entries: int):
         if max_entries < 1:
-            raise ValueError(f"max_entries={max_entries} must be at least 1.")
+            raise ScaleDownError(f"max_entries={max_entries} must be at least 1.")
         self.max_entries = max_entries
         self.hits = self.misses = 0
         self._entries = OrderedDict()
@@ -286,7 +288,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         with_backbone: bool = True,
     ):
         if getattr(config, "generator_config", None) is None:
-            raise ValueError(
+            raise ScaleDownError(
                 "The configuration has no generator_config. Pass one to ScaleDownConfig, or build the model with "
                 "ScaleDownModel.from_backbones(generator)."
             )
@@ -390,12 +392,12 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if chunk_slots is None:
             chunk_slots = compressor_input_ids.new_full((compressor_input_ids.shape[0],), limit)
         if chunk_slots.shape != compressor_input_ids.shape[:1] or chunk_slots.numel() == 0:
-            raise ValueError(
+            raise ScaleDownError(
                 f"chunk_slots has shape {tuple(chunk_slots.shape)} for {compressor_input_ids.shape[0]} chunks; pass "
                 "one number per chunk, and at least one chunk."
             )
         if int(chunk_slots.max()) > limit or int(chunk_slots.min()) < 1:
-            raise ValueError(
+            raise ScaleDownError(
                 f"chunk_slots ranges from {int(chunk_slots.min())} to {int(chunk_slots.max())}; this model has 1 to "
                 f"{limit} memory embeddings per chunk. Use a processor with num_memory_tokens={limit} or less."
             )
@@ -499,7 +501,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 with positions to keep.
         """
         if labels is not None and isinstance(logits_to_keep, torch.Tensor):
-            raise ValueError("labels need logits at the positions in front of them; pass logits_to_keep as a number.")
+            raise ScaleDownError(
+                "labels need logits at the positions in front of them; pass logits_to_keep as a number."
+            )
         documents = self._compress_inputs(
             compressor_input_ids=compressor_input_ids,
             compressor_attention_mask=compressor_attention_mask,
@@ -538,12 +542,12 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             loss = generation
         if reranking_labels is not None and documents.reranking_scores is not None:
             if chunk_to_document is None or document_to_example is None:
-                raise ValueError(
+                raise ScaleDownError(
                     "reranking_labels need chunk_to_document and document_to_example; pass all that the processor "
                     "returned."
                 )
             if reranking_labels.shape != document_to_example.shape:
-                raise ValueError(
+                raise ScaleDownError(
                     f"reranking_labels has shape {tuple(reranking_labels.shape)} for {document_to_example.shape[0]} "
                     "documents; pass one score per document, NaN where there is none."
                 )
@@ -591,19 +595,19 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
     ) -> torch.FloatTensor:
         """Embeddings of the prompt `(batch, prompt_len, hidden)`, slots filled."""
         if self.generator is None:
-            raise ValueError(WITHOUT_GENERATOR)
+            raise ScaleDownError(WITHOUT_GENERATOR)
         embeds = self.get_input_embeddings()(input_ids)  # (batch, prompt_len, hidden)
         num_slots = 0 if slot_mask is None else int(slot_mask.sum())
         memory = documents.memory_embeddings
         if memory is None:
             if num_slots > 0:
-                raise ValueError(
+                raise ScaleDownError(
                     f"slot_mask marks {num_slots} slots but there is nothing to fill them with: pass "
                     "compressor_input_ids or memory_embeddings."
                 )
             return embeds
         if slot_mask is not None and slot_mask.shape != input_ids.shape:
-            raise ValueError(
+            raise ScaleDownError(
                 f"slot_mask has shape {tuple(slot_mask.shape)} for input_ids of shape {tuple(input_ids.shape)}; where "
                 "tokens were added behind the processor's, add as many False."
             )
@@ -613,7 +617,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         # Granite scales all embeddings it is given, and slots hold them as they are after that.
         memory = memory / getattr(self.config.generator_config, "embedding_multiplier", 1.0)
         if memory.shape[0] != num_slots:
-            raise ValueError(
+            raise ScaleDownError(
                 f"The prompt has {num_slots} slots but the documents {memory.shape[0]} memory embeddings. Build both "
                 "with one call of the processor, with the same compression_rate and num_memory_tokens."
             )
@@ -713,7 +717,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         """
         if self._processor is None:
             if not self.name_or_path:
-                raise ValueError(
+                raise ScaleDownError(
                     "This model has no processor: it was built from a configuration. Assign one: model.processor = "
                     "ScaleDownProcessor.from_config(model.config, tokenizer)."
                 )
@@ -729,7 +733,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
     @processor.setter
     def processor(self, processor: ScaleDownProcessor):
         if processor is not None and processor.num_memory_tokens > self.config.num_memory_tokens:
-            raise ValueError(
+            raise ScaleDownError(
                 f"The processor allows {processor.num_memory_tokens} slots per chunk, the model has "
                 f"{self.config.num_memory_tokens} memory embeddings. Build it with ScaleDownProcessor.from_config."
             )
@@ -811,7 +815,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             self._require_reranking()
         for name, limit in (("max_documents", max_documents), ("max_slots", max_slots)):
             if limit is not None and (not is_whole(limit) or limit < 1):
-                raise ValueError(f"{name}={limit} must be a whole number of at least 1.")
+                raise ScaleDownError(f"{name}={limit} must be a whole number of at least 1.")
         generation_kwargs, max_new_tokens = _with_length(generation_kwargs)
         _check_batch_size(batch_size)
         answers, scores = [], []
@@ -919,9 +923,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if isinstance(documents, str) or isinstance(questions, str):
             raise TypeError("documents and questions must be lists of strings, one question per document.")
         if questions is not None and len(questions) != len(documents):
-            raise ValueError(f"{len(documents)} documents but {len(questions)} questions; pass one question each.")
+            raise ScaleDownError(f"{len(documents)} documents but {len(questions)} questions; pass one question each.")
         if not documents:
-            raise ValueError("documents is empty; pass at least one document.")
+            raise ScaleDownError("documents is empty; pass at least one document.")
         asked = questions if questions is not None else ["-"] * len(documents)
         self.processor.check_texts(asked, [[document] for document in documents])
         queries = questions if questions is not None else [""] * len(documents)
@@ -958,12 +962,12 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             self.processor.check_texts(questions, None)
         memory = torch.as_tensor(compressed_documents)
         if memory.dim() != 3 or memory.shape[-1] != self.config.hidden_size:
-            raise ValueError(
+            raise ScaleDownError(
                 f"compressed_documents has shape {tuple(memory.shape)}, expected (n_docs, slots, "
                 f"{self.config.hidden_size}) as compress_documents returns it."
             )
         if not questions or memory.shape[0] % len(questions) != 0:
-            raise ValueError(
+            raise ScaleDownError(
                 f"{memory.shape[0]} compressed documents cannot be shared out equally over {len(questions)} questions."
             )
         mask = memory.abs().sum(dim=-1) > 0  # (n_docs, slots)
@@ -982,7 +986,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         _check_batch_size(batch_size)
         batch = self.processor.encode_documents(questions, documents, compression_rate, num_memory_tokens)
         if not batch:
-            raise ValueError("documents is empty; there is nothing to compress.")
+            raise ScaleDownError("documents is empty; there is nothing to compress.")
         compressed = self._compress_chunks(batch, batch_size)
         compressed.chunk_to_document = batch["chunk_to_document"].to(self.device)
         compressed.document_to_example = batch["document_to_example"].to(self.device)
@@ -1039,7 +1043,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
 
     def _require_reranking(self):
         if not self.config.enable_reranking:
-            raise ValueError("This model was built with enable_reranking=False and has no reranking scores.")
+            raise ScaleDownError("This model was built with enable_reranking=False and has no reranking scores.")
 
     def _check_context(self, batch, max_new_tokens: int | None, first_question: int):
         limit = getattr(self.config.generator_config, "max_position_embeddings", None)
@@ -1048,7 +1052,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         lengths = batch["attention_mask"].sum(dim=1)
         longest = int(lengths.argmax())
         if int(lengths[longest]) + max_new_tokens > limit:
-            raise ValueError(
+            raise ScaleDownError(
                 f"questions[{first_question + longest}] has a prompt of {int(lengths[longest])} tokens; with "
                 f"max_new_tokens={max_new_tokens} that exceeds the generator's {limit} positions. Pass fewer "
                 "documents, a higher compression_rate or a smaller max_new_tokens."
@@ -1069,11 +1073,11 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             ValueError: the generator has LoRA layers already, its own weights would be trained, or there is none.
         """
         if self.generator is None:
-            raise ValueError(WITHOUT_GENERATOR)
+            raise ScaleDownError(WITHOUT_GENERATOR)
         if self.config.lora_config is not None:
-            raise ValueError("The generator has LoRA layers already; call merge_lora() before adding new ones.")
+            raise ScaleDownError("The generator has LoRA layers already; call merge_lora() before adding new ones.")
         if lora_kwargs.get("modules_to_save") or lora_kwargs.get("bias", "none") != "none":
-            raise ValueError(
+            raise ScaleDownError(
                 "modules_to_save and bias would train the generator's own weights, which stay frozen here; leave them "
                 "out and name linear layers in target_modules."
             )
@@ -1098,9 +1102,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if self.config.lora_config is None:
             return
         if self.generator is None:
-            raise ValueError(WITHOUT_GENERATOR)
+            raise ScaleDownError(WITHOUT_GENERATOR)
         if getattr(self.generator, "hf_quantizer", None) is not None:
-            raise ValueError(
+            raise ScaleDownError(
                 "LoRA cannot be merged into a quantised generator without rounding away what it learned. Save the "
                 'model with weights_format="delta", load that without load_in_4bit or load_in_8bit, and merge there.'
             )
@@ -1298,18 +1302,18 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
     ) -> dict:
         """Fields of the configuration to build, without those the backbones decide."""
         if config is not None and config_kwargs:
-            raise ValueError(f"Pass either config or its fields, not both: got {', '.join(sorted(config_kwargs))}.")
+            raise ScaleDownError(f"Pass either config or its fields, not both: got {', '.join(sorted(config_kwargs))}.")
         unknown = sorted(config_kwargs.keys() - cls.config_class.__annotations__.keys())
         if unknown:
             near = difflib.get_close_matches(unknown[0], cls.config_class.__annotations__, n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
-            raise ValueError(f"from_backbones has no argument {unknown[0]}{hint}")
+            raise ScaleDownError(f"from_backbones has no argument {unknown[0]}{hint}")
         settings = config.to_dict() if config is not None else config_kwargs
         own = ("generator_config", "compressor_config", "auto_map", "_name_or_path", "quantization_config")
         settings = {name: value for name, value in settings.items() if name not in own}
         compressor_type = settings.get("compressor_type", "n_layers")
         if (compressor is None) != (compressor_type == "n_layers"):
-            raise ValueError(
+            raise ScaleDownError(
                 f"compressor={compressor!r} does not go with compressor_type={compressor_type!r}: n_layers copies the "
                 "generator's own layers and takes no compressor, the other types need one."
             )
@@ -1328,7 +1332,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             **{**settings, "generator_config": generator_config, "compressor_config": compressor_config}
         )
         if compressor is None and getattr(generator_config, "quantization_config", None) is not None:
-            raise ValueError(
+            raise ScaleDownError(
                 f'{generator!r} is quantised; compressor_type="n_layers" trains a copy of its first layers and needs '
                 "them unquantised. Name the original checkpoint, and quantise it with load_in_4bit or load_in_8bit."
             )
@@ -1482,7 +1486,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         found = {name: file for name, file in checkpoint_index(name_or_path, **hub).items() if "lora_" in name}
         expected = {f"generator.{name}" for name, _ in self.generator.named_parameters() if "lora_" in name}
         if set(found) != expected:
-            raise ValueError(
+            raise ScaleDownError(
                 f"{name_or_path} holds {len(found)} LoRA tensors, lora_config asks for {len(expected)}. Restore the "
                 "checkpoint's own lora_config; where it has none, call add_lora() after loading."
             )
@@ -1544,7 +1548,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         weights_format = weights_format or previous
         self._check_weights_format(weights_format)
         if weights_format == "delta" and kwargs.get("variant") is not None:
-            raise ValueError(
+            raise ScaleDownError(
                 f'variant={kwargs["variant"]!r} goes with weights_format="full"; a delta has one set of weights. Leave '
                 'variant out, or save with weights_format="full".'
             )
@@ -1677,32 +1681,34 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
 
     def _check_weights_format(self, weights_format: str):
         if weights_format not in WEIGHTS_FORMATS:
-            raise ValueError(f"weights_format={weights_format!r} is unknown; choose {' or '.join(WEIGHTS_FORMATS)}.")
+            raise ScaleDownError(
+                f"weights_format={weights_format!r} is unknown; choose {' or '.join(WEIGHTS_FORMATS)}."
+            )
         if self.generator is None or self.compressor.backbone is None:
             part = "generator" if self.generator is None else "compressor's backbone"
-            raise ValueError(f"This model was loaded without its {part}, so it cannot be saved; load it whole.")
+            raise ScaleDownError(f"This model was loaded without its {part}, so it cannot be saved; load it whole.")
         quantizer = getattr(self.generator, "hf_quantizer", None)
         if weights_format == "full":
             if quantizer is not None and not isinstance(quantizer.quantization_config, BitsAndBytesConfig):
-                raise ValueError(
+                raise ScaleDownError(
                     "The generator is quantised in a way that is not saved with a model. If its own repository is, "
                     'save with weights_format="delta"; if it was quantised while loading, save the model without that.'
                 )
             return
         if not self.config.generator_name_or_path or not self.config.generator_fingerprint:
-            raise ValueError(
+            raise ScaleDownError(
                 'weights_format="delta" needs a generator that is still the one of its repository: build the model '
                 'with from_backbones and do not merge LoRA, or save with weights_format="full".'
             )
         trainable = self._trainable_in_generator()
         if trainable:
-            raise ValueError(
+            raise ScaleDownError(
                 f'weights_format="delta" leaves out the generator\'s own weights, but {len(trainable)} of them are '
                 f'trainable ({trainable[0]}, …). Save with weights_format="full".'
             )
         changed = self._changed_in_generator()
         if changed:
-            raise ValueError(
+            raise ScaleDownError(
                 f'weights_format="delta" leaves out the generator\'s own weights, but {len(changed)} of them are not '
                 f"those of {self.config.generator_name_or_path!r} any more ({changed[0]}, …). Save with "
                 'weights_format="full".'
@@ -1799,7 +1805,7 @@ def _with_length(kwargs: dict) -> tuple[dict, int | None]:
 
 def _check_batch_size(batch_size: int):
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1.")
+        raise ScaleDownError(f"batch_size={batch_size} must be at least 1.")
 
 
 def _sequences(output) -> torch.LongTensor:

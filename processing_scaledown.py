@@ -31,6 +31,7 @@ try:
         DEFAULT_USER_PROMPT,
         ScaleDownConfig,
     )
+    from .errors_scaledown import ScaleDownError
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
@@ -40,6 +41,7 @@ except ImportError:
         DEFAULT_USER_PROMPT,
         ScaleDownConfig,
     )
+    from errors_scaledown import ScaleDownError
 
 logger = logging.get_logger(__name__)
 
@@ -120,7 +122,7 @@ class ScaleDownProcessor(ProcessorMixin):
             compressor_tokenizer = copy.deepcopy(tokenizer)
         super().__init__(tokenizer, compressor_tokenizer)
         if tokenizer.eos_token_id is None:
-            raise ValueError(
+            raise ScaleDownError(
                 "The generator's tokenizer has no end token, so answers could never end. Set tokenizer.eos_token."
             )
         self.num_memory_tokens = num_memory_tokens
@@ -224,7 +226,9 @@ class ScaleDownProcessor(ProcessorMixin):
             TypeError: something is not text where text is expected.
         """
         if return_tensors != "pt":
-            raise ValueError(f"return_tensors={return_tensors!r} is not supported: ScaleDown builds PyTorch tensors.")
+            raise ScaleDownError(
+                f"return_tensors={return_tensors!r} is not supported: ScaleDown builds PyTorch tensors."
+            )
         questions, documents = self.check_texts(questions, documents)
         batch = self.encode_documents(
             questions, documents, compression_rate=compression_rate, num_memory_tokens=num_memory_tokens
@@ -278,11 +282,11 @@ class ScaleDownProcessor(ProcessorMixin):
                 "list(questions)."
             )
         if len(questions) == 0:
-            raise ValueError("questions is empty; pass at least one question.")
+            raise ScaleDownError("questions is empty; pass at least one question.")
         if documents is None:
             documents = [[] for _ in questions]
         if len(documents) != len(questions):
-            raise ValueError(
+            raise ScaleDownError(
                 f"{len(questions)} questions but {len(documents)} lists of documents; pass one list per question "
                 "(an empty list for a question without documents)."
             )
@@ -290,7 +294,7 @@ class ScaleDownProcessor(ProcessorMixin):
             if not isinstance(question, str):
                 raise TypeError(f"questions[{i}] is {type(question).__name__}, expected a string.")
             if not question.strip():
-                raise ValueError(f"questions[{i}] is empty; pass the question's text.")
+                raise ScaleDownError(f"questions[{i}] is empty; pass the question's text.")
             _check_encodable(question, f"questions[{i}]")
         for i, listed in enumerate(documents):
             if isinstance(listed, str):
@@ -304,7 +308,7 @@ class ScaleDownProcessor(ProcessorMixin):
                 if not isinstance(document, str):
                     raise TypeError(f"documents[{i}][{j}] is {type(document).__name__}, expected a string.")
                 if not document.strip():
-                    raise ValueError(f"documents[{i}][{j}] is empty; leave it out or pass its text.")
+                    raise ScaleDownError(f"documents[{i}][{j}] is empty; leave it out or pass its text.")
                 _check_encodable(document, f"documents[{i}][{j}]")
         return questions, [list(listed) for listed in documents]
 
@@ -344,7 +348,9 @@ class ScaleDownProcessor(ProcessorMixin):
             for j in range(len(listed)):
                 ids = encoded[len(document_to_example)]
                 if not ids:
-                    raise ValueError(f"documents[{i}][{j}] has no token in the compressor's vocabulary; leave it out.")
+                    raise ScaleDownError(
+                        f"documents[{i}][{j}] has no token in the compressor's vocabulary; leave it out."
+                    )
                 for chunk in _split_evenly(ids, self.chunk_length):
                     rows.append(start + chunk + suffix)
                     own.append([False] * len(start) + [True] * len(chunk) + [False] * len(suffix))
@@ -380,13 +386,13 @@ class ScaleDownProcessor(ProcessorMixin):
     def _compression_settings(self, compression_rate: int | None, num_memory_tokens: int | None) -> tuple[int, int]:
         rate = self.compression_rate if compression_rate is None else compression_rate
         if not is_whole(rate) or not 1 <= rate <= self.chunk_length:
-            raise ValueError(
+            raise ScaleDownError(
                 f"compression_rate={rate!r} must be a whole number from 1 to chunk_length={self.chunk_length}."
             )
         limit = self.num_memory_tokens
         max_slots = limit if num_memory_tokens is None else num_memory_tokens
         if not is_whole(max_slots) or not 1 <= max_slots <= limit:
-            raise ValueError(
+            raise ScaleDownError(
                 f"num_memory_tokens={max_slots!r} must be a whole number from 1 to {limit}, the memory embeddings this "
                 "model was built with."
             )
@@ -466,7 +472,7 @@ class ScaleDownProcessor(ProcessorMixin):
             if self.max_prompt_length is not None and length > self.max_prompt_length:
                 answer = f" and {len(learned[i])} tokens of answer" if answers is not None else ""
                 remedy = "Pass fewer documents or a higher compression_rate" if row else "Shorten the question"
-                raise ValueError(
+                raise ScaleDownError(
                     f"questions[{i}] with its {len(row)} documents needs a prompt of {len(ids)} tokens "
                     f"({sum(is_slot)} of them slots){answer}; the generator reads {self.max_prompt_length}. {remedy}."
                 )
@@ -478,7 +484,9 @@ class ScaleDownProcessor(ProcessorMixin):
 
     def _encode_answers(self, answers: list[str], max_answer_length: int) -> list[list[int]]:
         if max_answer_length < 2:
-            raise ValueError(f"max_answer_length={max_answer_length} must be at least 2: a token and the end token.")
+            raise ScaleDownError(
+                f"max_answer_length={max_answer_length} must be at least 2: a token and the end token."
+            )
         end = [self.tokenizer.eos_token_id]
         return [(ids + end)[:max_answer_length] for ids in _encode_as_text(self.tokenizer, answers)]
 
@@ -527,7 +535,7 @@ class ScaleDownProcessor(ProcessorMixin):
             text = self.tokenizer.apply_chat_template(messages, **settings)
         marks = [_QUESTION_MARK] if closed_book else [_DOCUMENTS_MARK, _QUESTION_MARK]
         if any(text.count(mark) != 1 for mark in marks):
-            raise ValueError(
+            raise ScaleDownError(
                 "The tokenizer's chat template does not repeat the user's message exactly once, so documents and "
                 "question cannot be placed. Set tokenizer.chat_template to one that does."
             )
@@ -666,7 +674,7 @@ def _check_encodable(text: str, name: str):
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(
+        raise ScaleDownError(
             f"{name} has half of a surrogate pair at character {error.start}, which is no text; remove it, for example "
             'with text.encode("utf-8", "replace").decode("utf-8").'
         ) from None
@@ -677,10 +685,10 @@ def _check_answers(answers: str | list[str], num_questions: int) -> list[str]:
     if not isinstance(answers, (list, tuple)):
         raise TypeError(f"answers must be a string or a list of strings, got {type(answers).__name__}.")
     if len(answers) != num_questions:
-        raise ValueError(f"{num_questions} questions but {len(answers)} answers; pass one answer per question.")
+        raise ScaleDownError(f"{num_questions} questions but {len(answers)} answers; pass one answer per question.")
     for i, answer in enumerate(answers):
         if not isinstance(answer, str) or not answer.strip():
-            raise ValueError(f"answers[{i}] is {answer!r}, expected a non-empty string.")
+            raise ScaleDownError(f"answers[{i}] is {answer!r}, expected a non-empty string.")
     return list(answers)
 
 
@@ -690,7 +698,7 @@ def _reranking_labels(scores: list, documents: list[list[str]]) -> torch.Tensor:
     if len(documents) == 1 and any(isinstance(score, Real) for score in scores):
         scores = [scores]
     if len(scores) != len(documents):
-        raise ValueError(f"{len(documents)} questions but {len(scores)} lists of reranking_scores; pass one each.")
+        raise ScaleDownError(f"{len(documents)} questions but {len(scores)} lists of reranking_scores; pass one each.")
     labels = []
     for i, (listed, row) in enumerate(zip(documents, scores, strict=True)):
         try:
@@ -700,7 +708,7 @@ def _reranking_labels(scores: list, documents: list[list[str]]) -> torch.Tensor:
                 f"reranking_scores[{i}] is {row!r}, expected a list of numbers, one per document, or None."
             ) from None
         if len(row) != len(listed):
-            raise ValueError(f"reranking_scores[{i}] has {len(row)} scores for {len(listed)} documents.")
+            raise ScaleDownError(f"reranking_scores[{i}] has {len(row)} scores for {len(listed)} documents.")
         labels += row
     return torch.tensor(labels)
 

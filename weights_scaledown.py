@@ -35,10 +35,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 try:
     from .compressor_scaledown import FINAL_NORM_NAMES
+    from .errors_scaledown import ScaleDownError
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
     from compressor_scaledown import FINAL_NORM_NAMES
+    from errors_scaledown import ScaleDownError
 
 NEVER_QUANTIZED = ("compressor", "lm_head", r".*\.lora_[AB]")
 FINGERPRINT_SAMPLES = 64
@@ -138,7 +140,7 @@ def checkpoint_index(name_or_path: str, **hub) -> dict[str, str]:
             return dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
     index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
     if index is None:
-        raise ValueError(
+        raise ScaleDownError(
             f"{name_or_path!r} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}. ScaleDown reads "
             "safetensors only; convert the checkpoint, or choose a revision that has it."
         )
@@ -174,7 +176,7 @@ def _check_complete(name_or_path: str, info: dict):
     """Weights a checkpoint lacks would be random; transformers only warns."""
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))  # never read
     if missing:
-        raise ValueError(
+        raise ScaleDownError(
             f"{name_or_path!r} lacks {len(missing)} weights of the model its config.json describes ({missing[0]}, …). "
             "Name a checkpoint that holds this model alone and whole."
         )
@@ -195,7 +197,7 @@ def check_fingerprint(name_or_path: str, config: PreTrainedConfig, source: dict)
     generator = config.generator_name_or_path
     found = weights_fingerprint(generator, **source)
     if found != config.generator_fingerprint:
-        raise ValueError(
+        raise ScaleDownError(
             f"{name_or_path} is a delta on top of {generator!r} (revision {config.generator_revision}), but the "
             f"weights found there are others (fingerprint {found[:12]}…, expected "
             f"{str(config.generator_fingerprint)[:12]}…). Restore that generator, or ask for the model saved with "
@@ -301,7 +303,7 @@ def bitsandbytes_config(
     if not load_in_4bit and not load_in_8bit:
         return None
     if load_in_4bit and load_in_8bit:
-        raise ValueError("load_in_4bit and load_in_8bit exclude each other; choose one.")
+        raise ScaleDownError("load_in_4bit and load_in_8bit exclude each other; choose one.")
     if not is_bitsandbytes_available():
         raise ImportError(
             f"load_in_{4 if load_in_4bit else 8}bit needs bitsandbytes: pip install bitsandbytes, or load in 16 bits "
@@ -334,7 +336,7 @@ def spare_compressor(settings: QuantizationConfigMixin | dict) -> QuantizationCo
         if hasattr(settings, name):
             setattr(settings, name, sorted({*(getattr(settings, name) or ()), *NEVER_QUANTIZED}))
             return settings
-    raise ValueError(
+    raise ScaleDownError(
         f"{type(settings).__name__} cannot leave the compressor out, which has to keep its precision. Quantise with "
         'BitsAndBytesConfig or TorchAoConfig, or load a model saved with weights_format="delta".'
     )

@@ -26,6 +26,7 @@ from transformers import AutoModel, ModernBertConfig, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from errors_scaledown import ScaleDownError
 from scaledown import ScaleDownModel
 from scaledown.command_line import parse_options, run_command
 from scaledown.metrics import exact_match
@@ -167,7 +168,7 @@ def run(args: ComparisonArguments, kind: str, method: str, seed: int, records: l
     if result.is_file():
         found = json.loads(result.read_text(encoding="utf-8"))
         if found["settings"] != settings:
-            raise ValueError(f"{result} is of other settings, {found['settings']}; name another --output.")
+            raise ScaleDownError(f"{result} is of other settings, {found['settings']}; name another --output.")
         return found
     folder.mkdir(parents=True, exist_ok=True)
     seconds, peak = [], []

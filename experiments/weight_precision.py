@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from errors_scaledown import ScaleDownError
 from modeling_scaledown import LORA_DEFAULTS
 from scaledown.benchmark_flops import Protocol
 from scaledown.benchmark_shapes import load_shape
@@ -82,7 +83,7 @@ def kinds_of_weights(names: list[str]) -> dict[str, dict[str, Any]]:
     }
     for name in names:
         if name not in kinds:
-            raise ValueError(f"{name!r} is no kind of weights; name some of: {', '.join(kinds)}.")
+            raise ScaleDownError(f"{name!r} is no kind of weights; name some of: {', '.join(kinds)}.")
     return {name: kinds[name] for name in names or kinds}
 
 

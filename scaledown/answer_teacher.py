@@ -18,6 +18,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from errors_scaledown import ScaleDownError
+
 from .devices import load_model, pick_device, pick_dtype
 from .journal import Journal, blocks, run_in_batches
 from .prompts import PromptEncoder
@@ -28,7 +30,7 @@ logger = logging.getLogger(__name__)
 BATCHES_PER_WINDOW = 32
 
 
-class TeacherError(ValueError):
+class TeacherError(ScaleDownError):
     """The answers cannot be had, or not all of them; the message says why, and that what there is is kept."""
 
 

@@ -9,6 +9,8 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm.auto import tqdm
 
+from errors_scaledown import ScaleDownError
+
 from .evaluation_data import Example
 from .systems import Answer, System, timed
 
@@ -69,7 +71,7 @@ def answer_all(
             # Out of the except clause, whose traceback keeps the tensors alive.
             if batch_size != "auto" or len(batch) == 1:
                 remedy = "lower --batch_size" if len(batch) > 1 else "pass --load_in_4bit true or fewer --num_documents"
-                raise ValueError(f"the device's memory does not hold {len(batch)} questions ({message}); {remedy}.")
+                raise ScaleDownError(f"the device's memory does not hold {len(batch)} questions ({message}); {remedy}.")
             size = len(batch) // 2
             logger.info("Memory ran out; going on with %d questions at a time.", size)
             clear_device_cache(garbage_collection=True)

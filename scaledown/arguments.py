@@ -1,6 +1,5 @@
 """Arguments of `train.py`: dataclasses over a YAML recipe and the command line."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,9 +8,10 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from .command_line import split_names
+from errors_scaledown import ScaleDownError
+
+from .command_line import parse_with, split_names
 from .metrics import ANSWER_METRICS
-from .recipes import expand_recipe
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -90,7 +90,7 @@ class ModelArguments:
 
     def __post_init__(self):
         if (self.model_name_or_path is None) == (self.generator_name_or_path is None):
-            raise ValueError(
+            raise ScaleDownError(
                 "Name either model_name_or_path, a ScaleDown model to continue from, or generator_name_or_path, a "
                 "language model to start from."
             )
@@ -102,7 +102,7 @@ class ModelArguments:
             unread.append("compressor_revision")
         for name in unread:
             if getattr(self, name) is not None:
-                raise ValueError(
+                raise ScaleDownError(
                     f"{name}={getattr(self, name)} says nothing about {begins}={getattr(self, begins)}: revision goes "
                     "with model_name_or_path, generator_revision with generator_name_or_path, and compressor_revision "
                     "with compressor_name_or_path; a trained model brings its backbones. Leave it out."
@@ -147,11 +147,11 @@ class DataArguments:
 
     def __post_init__(self):
         if self.train_file is None:
-            raise ValueError("train_file is missing; name the records to learn from (prepare_data.py writes them).")
+            raise ScaleDownError("train_file is missing; name the records to learn from (prepare_data.py writes them).")
         for name in ("max_train_examples", "max_eval_examples", "compression_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
+                raise ScaleDownError(f"{name}={value} must be at least 1.")
 
 
 @dataclass
@@ -223,19 +223,19 @@ class ScaleDownTrainingArguments(TrainingArguments):
         if isinstance(self.report_to, str):
             self.report_to = split_names(self.report_to)
         if self.label_smoothing_factor != 0:
-            raise ValueError(
+            raise ScaleDownError(
                 f"label_smoothing_factor={self.label_smoothing_factor} is not supported: the loss is the model's own, "
                 "with the reranking loss in it. Leave it at 0."
             )
         metric = (self.metric_for_best_model or "").removeprefix("eval_")
         if metric in ANSWER_METRICS and not self.predict_with_generate:
-            raise ValueError(
+            raise ScaleDownError(
                 f"metric_for_best_model={metric} is measured on answers, and evaluation writes none; set "
                 "predict_with_generate=true."
             )
         if self.early_stopping_patience is not None:
             if self.eval_strategy == "no":
-                raise ValueError(
+                raise ScaleDownError(
                     f"early_stopping_patience={self.early_stopping_patience} counts evaluations, and there are none; "
                     "set eval_strategy=steps, eval_steps and eval_file."
                 )
@@ -245,17 +245,21 @@ class ScaleDownTrainingArguments(TrainingArguments):
             # Streamed rows of several processes differ in length, and one process could not deal them out.
             self.accelerator_config = {"dispatch_batches": False}
         if self.two_stage and self.stage == "pretrain":
-            raise ValueError("two_stage runs the stages compress and generate, so stage=pretrain contradicts it.")
+            raise ScaleDownError("two_stage runs the stages compress and generate, so stage=pretrain contradicts it.")
         learns_from_cache = self.two_stage or self.stage == "generate"
         if self.train_sampling_strategy != "random" and self.stage == "pretrain":
-            raise ValueError(f"train_sampling_strategy={self.train_sampling_strategy}: passages are of one length.")
+            raise ScaleDownError(f"train_sampling_strategy={self.train_sampling_strategy}: passages are of one length.")
         if self.train_sampling_strategy == "batch_rebalance" and learns_from_cache:
-            raise ValueError("train_sampling_strategy=batch_rebalance does not work on a cache; use group_by_length.")
+            raise ScaleDownError(
+                "train_sampling_strategy=batch_rebalance does not work on a cache; use group_by_length."
+            )
         super().__post_init__()
         for name in set(self.report_to).intersection(TRACKERS).difference(get_available_reporting_integrations()):
-            raise ValueError(f"report_to={name} needs {name}, which is not installed: pip install {name}.")
+            raise ScaleDownError(f"report_to={name} needs {name}, which is not installed: pip install {name}.")
         if self.predict_with_generate and self.stage == "pretrain":
-            raise ValueError("predict_with_generate needs questions, and the stage pretrain has none; leave it out.")
+            raise ScaleDownError(
+                "predict_with_generate needs questions, and the stage pretrain has none; leave it out."
+            )
 
     @property
     def n_gpu(self) -> int:
@@ -297,7 +301,6 @@ def parse_arguments(
         FileNotFoundError: There is no such recipe.
         ValueError: The recipe is not a mapping, or names an option there is not.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
     classes = (ModelArguments, DataArguments, ScaleDownTrainingArguments)
     parser = HfArgumentParser(classes, prog="train.py", usage="%(prog)s [recipe.yaml] [--option value ...]")
-    return parser.parse_args_into_dataclasses(args=expand_recipe(parser, argv), look_for_args_file=False)
+    return parse_with(parser, argv)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from errors_scaledown import ScaleDownError
+
 from .benchmark_flops import Protocol
 from .benchmark_shapes import SHAPES
 from .command_line import parse_options, refuse_options, split_names
@@ -80,17 +82,17 @@ class BenchmarkArguments:
     def __post_init__(self):
         for name in (*SWEPT, "prompt_length", "repeats"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1; correct --{name}.")
+                raise ScaleDownError(f"{name} is {getattr(self, name)}, expected at least 1; correct --{name}.")
         if self.query_length < 0:
-            raise ValueError(f"query_length is {self.query_length}, expected at least 0; correct --query_length.")
+            raise ScaleDownError(f"query_length is {self.query_length}, expected at least 0; correct --query_length.")
         if self.mode != "flops" and self.generator is None:
-            raise ValueError(f"mode {self.mode} needs a generator; pass --generator, such as qwen2.5-0.5b.")
+            raise ScaleDownError(f"mode {self.mode} needs a generator; pass --generator, such as qwen2.5-0.5b.")
         if self.output_dir is not None and Path(self.output_dir).exists():
             raise FileExistsError(
                 f"{self.output_dir} already exists; results are never overwritten. Name a new folder."
             )
         if not self.compressor_names:
-            raise ValueError(f"compressors is {self.compressors!r}, expected at least one, such as 5.")
+            raise ScaleDownError(f"compressors is {self.compressors!r}, expected at least one, such as 5.")
         unread = UNREAD.get(self.mode, ()) + (("compressors",) if self.generator is None else ())
         without = "" if self.generator else " without a generator"
         refuse_options(self, unread, f"mode {self.mode}{without}")
@@ -120,7 +122,7 @@ class BenchmarkArguments:
         for text in self.sweep or []:
             name, _, values = text.partition("=")
             if name not in SWEPT or not all(value.isdecimal() and int(value) > 0 for value in values.split(",")):
-                raise ValueError(
+                raise ScaleDownError(
                     f"sweep holds {text!r}, expected NAME=VALUE,VALUE with whole numbers and one of {', '.join(SWEPT)}."
                 )
             for value in map(int, values.split(",")):

@@ -7,6 +7,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from configuration_scaledown import ScaleDownConfig
+from errors_scaledown import ScaleDownError
 
 SHAPES = {
     # mistralai/Mistral-7B-Instruct-v0.2
@@ -112,7 +113,7 @@ def load_shape(name: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(name).get_text_config(decoder=True)
     except OSError as error:
-        raise ValueError(
+        raise ScaleDownError(
             f"{name!r} is none of the shapes known here ({', '.join(SHAPES)}), and no folder or model on the Hub has "
             f"that name ({error})."
         ) from error

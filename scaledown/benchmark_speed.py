@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, set_seed
 
+from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 
 from .benchmark_arguments import BenchmarkArguments
@@ -268,7 +269,7 @@ def measure(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
     limit = getattr(contestants.generator.config, "max_position_embeddings", None)
     longest = max(protocol.text_length + protocol.new_tokens for protocol, _ in arguments.settings)
     if limit is not None and longest > limit:
-        raise ValueError(
+        raise ScaleDownError(
             f"{arguments.generator} has {limit} positions, and the longest setting needs {longest} to read its "
             "documents as text and answer; lower num_documents, document_length or new_tokens."
         )

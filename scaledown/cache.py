@@ -27,6 +27,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from errors_scaledown import ScaleDownError
+
 from .records import atomic_writer
 
 FORMAT = 1
@@ -35,7 +37,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-class CacheError(ValueError):
+class CacheError(ScaleDownError):
     """A cache that does not fit or is not whole; the message says in what, and what to do."""
 
 
@@ -110,7 +112,7 @@ def parse_size(size: str | int) -> int:
     except ValueError:
         value = 0
     if value < 1:
-        raise ValueError(f"max_shard_size is {size!r}; expected a size such as 500MB or 2GB.")
+        raise ScaleDownError(f"max_shard_size is {size!r}; expected a size such as 500MB or 2GB.")
     return value
 
 
@@ -136,7 +138,7 @@ def make_plan(
         ValueError: `dtype` or `max_shard_size` is unknown.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"cache_dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+        raise ScaleDownError(f"cache_dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
     limit = parse_size(max_shard_size)
     width = hidden_size * DTYPES[dtype].itemsize
     ranges, size, first, chunks, slots = [], 0, 0, 0, 0

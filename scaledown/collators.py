@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from errors_scaledown import ScaleDownError
 from processing_scaledown import IGNORE_INDEX, ScaleDownProcessor
 
 from .records import answers_of
@@ -56,8 +57,8 @@ class JointCollator:
                 **learned,
                 max_answer_length=self.max_answer_length,
             )
-        except ValueError as error:
-            raise ValueError(f"{error} ({_ids(records)})") from error
+        except ScaleDownError as error:
+            raise ScaleDownError(f"{error} ({_ids(records)})") from error
         if not self.with_answers:
             return dict(batch)
         return {**batch, "logits_to_keep": num_answer_positions(batch["labels"])}
@@ -126,8 +127,8 @@ class CompressionCollator:
             return self.processor.encode_documents(
                 [record["query"] for record in records], [record["documents"] for record in records]
             )
-        except ValueError as error:
-            raise ValueError(f"{error} ({_ids(records)})") from error
+        except ScaleDownError as error:
+            raise ScaleDownError(f"{error} ({_ids(records)})") from error
 
 
 @dataclass
@@ -166,8 +167,8 @@ class GenerationCollator:
                 [answers_of(row)[0] for row in rows] if self.with_answers else None,
                 self.max_answer_length,
             )
-        except ValueError as error:
-            raise ValueError(f"{error} ({_ids(rows)})") from error
+        except ScaleDownError as error:
+            raise ScaleDownError(f"{error} ({_ids(rows)})") from error
         batch = dict(prompts)
         if self.with_answers:
             batch["logits_to_keep"] = num_answer_positions(prompts["labels"])

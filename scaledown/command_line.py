@@ -8,9 +8,14 @@ from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
 
+from errors_scaledown import ScaleDownError
+
+from .recipes import expand_recipe
+
 Arguments = TypeVar("Arguments")
 
 logger = logging.getLogger(__name__)
+OWN_LOGGER = logging.getLogger("scaledown")
 # These speak at every step of their work, below what a user of a command needs.
 QUIET = ("bm25s", "datasets", "httpx")
 
@@ -22,17 +27,23 @@ def run_command(command: Callable[[], str]) -> int:
         command: Does the work and returns its report.
 
     Returns:
-        The exit status: 0, or 2 after an error the user can mend, which is printed without a traceback.
+        The exit status: 0, or 2 after an error the user can mend, which is printed without a traceback unless the
+        options hold `--debug`. Any other exception is raised.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+    level = OWN_LOGGER.level
     try:
         report = command()
-    except (ValueError, OSError, ImportError) as error:
-        logger.debug("the traceback", exc_info=True)
+    except (ScaleDownError, OSError, ImportError) as error:
+        if isinstance(error, ImportError) and error.name is not None:
+            raise  # by an import statement: a broken installation, not a package we ask for
+        logger.debug("the traceback of this error", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        OWN_LOGGER.setLevel(level)
     print(report)
     return 0
 
@@ -48,10 +59,39 @@ def parse_options(kind: type[Arguments], argv: Sequence[str] | None = None, **de
     Returns:
         The arguments.
     """
-    parser = HfArgumentParser(kind, **described)
-    argv = list(sys.argv[1:] if argv is None else argv)
-    (arguments,) = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    (arguments,) = parse_with(HfArgumentParser(kind, **described), argv)
     return arguments
+
+
+def parse_with(parser: HfArgumentParser, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Parse options into the dataclasses of a parser, and `--debug`, which every command line has.
+
+    Args:
+        parser: The parser; its help is told of `--debug`.
+        argv: `[recipe.yaml] [--option value …]`; None for the command line.
+
+    Returns:
+        One object of each dataclass.
+
+    Raises:
+        FileNotFoundError: There is no such recipe.
+        ScaleDownError: An option is wrong.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser.epilog = "With --debug an error is printed with its traceback, and what is otherwise not worth a line."
+    for place, option in enumerate(argv):
+        # The Trainer has a --debug of its own, which takes a value.
+        if option == "--debug" and (place + 1 == len(argv) or argv[place + 1].startswith("--")):
+            del argv[place]
+            OWN_LOGGER.setLevel(logging.DEBUG)
+            break
+    argv = expand_recipe(parser, argv)
+    try:
+        return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    except ScaleDownError:
+        raise
+    except ValueError as error:  # the parser's own, or that of transformers' arguments
+        raise ScaleDownError(str(error)) from error
 
 
 def refuse_options(arguments: Any, names: Collection[str], reader: str) -> None:
@@ -68,7 +108,7 @@ def refuse_options(arguments: Any, names: Collection[str], reader: str) -> None:
     for option in fields(arguments):
         value = getattr(arguments, option.name)
         if option.name in names and value != option.default:
-            raise ValueError(f"{reader} does not read {option.name}={value}; leave --{option.name} out.")
+            raise ScaleDownError(f"{reader} does not read {option.name}={value}; leave --{option.name} out.")
 
 
 def split_names(text: str | None) -> list[str]:

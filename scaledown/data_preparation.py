@@ -21,6 +21,8 @@ import datasets
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from errors_scaledown import ScaleDownError
+
 from .answer_teacher import AnswerTeacher, LocalTeacher
 from .command_line import run_command
 from .corpus import CorpusReader, build_passages
@@ -238,7 +240,7 @@ class _Preparation:
             if self.arguments.corpus is not None or self.keeps_documents:
                 pool = ""
             advice = "adapt --num_documents, retrieve from a --corpus, or check the source."
-            raise ValueError(f"found no usable question ({reasons}), expected at least one. {pool}{advice}")
+            raise ScaleDownError(f"found no usable question ({reasons}), expected at least one. {pool}{advice}")
         return usable
 
     def _choose_documents(self, source: Source, questions: list[Question]) -> None:
@@ -401,7 +403,7 @@ class _Preparation:
             self.statistics.count(record, gold, matcher, self.documents[index])
             yield record
         if self.statistics.num_questions == 0:
-            raise ValueError(
+            raise ScaleDownError(
                 f"the teacher gave no answer that can be used to any of {count} questions, expected at least one; "
                 f"{self.answers.path} tells why. Check the teacher, and delete {self.work.path} to ask again."
             )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
+from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 
 from .command_line import parse_options, run_command
@@ -44,7 +45,7 @@ class DemoArguments:
     def __post_init__(self):
         for name, least in (("num_questions", 1), ("num_documents", 2)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+                raise ScaleDownError(f"{name}={getattr(self, name)} must be at least {least}.")
 
 
 def draw_examples(args: DemoArguments) -> list[Example]:

@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from errors_scaledown import ScaleDownError
+
 Model = TypeVar("Model")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -23,7 +25,7 @@ def find_device(name: str) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         message = str(error).splitlines()[0]
-        raise ValueError(f"device is {name}, which is not here ({message}); correct --device.") from error
+        raise ScaleDownError(f"device is {name}, which is not here ({message}); correct --device.") from error
     return device
 
 
@@ -48,7 +50,7 @@ def pick_dtype(name: str) -> torch.dtype:
         ValueError: There is no such name.
     """
     if name not in DTYPES:
-        raise ValueError(f"dtype is {name!r}, expected one of {', '.join(DTYPES)}; correct --dtype.")
+        raise ScaleDownError(f"dtype is {name!r}, expected one of {', '.join(DTYPES)}; correct --dtype.")
     if name != "auto":
         return getattr(torch, name)
     if not torch.cuda.is_available():
@@ -84,8 +86,10 @@ def load_model(load: Callable[[], Model], name: str, option: str) -> Model:
     """
     try:
         return load()
+    except ScaleDownError as error:
+        raise ScaleDownError(f"{option} names {name}: {error}") from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ValueError(
+        raise ScaleDownError(
             f"{option} names {name}, which cannot be loaded ({type(error).__name__}: {error}). Expected a folder or a "
             f"name on the Hub; check the name, its kind and the connection."
         ) from error

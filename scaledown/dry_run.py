@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from configuration_scaledown import ScaleDownConfig
+from errors_scaledown import ScaleDownError
 from modeling_scaledown import CHUNK_INPUTS, ScaleDownModel
 from processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor
 
@@ -271,7 +272,7 @@ def _from_backbones(model_args: ModelArguments, settings: dict[str, Any]) -> tup
         names.append((model_args.compressor_name_or_path, model_args.compressor_revision))
     kind = settings.get("compressor_type", "n_layers")
     if (len(names) == 1) != (kind == "n_layers"):
-        raise ValueError(
+        raise ScaleDownError(
             f"compressor_name_or_path={model_args.compressor_name_or_path} does not go with compressor_type={kind}: "
             "n_layers copies the generator's own layers and takes no compressor, the other types need one."
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 
 from .command_line import parse_options, run_command
@@ -50,7 +51,7 @@ def embed(source: Path, target: Path) -> int:
         model.save_pretrained(folder, weights_format="full")
         size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
         if size > MAX_BYTES:
-            raise ValueError(
+            raise ScaleDownError(
                 f"the weights of {source} take {size:,} bytes; the embedded model has at most {MAX_BYTES:,}. Train a "
                 "smaller one."
             )

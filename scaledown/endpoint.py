@@ -15,6 +15,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from errors_scaledown import ScaleDownError
+
 from .answer_teacher import TeacherError, duration
 from .journal import Journal
 from .prompts import build_messages
@@ -115,7 +117,7 @@ class EndpointTeacher:
         if api_key_variable is not None:
             self._key = os.environ.get(api_key_variable, "")
             if not self._key:
-                raise ValueError(
+                raise ScaleDownError(
                     f"{self.option}_api_key_env names {api_key_variable}, but this environment variable is not set; "
                     f"expected the key of {url} in it. Set it, or leave the option out for a server without a key."
                 )

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from errors_scaledown import ScaleDownError
+
 from .answer_teacher import TeacherError
 from .answering import answer_all
 from .bootstrap import Bootstrap
@@ -187,7 +189,7 @@ def _place(arguments: EvaluationArguments) -> tuple[PartialState, torch.device]:
     if arguments.device in ("auto", "cpu"):
         return state, torch.device("cpu") if arguments.device == "cpu" else state.device
     if state.num_processes > 1:
-        raise ValueError(
+        raise ScaleDownError(
             f"device is {arguments.device}, but each of {state.num_processes} processes has its own; auto."
         )
     return state, find_device(arguments.device)
@@ -203,12 +205,12 @@ def _fitting(
     # Again after each time, since shuffled_documents draws from the questions that are left.
     while too_long := check_lengths(systems, examples, limit, arguments.max_new_tokens):
         if arguments.too_long == "error":
-            raise ValueError(_too_long(too_long, arguments, examples, limit))
+            raise ScaleDownError(_too_long(too_long, arguments, examples, limit))
         counts.update({name: len(places) for name, places in too_long.items()})
         left_out = {index for places in too_long.values() for index, _ in places}
         kept = [example for example in examples if example.index not in left_out]
         if not kept:
-            raise ValueError(f"all {len(examples)} questions are too long ({dict(counts)}); lower --num_documents.")
+            raise ScaleDownError(f"all {len(examples)} questions are too long ({dict(counts)}); lower --num_documents.")
         for index, example in enumerate(kept):
             example.index = index
         examples, systems = kept, build_systems(found, arguments, kept)
@@ -276,7 +278,7 @@ def _judge(run: Run, judge: Judge, arguments: EvaluationArguments, folder: Path)
             found["agreement_with_exact_match"][system] = agreement(*grades)
         for other in arguments.judged_against:
             if other not in run.texts:
-                raise ValueError(f"judge_against names {other!r}, which {arguments.rejudge} has no answers of.")
+                raise ScaleDownError(f"judge_against names {other!r}, which {arguments.rejudge} has no answers of.")
             values = compare_answers(judge, cache, run.examples, run.texts[MODEL], run.texts[other])
             decided = [value for value in values if not math.isnan(value)]
             found["pairs"][other] = {
@@ -287,7 +289,7 @@ def _judge(run: Run, judge: Judge, arguments: EvaluationArguments, folder: Path)
                 "undecided": len(values) - len(decided),
             }
     except TeacherError as error:
-        raise ValueError(
+        raise ScaleDownError(
             f"{error} All but the judgements is in {folder}; --rejudge {folder} with the same judge goes on."
         ) from error
     run.metrics["judge"] = found

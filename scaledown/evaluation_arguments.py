@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from errors_scaledown import ScaleDownError
+
 from .command_line import parse_options, refuse_options, split_names
 from .devices import DTYPES
 from .formats import FORMATS
@@ -149,16 +151,16 @@ class EvaluationArguments:
         for name in (*counts, "judge_concurrency", "resamples"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1; correct --{name}.")
+                raise ScaleDownError(f"{name} is {value}, expected at least 1; correct --{name}.")
         if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size) > 0):
-            raise ValueError(f"batch_size is {self.batch_size!r}, expected auto or a number of at least 1.")
+            raise ScaleDownError(f"batch_size is {self.batch_size!r}, expected auto or a number of at least 1.")
         if (self.judge is None) != (self.judge_url is None):
-            raise ValueError("a judge needs both its name and its endpoint; pass --judge and --judge_url.")
+            raise ScaleDownError("a judge needs both its name and its endpoint; pass --judge and --judge_url.")
         _ = self.judge_request  # is read now, not after the answers
         if self.judge_against is not None and self.judge is None:
-            raise ValueError("judge_against needs a judge; pass --judge and --judge_url, or leave it out.")
+            raise ScaleDownError("judge_against needs a judge; pass --judge and --judge_url, or leave it out.")
         if self.update_card and not (self.model and Path(self.model).is_dir()):
-            raise ValueError(
+            raise ScaleDownError(
                 f"update_card needs a model in a local folder to write its README.md, and {self.model} is none; load "
                 "the model, save it with save_pretrained, and evaluate that folder."
             )
@@ -169,25 +171,31 @@ class EvaluationArguments:
         if self.output_dir is not None:  # now, not after the answers
             above = next(path for path in Path(self.output_dir).absolute().parents if path.exists())
             if not above.is_dir() or not os.access(above, os.W_OK):
-                raise ValueError(f"{self.output_dir} cannot be made in {above}; name a folder that can.")
+                raise ScaleDownError(f"{self.output_dir} cannot be made in {above}; name a folder that can.")
 
     def _check_names(self) -> None:
         if self.rejudge is not None and (self.model is not None or self.judge is None):
-            raise ValueError("rejudge takes answers of an earlier run and a judge, no model; pass --judge.")
+            raise ScaleDownError("rejudge takes answers of an earlier run and a judge, no model; pass --judge.")
         if self.model is None and self.compare is None and self.rejudge is None:
-            raise ValueError("model is missing; pass --model and --data, or --compare with folders of earlier runs.")
+            raise ScaleDownError(
+                "model is missing; pass --model and --data, or --compare with folders of earlier runs."
+            )
         if self.model is not None and self.data is None:
-            raise ValueError("data is missing; pass --data with the questions to ask.")
+            raise ScaleDownError("data is missing; pass --data with the questions to ask.")
         if self.rejudge is not None:
             refuse_options(self, self._others(READ_BY_REJUDGE), "rejudge takes earlier answers as they are and")
         elif self.model is None:
             refuse_options(self, self._others(READ_BY_COMPARE), "compare puts earlier runs side by side and")
         unknown = [name for name in self.baseline_names if name not in BASELINES]
         if unknown:
-            raise ValueError(f"there is no baseline {unknown[0]!r}; expected some of {', '.join(BASELINES)}, or none.")
+            raise ScaleDownError(
+                f"there is no baseline {unknown[0]!r}; expected some of {', '.join(BASELINES)}, or none."
+            )
         absent = [name for name in self.judged_against if name not in self.baseline_names]
         if absent and self.rejudge is None:
-            raise ValueError(f"judge_against names {absent[0]!r}, which is not among the baselines; add it to those.")
+            raise ScaleDownError(
+                f"judge_against names {absent[0]!r}, which is not among the baselines; add it to those."
+            )
 
     def _others(self, read: tuple[str, ...]) -> set[str]:
         return {option.name for option in fields(self)}.difference(read)
@@ -210,9 +218,9 @@ class EvaluationArguments:
         try:
             value = json.loads(text)
         except ValueError as error:
-            raise ValueError(f"judge_extra_body is no JSON ({error}): {text}") from error
+            raise ScaleDownError(f"judge_extra_body is no JSON ({error}): {text}") from error
         if not isinstance(value, dict):
-            raise ValueError(f"judge_extra_body is {text}, expected a JSON object.")
+            raise ScaleDownError(f"judge_extra_body is {text}, expected a JSON object.")
         return value
 
     @property

@@ -8,6 +8,7 @@ import torch
 
 from card_scaledown import CARD_NAME, HUB_NAME, is_rendered
 from configuration_scaledown import ScaleDownConfig
+from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 
 from .evaluation_report import TITLES, estimate, measured
@@ -21,7 +22,7 @@ def check_card(folder: str | Path) -> None:
     """Raise a ValueError unless the card of a folder may be rendered again, or is yet to be."""
     readme = Path(folder) / CARD_NAME
     if readme.is_file() and not is_rendered(readme):
-        raise ValueError(
+        raise ScaleDownError(
             f"{readme} was not rendered by this project, so update_card leaves it alone; move it away, or leave the "
             "option out."
         )

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from errors_scaledown import ScaleDownError
+
 from .document_choice import OwnDocuments, PoolDocuments, sample, stable_hash
 from .formats import OWN_DOCUMENTS, detect_format, read_record
 from .questions import as_mapping
@@ -96,7 +98,7 @@ def load_data(
     answered = [example for example in examples if example.gold]
     dropped["no_answer"] = dropped.get("no_answer", 0) + len(examples) - len(answered)
     if not answered:
-        raise ValueError(
+        raise ScaleDownError(
             f"{source}: found {len(examples)} questions but none with a gold answer, expected at least one to compare "
             "with; add `answer` or `gold_answers`."
         )

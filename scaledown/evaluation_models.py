@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 
 from .devices import is_quantized, load_model, pick_dtype
@@ -64,7 +65,7 @@ def load_contestants(arguments: EvaluationArguments, device: torch.device) -> Co
     model = (model if arguments.load_in_4bit else model.to(device)).eval()
     config = model.config
     if arguments.selection and not config.enable_reranking:
-        raise ValueError(
+        raise ScaleDownError(
             f"{arguments.model} was built without reranking and cannot select documents; leave out "
             f"{', '.join(f'--{name}' for name in arguments.selection)}."
         )
@@ -189,7 +190,7 @@ def _load_generator(
         lambda: AutoTokenizer.from_pretrained(source[0], revision=source[1] or "main"), source[0], "--generator"
     )
     if other.get_vocab() != own.get_vocab():
-        raise ValueError(
+        raise ScaleDownError(
             f"--generator names {source[0]}, whose tokenizer has another vocabulary ({len(other)} tokens) than the "
             f"model's ({len(own)}); name the generator the model was trained with."
         )

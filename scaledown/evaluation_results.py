@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from errors_scaledown import ScaleDownError
+
 from .bootstrap import Bootstrap, Estimate
 from .evaluation_data import Example
 from .evaluation_metrics import ANSWER_MODULES, load_metric
@@ -127,7 +129,7 @@ def check_fields(examples: Sequence[Example], fields: Sequence[str]) -> None:
     present = {name for example in examples for name in example.fields}
     for name in fields:
         if name not in present:
-            raise ValueError(
+            raise ScaleDownError(
                 f"group_by names {name!r}, which no record has; the records' own fields are "
                 f"{', '.join(sorted(present)) or '(none)'}. Correct --group_by, or add the field to the records."
             )

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from errors_scaledown import ScaleDownError
+
 from .evaluation_data import Example
 from .evaluation_plots import plot_answers
 from .evaluation_report import write_report
@@ -121,13 +123,13 @@ def read_metrics(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / METRICS_NAME
     if not path.is_file():
-        raise ValueError(
+        raise ScaleDownError(
             f"{folder} has no {METRICS_NAME}, which evaluate.py writes last; name the folder of a finished run."
         )
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); name the output folder of a finished run.") from error
+        raise ScaleDownError(f"{path} is no JSON ({error}); name the output folder of a finished run.") from error
 
 
 def _json_number(value: float) -> float | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 
 from .command_line import parse_options, run_command
@@ -39,7 +40,9 @@ def generator_weights(model: ScaleDownModel) -> dict[str, torch.Tensor]:
         ValueError: The model has no LoRA: it was merged into the weights.
     """
     if model.config.lora_config is None:
-        raise ValueError("the model has no LoRA apart from its generator: it was merged; train with merge_lora=false.")
+        raise ScaleDownError(
+            "the model has no LoRA apart from its generator: it was merged; train with merge_lora=false."
+        )
     return {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in model.generator.state_dict().items()

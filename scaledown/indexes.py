@@ -23,6 +23,8 @@ import scipy.sparse
 import Stemmer
 from tqdm.auto import tqdm
 
+from errors_scaledown import ScaleDownError
+
 from .devices import import_sentence_transformers, load_model, pick_dtype
 from .journal import blocks
 from .records import atomic_writer
@@ -220,7 +222,7 @@ class EncodingIndex:
             "--retriever_name_or_path",
         )
         if self._model.similarity_fn_name not in ("dot", "cosine"):
-            raise ValueError(
+            raise ScaleDownError(
                 f"--retriever_name_or_path names {model_name_or_path}, which compares by "
                 f"{self._model.similarity_fn_name}; expected dot or cosine. Choose another encoder."
             )

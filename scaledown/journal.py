@@ -18,13 +18,15 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from errors_scaledown import ScaleDownError
+
 from .records import RecordError, atomic_writer
 
 # How `Journal.append` begins a line.
 LINE = re.compile(rb'\{"index": (\d+), "value": ')
 
 
-class WorkFolderError(ValueError):
+class WorkFolderError(ScaleDownError):
     """Unfinished work that does not belong to this run; the message names the difference and the remedy."""
 
 

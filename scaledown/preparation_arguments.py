@@ -1,7 +1,6 @@
 """Arguments of `prepare_data.py`: one dataclass over a YAML recipe and the command line."""
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -9,10 +8,12 @@ from typing import Any, Literal
 
 from transformers import HfArgumentParser
 
+from errors_scaledown import ScaleDownError
+
+from .command_line import parse_with
 from .devices import DTYPES
 from .formats import FORMATS, Columns
 from .indexes import DEFAULT_MODELS, RETRIEVERS
-from .recipes import expand_recipe
 from .reranking_teacher import DEFAULT_RERANKER
 from .sources import describe_source
 
@@ -186,31 +187,31 @@ class PreparationArguments:
         self._check_choices()
         self._check_numbers()
         if self.output is None and not self.only_corpus:
-            raise ValueError(
+            raise ScaleDownError(
                 "output is missing; name the file to write with --output. Only --corpus with --corpus_dir, which build "
                 "an index, need neither --source nor --output."
             )
         if self.source is None and not self.only_corpus:
-            raise ValueError("source is missing; name the questions with --source.")
+            raise ScaleDownError("source is missing; name the questions with --source.")
         self._check_output()
         if self.corpus is None and self.top_k is not None:
-            raise ValueError("top_k is given without a corpus; name one with --corpus, or use --num_documents.")
+            raise ScaleDownError("top_k is given without a corpus; name one with --corpus, or use --num_documents.")
         if self.corpus is None and self.corpus_dir is not None:
-            raise ValueError("corpus_dir is given without a corpus; name the one it belongs to with --corpus.")
+            raise ScaleDownError("corpus_dir is given without a corpus; name the one it belongs to with --corpus.")
         if self.corpus_dir is not None and Path(self.corpus).resolve() in (
             Path(self.corpus_dir).resolve(),
             *Path(self.corpus_dir).resolve().parents,
         ):
-            raise ValueError(f"corpus_dir is {self.corpus_dir}, inside the corpus itself; name a folder elsewhere.")
+            raise ScaleDownError(f"corpus_dir is {self.corpus_dir}, inside the corpus itself; name a folder elsewhere.")
         if self.corpus is not None and self.num_documents is not None:
-            raise ValueError(
+            raise ScaleDownError(
                 "num_documents chooses from the source's own passages and corpus replaces them; use --top_k with a "
                 "corpus."
             )
         if self.keep_best is not None and self.reranker is None:
-            raise ValueError("keep_best is given without a reranker, which says what is best; add --reranker.")
+            raise ScaleDownError("keep_best is given without a reranker, which says what is best; add --reranker.")
         if self.teacher_url is not None and self.teacher is None:
-            raise ValueError("teacher_url is given without the model's name there; add --teacher.")
+            raise ScaleDownError("teacher_url is given without the model's name there; add --teacher.")
         self.extra_body  # noqa: B018 - refused now, not after the work
 
     def _check_output(self) -> None:
@@ -222,10 +223,10 @@ class PreparationArguments:
                 continue
             path = Path(value).resolve()
             if path == output:
-                raise ValueError(f"output is {self.output}, the {name} itself; write to another file.")
+                raise ScaleDownError(f"output is {self.output}, the {name} itself; write to another file.")
             # The unfinished work beside the output would be read as a part of it, and change it.
             if path.is_dir() and path in output.parents:
-                raise ValueError(f"output is {self.output}, inside the {name} {value}; write to another folder.")
+                raise ScaleDownError(f"output is {self.output}, inside the {name} {value}; write to another folder.")
 
     def _check_choices(self) -> None:
         choices = {
@@ -238,7 +239,7 @@ class PreparationArguments:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 names = ", ".join(choice for choice in allowed if choice)
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {names}; correct --{name}.")
+                raise ScaleDownError(f"{name} is {getattr(self, name)!r}, expected one of {names}; correct --{name}.")
 
     def _check_numbers(self) -> None:
         least = {
@@ -261,9 +262,9 @@ class PreparationArguments:
         for name, minimum in least.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
-                raise ValueError(f"{name} is {value}, expected at least {minimum}; raise --{name} or leave it out.")
+                raise ScaleDownError(f"{name} is {value}, expected at least {minimum}; raise --{name} or leave it out.")
         if self.teacher_timeout <= 0:
-            raise ValueError(f"teacher_timeout is {self.teacher_timeout}, expected a positive number of seconds.")
+            raise ScaleDownError(f"teacher_timeout is {self.teacher_timeout}, expected a positive number of seconds.")
 
     @property
     def only_corpus(self) -> bool:
@@ -308,9 +309,9 @@ class PreparationArguments:
         try:
             value = json.loads(self.teacher_extra_body)
         except ValueError as error:
-            raise ValueError(f"teacher_extra_body is no JSON ({error}): {self.teacher_extra_body}") from error
+            raise ScaleDownError(f"teacher_extra_body is no JSON ({error}): {self.teacher_extra_body}") from error
         if not isinstance(value, dict):
-            raise ValueError(f"teacher_extra_body is {self.teacher_extra_body}, expected a JSON object.")
+            raise ScaleDownError(f"teacher_extra_body is {self.teacher_extra_body}, expected a JSON object.")
         return value
 
     @property
@@ -360,14 +361,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> PreparationArguments:
         FileNotFoundError: There is no such recipe.
         ValueError: The recipe or an option is wrong.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(
         PreparationArguments,
         prog="prepare_data.py",
         usage="%(prog)s [recipe.yaml] --source SOURCE --output FILE [--option value ...]",
         description="Turn a data set into the project's records, with documents, scores and answers of teachers.",
     )
-    (arguments,) = parser.parse_args_into_dataclasses(args=expand_recipe(parser, argv), look_for_args_file=False)
+    (arguments,) = parse_with(parser, argv)
     return arguments
 
 

@@ -6,6 +6,8 @@ import datasets
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
+from errors_scaledown import ScaleDownError
+
 from .splitting import PassageSplitter
 
 FILE_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -54,7 +56,7 @@ def load_pretraining_data(
         **({} if streaming else {"desc": "Cutting passages"}),
     )
     if not streaming and len(rows) == 0:
-        raise ValueError(
+        raise ScaleDownError(
             f"{source} holds fewer than two passages of {passage_length} tokens in its column {text_column!r}; name "
             "another file or column."
         )
@@ -66,7 +68,7 @@ def _load_texts(source, text_column, config, split, streaming):
     suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED]
     if path.is_file():
         if not suffixes or suffixes[-1] not in FILE_FORMATS:
-            raise ValueError(f"{source} has none of the endings {', '.join(FILE_FORMATS)}; rename or convert it.")
+            raise ScaleDownError(f"{source} has none of the endings {', '.join(FILE_FORMATS)}; rename or convert it.")
         arguments = {"path": FILE_FORMATS[suffixes[-1]], "data_files": {split: str(path)}, "split": split}
     elif not path.exists() and (path.suffix or source.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"{source} does not exist (looked from {Path.cwd()}); check the path.")
@@ -76,12 +78,12 @@ def _load_texts(source, text_column, config, split, streaming):
         texts = datasets.load_dataset(**arguments, streaming=streaming)
         columns = texts.column_names or list(next(iter(texts)))
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise ValueError(
+        raise ScaleDownError(
             f"{source} (configuration {config}, split {split}) could not be read: {type(error).__name__}: {error}. "
             "Name a file, or a data set with its configuration and split."
         ) from error
     if text_column not in columns:
-        raise ValueError(f"{source} has the columns {', '.join(columns)}, not {text_column!r}; set text_column.")
+        raise ScaleDownError(f"{source} has the columns {', '.join(columns)}, not {text_column!r}; set text_column.")
     return texts.select_columns([text_column])
 
 

@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from errors_scaledown import ScaleDownError
+
 from .records import half_of_a_pair, is_blank
 
 # Takes a title, perhaps empty, and a long text, and returns passages.
 Splitter = Callable[[str, str], list[str]]
 
 
-class SourceError(ValueError):
+class SourceError(ScaleDownError):
     """A source that cannot be read; the message names the place, the finding and the remedy."""
 
 

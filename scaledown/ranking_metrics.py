@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import ir_measures
 from ir_measures import RR, R, Success, nDCG
 
+from errors_scaledown import ScaleDownError
+
 RECALL_AT = (1, 3, 5)
 
 
@@ -27,7 +29,7 @@ def rank_questions(
     runs, truth = {}, {}
     for index, (row, right) in enumerate(zip(scores, positives, strict=True)):
         if not right or not all(0 <= place < len(row) for place in right):
-            raise ValueError(
+            raise ScaleDownError(
                 f"question {index} has the right documents {list(right)} among {len(row)}; expected at least one, each "
                 "an index into the scores. Leave out questions without one."
             )

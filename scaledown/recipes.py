@@ -11,6 +11,8 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from errors_scaledown import ScaleDownError
+
 
 def expand_recipe(parser: HfArgumentParser, argv: Sequence[str]) -> list[str]:
     """Put a recipe's options in the place of its name.
@@ -33,10 +35,10 @@ def expand_recipe(parser: HfArgumentParser, argv: Sequence[str]) -> list[str]:
         raise FileNotFoundError(f"{path} does not exist (looked from {Path.cwd()}); recipes/ holds those that ship.")
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ScaleDownError(f"{path} is not YAML: {error}") from None
     if not isinstance(recipe, dict):
-        raise ValueError(f"{path} is not a recipe: expected lines of the form `option: value`.")
+        raise ScaleDownError(f"{path} is not a recipe: expected lines of the form `option: value`.")
     names = {item.name for kind in parser.dataclass_types for item in fields(kind) if item.init}
     actions = {action.dest: action for action in parser._actions if action.dest in names}
     options = []
@@ -44,7 +46,7 @@ def expand_recipe(parser: HfArgumentParser, argv: Sequence[str]) -> list[str]:
         if name not in actions:
             near = difflib.get_close_matches(str(name), actions, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; python {parser.prog} --help lists the options."
-            raise ValueError(f"{path} sets {name}, which is not an option{hint}")
+            raise ScaleDownError(f"{path} sets {name}, which is not an option{hint}")
         if value is not None:
             options += [f"--{name}", *_option_values(path, name, value, actions[name])]
     return [*options, *rest]
@@ -63,7 +65,7 @@ def _option_value(path: str, name: str, value: Any, action: Any) -> str:
     if isinstance(value, bool) and not is_switch:  # YAML reads a bare no as false
         value = "yes" if value else "no"
     if is_switch and str(value).lower() not in ("true", "false", "yes", "no", "t", "f", "y", "n", "1", "0"):
-        raise ValueError(f"{path} sets {name} to {value!r}; expected true or false.")
+        raise ScaleDownError(f"{path} sets {name} to {value!r}; expected true or false.")
     if action.choices is not None and value not in action.choices:
-        raise ValueError(f"{path} sets {name} to {value!r}; expected one of {', '.join(map(str, action.choices))}.")
+        raise ScaleDownError(f"{path} sets {name} to {value!r}; expected one of {', '.join(map(str, action.choices))}.")
     return json.dumps(value) if isinstance(value, dict) else str(value)

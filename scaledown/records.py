@@ -29,6 +29,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
 
+from errors_scaledown import ScaleDownError
+
 GZIP_MAGIC = b"\x1f\x8b"
 XZ_MAGIC = b"\xfd7zXZ\x00"
 PARQUET_MAGIC = b"PAR1"
@@ -52,7 +54,7 @@ FEATURES = datasets.Features(
 )
 
 
-class RecordError(ValueError):
+class RecordError(ScaleDownError):
     """A record that breaks the format; the message names the file, the line, the finding and the remedy."""
 
 

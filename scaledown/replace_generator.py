@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 from weights_scaledown import absolute_name, weights_fingerprint
 
@@ -53,19 +54,19 @@ def replace_generator(model: ScaleDownModel, generator: str) -> None:
     differing = sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
     if differing:
         name = differing[0]
-        raise ValueError(
+        raise ScaleDownError(
             f"{generator} has another shape than the model's generator: {name} is {others.get(name)}, not "
             f"{shapes.get(name)}; train a new model on top of it."
         )
     settings, theirs = model.config.generator_config.to_dict(), other.config.to_dict()
     for name in sorted((settings.keys() | theirs.keys()) - NO_MATTER):
         if settings.get(name) != theirs.get(name):
-            raise ValueError(
+            raise ScaleDownError(
                 f"{generator} has {name}={theirs.get(name)}, the model's generator {settings.get(name)}; train a new "
                 "model on top of it."
             )
     if AutoTokenizer.from_pretrained(generator).get_vocab() != model.processor.tokenizer.get_vocab():
-        raise ValueError(f"{generator} has another vocabulary than the model; train a new model on top of it.")
+        raise ScaleDownError(f"{generator} has another vocabulary than the model; train a new model on top of it.")
     for name, tensor in own.items():
         tensor.copy_(weights[name])
     model.config.generator_name_or_path = generator

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from errors_scaledown import ScaleDownError
+
 from .devices import import_sentence_transformers, load_model, pick_dtype
 
 # The DeBERTa-v3 reranker of the paper.
@@ -50,7 +52,7 @@ class RerankingTeacher:
             "--reranker",
         )
         if self._model.num_labels != 1:
-            raise ValueError(
+            raise ScaleDownError(
                 f"--reranker names {model_name_or_path}, which has {self._model.num_labels} outputs; expected one, the "
                 f"relevance. Choose another cross-encoder."
             )
@@ -77,7 +79,7 @@ class RerankingTeacher:
         scores = scores.float().cpu()
         if not bool(torch.isfinite(scores).all()):
             place = int((~torch.isfinite(scores)).nonzero()[0])
-            raise ValueError(
+            raise ScaleDownError(
                 f"the reranker gave the score {scores[place].item()} to the pair {str(pairs[place])[:200]}; expected a "
                 f"finite number. Try --dtype float32."
             )

@@ -6,6 +6,8 @@ import bm25s
 import numpy as np
 import Stemmer
 
+from errors_scaledown import ScaleDownError
+
 
 class BM25Retriever:
     """BM25 with English stop words and stemming; equal scores keep the order of the pool.
@@ -21,7 +23,7 @@ class BM25Retriever:
 
     def __init__(self, passages: Sequence[str]):
         if not passages:
-            raise ValueError("BM25 got 0 passages, expected at least 1; check the source of the pool.")
+            raise ScaleDownError("BM25 got 0 passages, expected at least 1; check the source of the pool.")
         self.num_passages = len(passages)
         self._stemmer = Stemmer.Stemmer("english")
         tokens = tokenize(passages, self._stemmer)
@@ -60,7 +62,7 @@ class BM25Retriever:
             ValueError: `k` is negative.
         """
         if k < 0:
-            raise ValueError(f"k is {k}, expected 0 or more passages; pass a larger number.")
+            raise ScaleDownError(f"k is {k}, expected 0 or more passages; pass a larger number.")
         excluded = set(exclude)
         ranked = top_indices(self.scores(query), k + len(excluded))
         return [int(index) for index in ranked if index not in excluded][:k]

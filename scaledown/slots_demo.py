@@ -38,6 +38,7 @@ from transformers import (
 )
 
 from configuration_scaledown import ScaleDownConfig
+from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 from processing_scaledown import ScaleDownProcessor
 
@@ -137,7 +138,7 @@ def read_passages(data: str | None, count: int, seed: int) -> list[dict]:
     """
     found = _from_records(data) if data else _from_language_reference()
     if len(found) < count:
-        raise ValueError(
+        raise ScaleDownError(
             f"{data or 'the language reference'} holds {len(found)} passages with questions on two of their sentences, "
             f"{count} were asked for; lower --num_passages or pass more data."
         )

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from errors_scaledown import ScaleDownError
+
 from .records import is_blank
 
 # A rule of thumb for English: where no tokenizer is named, 128 tokens are counted as 96 words.
@@ -38,13 +40,13 @@ class PassageSplitter:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None, length: int = 128, overlap: int = 0):
         if length < 8:
-            raise ValueError(f"passage_length is {length}, expected at least 8 tokens; raise --passage_length.")
+            raise ScaleDownError(f"passage_length is {length}, expected at least 8 tokens; raise --passage_length.")
         if not 0 <= overlap <= length // 2:
-            raise ValueError(
+            raise ScaleDownError(
                 f"passage_overlap is {overlap}, expected 0 to {length // 2}, half a passage; adapt --passage_overlap."
             )
         if tokenizer is not None and not tokenizer.is_fast:
-            raise ValueError(
+            raise ScaleDownError(
                 f"{tokenizer.name_or_path} has a slow tokenizer, which cannot say where its tokens stand in the text. "
                 f"Name another --tokenizer_name_or_path, or none to count words."
             )

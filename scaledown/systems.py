@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from errors_scaledown import ScaleDownError
 from modeling_scaledown import CHUNK_INPUTS, ScaleDownModel
 from processing_scaledown import ScaleDownProcessor, _encode_as_text, _encode_continuations, _pad
 from reranking_scaledown import document_scores, select_chunks, slots_by_document
@@ -308,7 +309,7 @@ def choose_donors(examples: Sequence[Example], seed: int) -> dict[int, list[str]
         others = (examples[order[(place + step) % len(order)]].documents for step in range(1, len(order)))
         documents = [] if not own else next((texts for texts in others if texts and own.isdisjoint(texts)), None)
         if documents is None:
-            raise ValueError(
+            raise ScaleDownError(
                 f"the baseline shuffled_documents finds no question without a document of question "
                 f"{examples[index].id!r} among {len(examples)}; ask more questions, or leave this baseline out."
             )

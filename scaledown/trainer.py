@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from errors_scaledown import ScaleDownError
 from weights_scaledown import checkpoint_index, read_tensors
 
 from .arguments import ScaleDownTrainingArguments
@@ -75,7 +76,7 @@ class ScaleDownTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         if self.is_sharded:
             if args.predict_with_generate:
-                raise ValueError(
+                raise ScaleDownError(
                     "predict_with_generate does not work with FSDP or DeepSpeed, which bring a model together for its "
                     "forward pass only; evaluate the losses, and the answers afterwards."
                 )
@@ -92,7 +93,7 @@ class ScaleDownTrainer(Trainer):
             return
         for i, documents in enumerate(records["documents"]):
             if not documents:
-                raise ValueError(
+                raise ScaleDownError(
                     f"Record {i} has no documents. With FSDP or DeepSpeed every process must run the compressor in "
                     "every step; leave such records out, or use one whole model per device (accelerate/ddp.yaml)."
                 )

@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 from weights_scaledown import weights_fingerprint
 
@@ -28,7 +29,7 @@ from .cache import CachedDataset, open_plan
 from .collators import GenerationCollator, JointCollator, PretrainingCollator
 from .command_line import run_command, split_names
 from .compression import cache_fingerprint, compress_records
-from .devices import is_quantized
+from .devices import is_quantized, load_model
 from .pretraining import load_pretraining_data
 from .records import atomic_writer, load_records
 from .trainer import ScaleDownTrainer
@@ -77,7 +78,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: ScaleDownTra
         FileExistsError, FileNotFoundError, ValueError: As in `train` and `compress`.
     """
     if args.dry_run:
-        raise ValueError("dry_run is told by scaledown.dry_run.dry_run, which train.py calls; run() trains.")
+        raise ScaleDownError("dry_run is told by scaledown.dry_run.dry_run, which train.py calls; run() trains.")
     metrics = {}
     for stage in ("compress", "generate") if args.two_stage else (args.stage,):
         args.stage = stage
@@ -118,7 +119,7 @@ def train(
     """
     checkpoint = _checkpoint_to_resume(model_args, data_args, args)
     if args.eval_strategy != "no" and data_args.eval_file is None:
-        raise ValueError(f"eval_strategy={args.eval_strategy.value} needs data to evaluate on; set eval_file.")
+        raise ScaleDownError(f"eval_strategy={args.eval_strategy.value} needs data to evaluate on; set eval_file.")
     set_seed(args.seed)
     with_backbone = args.stage != "generate"
     load_backbone = None if with_backbone else partial(_load_backbone, model_args, args)
@@ -175,12 +176,12 @@ def compress(
     metrics = {"cache_bytes": 0.0, "cache_chunks": 0.0}
 
     @functools.cache
-    def load_model() -> ScaleDownModel:
+    def load_compressor() -> ScaleDownModel:
         return build_model(model_args, args, with_generator=False).to(args.device).eval()
 
     for name, records in _records(data_args).items():
         plan = compress_records(
-            load_model,
+            load_compressor,
             skeleton.processor,
             skeleton.config,
             records,
@@ -233,31 +234,45 @@ def build_model(
     unset_hf_deepspeed_config()  # so that weights are spread when all are there: LoRA and memory embeddings read them
     if model_args.model_name_or_path is not None:
         changes = {name: settings[name] for name in CHANGEABLE if name in settings and name != "weights_format"}
-        model = ScaleDownModel.from_pretrained(
-            model_args.model_name_or_path, revision=model_args.revision, **changes, **loading
-        )
+        name, revision = model_args.model_name_or_path, model_args.revision
+        load = partial(ScaleDownModel.from_pretrained, name, revision=revision, **changes, **loading)
+        model = load_model(load, name, "--model_name_or_path")
         model.config.weights_format = settings.get("weights_format", model.config.weights_format)
         check_settings(settings, model.config, model_args.model_name_or_path)
         if model.config.weights_format == "delta" and not model.config.generator_fingerprint:
-            raise ValueError(
+            raise ScaleDownError(
                 f"weights_format=delta needs a generator that is still the one of its repository, and that of "
                 f"{model_args.model_name_or_path} is not: its LoRA was merged into it. Train with weights_format=full, "
                 "or go on from a model that was trained with merge_lora=false."
             )
     else:
-        model = ScaleDownModel.from_backbones(
-            model_args.generator_name_or_path,
-            model_args.compressor_name_or_path,
-            revision=model_args.generator_revision,
-            compressor_revision=model_args.compressor_revision,
-            **{**settings, "slot_pooling": choose_slot_pooling(model_args, args)},
-            **loading,
-        )
+        settings["slot_pooling"] = choose_slot_pooling(model_args, args)
+        model = _from_backbones(model_args, {**settings, **loading})
     if with_generator:
         add_lora(model, model_args)
     if args.deepspeed_plugin is not None:
         args.deepspeed_plugin.set_deepspeed_weakref()
     return model
+
+
+def _from_backbones(model_args: ModelArguments, settings: dict[str, Any]) -> ScaleDownModel:
+    try:
+        return ScaleDownModel.from_backbones(
+            model_args.generator_name_or_path,
+            model_args.compressor_name_or_path,
+            revision=model_args.generator_revision,
+            compressor_revision=model_args.compressor_revision,
+            **settings,
+        )
+    except ScaleDownError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        names = [("generator", model_args.generator_name_or_path), ("compressor", model_args.compressor_name_or_path)]
+        named = " and ".join(f"{part}_name_or_path={name}" for part, name in names if name is not None)
+        raise ScaleDownError(
+            f"{named} cannot be loaded ({type(error).__name__}: {error}). Expected folders or names on the Hub; check "
+            "the names, their kind and the connection."
+        ) from error
 
 
 def check_exists(model_name_or_path: str | None) -> None:
@@ -290,7 +305,7 @@ def check_settings(settings: dict[str, Any], config: Any, name_or_path: str) -> 
     """
     for name, value in settings.items():
         if value != getattr(config, name):
-            raise ValueError(
+            raise ScaleDownError(
                 f"{name}={value} cannot be changed in a trained model: {name_or_path} has {getattr(config, name)}. "
                 "Leave it out, or start from backbones."
             )
@@ -317,7 +332,7 @@ def add_lora(model: ScaleDownModel, model_args: ModelArguments) -> None:
         return
     for key, value in settings.items():
         if value != model.config.lora_config.get(key):
-            raise ValueError(
+            raise ScaleDownError(
                 f"The model's LoRA has {key}={model.config.lora_config.get(key)}, not {value}. Leave the option out, "
                 "or merge its LoRA first (model.merge_lora(), then save) to begin a new one."
             )
@@ -477,7 +492,7 @@ def choose_slot_pooling(model_args: ModelArguments, args: ScaleDownTrainingArgum
     """
     frozen = args.stage in ("compress", "generate")
     if frozen and model_args.slot_pooling == "memory_tokens":
-        raise ValueError(
+        raise ScaleDownError(
             "slot_pooling=memory_tokens in two-stage training from backbones would cache what random memory embeddings "
             "give, and never train them. Leave it out (span_mean), or start from a trained model (model_name_or_path)."
         )
@@ -508,7 +523,7 @@ def _checkpoint_to_resume(model_args, data_args, args: ScaleDownTrainingArgument
         before = json.loads(started.read_text(encoding="utf-8"))
         changed = [f"{n} was {before.get(n)} and is {v}" for n, v in settings.items() if before.get(n) != v]
         if changed:
-            raise ValueError(
+            raise ScaleDownError(
                 f"{folder} holds an unfinished run of other settings: {'; '.join(changed)}. Go back to those, choose "
                 "another output_dir, or delete the folder to start anew."
             )

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from errors_scaledown import ScaleDownError
+
 from .command_line import parse_options, run_command
 from .world_text import (
     CONTRASTS,
@@ -216,7 +218,7 @@ class World:
 
     def __init__(self, split: str, seed: int = 0, mixed_names: float = 0.0):
         if split not in SPLITS:
-            raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}.")
+            raise ScaleDownError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}.")
         self.split = split
         self.random = random.Random(f"{split} {seed}")
         self.names = Names(mixed_names)
@@ -382,7 +384,7 @@ class World:
             ValueError: if two hops are to be made in fewer than two passages.
         """
         if num_documents < hops:
-            raise ValueError(f"{hops} hops need as many passages; num_documents is {num_documents}.")
+            raise ScaleDownError(f"{hops} hops need as many passages; num_documents is {num_documents}.")
         rng = self.random
         kind = rng.choice(list(RELATIONS))
         links = [relation for relation in RELATIONS[kind] if relation.description]
@@ -446,7 +448,9 @@ class World:
             ValueError: if a passage is to be repeated where there are several, or two are needed and there is one.
         """
         if repeats > 0 and num_documents > 1:
-            raise ValueError(f"repeats={repeats} needs num_documents=1, not {num_documents}: which one, nothing says.")
+            raise ScaleDownError(
+                f"repeats={repeats} needs num_documents=1, not {num_documents}: which one, nothing says."
+            )
         hops = 1 + (self.random.random() < two_hops)
         near = min(num_documents, 5)
         one_kind = happens(self.random, alike)

@@ -33,6 +33,7 @@ CODE = {
     "card_scaledown.py",
     "compressor_scaledown.py",
     "configuration_scaledown.py",
+    "errors_scaledown.py",
     "modeling_scaledown.py",
     "processing_scaledown.py",
     "reranking_scaledown.py",
