@@ -74,6 +74,10 @@ class ModelArguments:
     )
     lora_alpha: int | None = field(default=None, metadata={"help": "Scale of LoRA; 32 by default."})
     lora_dropout: float | None = field(default=None, metadata={"help": "Dropout of LoRA; 0.1 by default."})
+    lora_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Folder of a PEFT adapter that LoRA starts from, such as --stage reader leaves."},
+    )
     lora_target_modules: str | None = field(
         default=None, metadata={"help": "all-linear (the default), or names such as q_proj,v_proj."}
     )
@@ -162,11 +166,12 @@ class ScaleDownTrainingArguments(TrainingArguments):
     """
 
     output_dir: str | None = field(default="runs/joint", metadata={"help": "Where checkpoints and the model go."})
-    stage: Literal["joint", "pretrain", "compress", "generate"] = field(
+    stage: Literal["joint", "pretrain", "compress", "generate", "reader"] = field(
         default="joint",
         metadata={
             "help": "joint: compressor and generator at once. pretrain: both, on plain text. compress: write the cache "
-            "of two-stage training. generate: learn from the cache."
+            "of two-stage training. generate: learn from the cache. reader: the generator's LoRA alone, on whole "
+            "documents; the baseline for evaluate.py --reader."
         },
     )
     two_stage: bool = field(
@@ -244,8 +249,10 @@ class ScaleDownTrainingArguments(TrainingArguments):
         if self.accelerator_config is None:
             # Streamed rows of several processes differ in length, and one process could not deal them out.
             self.accelerator_config = {"dispatch_batches": False}
-        if self.two_stage and self.stage == "pretrain":
-            raise ScaleDownError("two_stage runs the stages compress and generate, so stage=pretrain contradicts it.")
+        if self.two_stage and self.stage in ("pretrain", "reader"):
+            raise ScaleDownError(
+                f"two_stage runs the stages compress and generate, so stage={self.stage} contradicts it."
+            )
         learns_from_cache = self.two_stage or self.stage == "generate"
         if self.train_sampling_strategy != "random" and self.stage == "pretrain":
             raise ScaleDownError(f"train_sampling_strategy={self.train_sampling_strategy}: passages are of one length.")
@@ -256,6 +263,11 @@ class ScaleDownTrainingArguments(TrainingArguments):
         super().__post_init__()
         for name in set(self.report_to).intersection(TRACKERS).difference(get_available_reporting_integrations()):
             raise ScaleDownError(f"report_to={name} needs {name}, which is not installed: pip install {name}.")
+        if self.predict_with_generate and self.stage == "reader":
+            raise ScaleDownError(
+                "predict_with_generate does not go with the stage reader; evaluate its answers afterwards, with "
+                "evaluate.py --reader."
+            )
         if self.predict_with_generate and self.stage == "pretrain":
             raise ScaleDownError(
                 "predict_with_generate needs questions, and the stage pretrain has none; leave it out."

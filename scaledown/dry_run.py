@@ -151,6 +151,8 @@ def estimate(model_args: ModelArguments, data_args: DataArguments, args: ScaleDo
         OSError: There is no such model.
         ValueError: Arguments that contradict each other, or data that breaks the format.
     """
+    if args.stage == "reader":
+        raise ScaleDownError("dry_run does not estimate the stage reader; estimate stage=joint, which needs more.")
     dtype, notes = _dtype(args)
     compressing = args.stage == "compress"
     model = build_on_meta(model_args, args, dtype, not compressing, args.stage != "generate")

@@ -1,4 +1,4 @@
-"""The paper's prompt with the documents' full texts, for the answer teacher.
+"""The paper's prompt with the documents' full texts, for the answer teacher, the reader and the text baselines.
 
 The documents come from anywhere, so they must not speak for the system or the user. A local teacher's prompt is put
 together from token ids, in which text stays text. An endpoint applies its chat template itself and may read control
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from configuration_scaledown import DEFAULT_CLOSED_BOOK_PROMPT, DEFAULT_SYSTEM_PROMPT, DEFAULT_USER_PROMPT
-from processing_scaledown import ScaleDownProcessor, _encode_as_text
+from processing_scaledown import ScaleDownProcessor, _encode_as_text, _encode_continuations
 
 DOCUMENT_SEPARATOR = "\n"
 # Control tokens of the chat templates in use, such as <|im_start|>, </s>, [INST], <<SYS>> and <start_of_turn>.
@@ -68,6 +68,44 @@ class PromptEncoder:
         texts = DOCUMENT_SEPARATOR.join(documents)
         encoded = _encode_as_text(self._tokenizer, [texts, lead + query])
         return [*before, *encoded[0], *between, *encoded[1], *after]
+
+
+def encode_texts(processor: ScaleDownProcessor, documents: Sequence[Sequence[str]]) -> list[list[int] | None]:
+    """Encode each question's documents as they stand in a prompt, one after another.
+
+    Args:
+        processor: The processor of the model the prompt is for.
+        documents: Full texts of each question.
+
+    Returns:
+        Token ids of each question's documents; None where it has none.
+    """
+    joined = _encode_continuations(
+        processor.tokenizer, [processor.document_separator.join(d) or "-" for d in documents]
+    )
+    return [ids if listed else None for ids, listed in zip(joined, documents, strict=True)]
+
+
+def text_prompts(
+    processor: ScaleDownProcessor, queries: Sequence[str], bodies: Sequence[list[int] | None]
+) -> list[list[int]]:
+    """Build the prompts that compressed questions would have, with text where those have slots.
+
+    Args:
+        processor: The processor of the model.
+        queries: Questions.
+        bodies: Token ids of each question's documents; None gives the prompt of a question without any.
+
+    Returns:
+        Token ids, no special token among those of the texts.
+    """
+    frames = {closed: processor.prompt_frame(closed) for closed in {body is None for body in bodies}}
+    asked = [frames[body is None][3] + query for body, query in zip(bodies, queries, strict=True)]
+    prompts = []
+    for body, question in zip(bodies, _encode_continuations(processor.tokenizer, asked), strict=True):
+        before, between, after, _ = frames[body is None]
+        prompts.append([*before, *(body or []), *between, *question, *after])
+    return prompts
 
 
 def defused(text: str) -> str:

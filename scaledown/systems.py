@@ -29,6 +29,7 @@ from reranking_scaledown import document_scores, select_chunks, slots_by_documen
 from .devices import wait_for
 from .document_choice import stable_hash
 from .evaluation_data import Example
+from .prompts import encode_texts, text_prompts
 
 MODEL = "compressed"
 TEXT_BASELINES = ("full_text", "no_documents", "truncated")
@@ -239,14 +240,7 @@ class TextSystem:
             Token ids, no special token among those of the texts.
         """
         bodies = [None] * len(examples) if self.name == "no_documents" else self._bodies(examples)
-        tokenizer = self.processor.tokenizer
-        frames = {closed: self.processor.prompt_frame(closed) for closed in {body is None for body in bodies}}
-        asked = [frames[body is None][3] + e.query for body, e in zip(bodies, examples, strict=True)]
-        prompts = []
-        for body, question in zip(bodies, _encode_continuations(tokenizer, asked), strict=True):
-            before, between, after, _ = frames[body is None]
-            prompts.append([*before, *(body or []), *between, *question, *after])
-        return prompts
+        return text_prompts(self.processor, [example.query for example in examples], bodies)
 
     @torch.inference_mode()
     def answer(self, examples: Sequence[Example]) -> list[Answer]:
@@ -270,8 +264,7 @@ class TextSystem:
         """Token ids of each question's documents; None where it has none."""
         tokenizer, separator = self.processor.tokenizer, self.processor.document_separator
         if self.name == "full_text":
-            joined = _encode_continuations(tokenizer, [separator.join(e.documents) or "-" for e in examples])
-            return [ids if e.documents else None for ids, e in zip(joined, examples, strict=True)]
+            return encode_texts(self.processor, [example.documents for example in examples])
         between = _encode_continuations(tokenizer, [separator])[0]
         bodies: list[list[int] | None] = []
         for example in examples:

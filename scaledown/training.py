@@ -31,6 +31,7 @@ from .command_line import run_command, split_names
 from .compression import cache_fingerprint, compress_records
 from .devices import is_quantized, load_model
 from .pretraining import load_pretraining_data
+from .reader import ReaderCollator, ReaderTrainer, add_reader_lora, start_lora_from
 from .records import atomic_writer, load_records
 from .trainer import ScaleDownTrainer
 
@@ -107,7 +108,7 @@ def train(
     Args:
         model_args: The model to train.
         data_args: The data to learn from.
-        args: How to train; its `stage` is joint, pretrain or generate.
+        args: How to train; its `stage` is joint, pretrain, generate or reader.
 
     Returns:
         The trained model, as it was saved, and the metrics of the run.
@@ -117,13 +118,20 @@ def train(
         FileNotFoundError: There is no such data or checkpoint.
         ValueError: Arguments that contradict each other, or data that breaks the format.
     """
+    if args.stage == "reader" and model_args.generator_name_or_path is None:
+        raise ScaleDownError(
+            f"The stage reader trains a language model, not the ScaleDown model {model_args.model_name_or_path}; set "
+            "generator_name_or_path, and lora_name_or_path to go on from an adapter."
+        )
     checkpoint = _checkpoint_to_resume(model_args, data_args, args)
     if args.eval_strategy != "no" and data_args.eval_file is None:
         raise ScaleDownError(f"eval_strategy={args.eval_strategy.value} needs data to evaluate on; set eval_file.")
     set_seed(args.seed)
-    with_backbone = args.stage != "generate"
-    load_backbone = None if with_backbone else partial(_load_backbone, model_args, args)
+    with_backbone = args.stage not in ("generate", "reader")
+    load_backbone = partial(_load_backbone, model_args, args) if args.stage == "generate" else None
     train_data, eval_data, collator, model = _prepare(model_args, data_args, args, with_backbone)
+    if args.stage == "reader":
+        return _train_reader(model_args, args, train_data, eval_data, collator, model, checkpoint)
     trainer = ScaleDownTrainer(
         model=model,
         args=args,
@@ -230,6 +238,9 @@ def build_model(
         loading["device_map"] = {"": args.device.index or 0} if args.device.type == "cuda" else None
     settings = {name: getattr(model_args, name) for name in CONFIG_ARGUMENTS}
     settings = {name: value for name, value in settings.items() if value is not None}
+    if args.stage == "reader":  # which has no compressor; any generator has a first layer
+        settings = {name: value for name, value in settings.items() if name == "system_prompt"}
+        settings["num_compressor_layers"] = 1
     check_exists(model_args.model_name_or_path)
     unset_hf_deepspeed_config()  # so that weights are spread when all are there: LoRA and memory embeddings read them
     if model_args.model_name_or_path is not None:
@@ -248,7 +259,7 @@ def build_model(
     else:
         settings["slot_pooling"] = choose_slot_pooling(model_args, args)
         model = _from_backbones(model_args, {**settings, **loading})
-    if with_generator:
+    if with_generator and args.stage != "reader":  # whose LoRA is an adapter of its own
         add_lora(model, model_args)
     if args.deepspeed_plugin is not None:
         args.deepspeed_plugin.set_deepspeed_weakref()
@@ -321,12 +332,11 @@ def add_lora(model: ScaleDownModel, model_args: ModelArguments) -> None:
     Raises:
         ValueError: The model has LoRA layers with other settings.
     """
-    settings = {key: getattr(model_args, name) for name, key in LORA_ARGUMENTS.items()}
-    settings = {key: value for key, value in settings.items() if value is not None}
+    settings = lora_settings(model_args)
     if settings.get("r") == 0:
         return
-    if "target_modules" in settings:
-        settings["target_modules"] = _target_modules(settings["target_modules"])
+    if model_args.lora_name_or_path is not None:
+        start_lora_from(model, model_args.lora_name_or_path)
     if model.config.lora_config is None:
         model.add_lora(**settings)
         return
@@ -336,6 +346,22 @@ def add_lora(model: ScaleDownModel, model_args: ModelArguments) -> None:
                 f"The model's LoRA has {key}={model.config.lora_config.get(key)}, not {value}. Leave the option out, "
                 "or merge its LoRA first (model.merge_lora(), then save) to begin a new one."
             )
+
+
+def lora_settings(model_args: ModelArguments) -> dict[str, Any]:
+    """The settings of LoRA that were asked for, by the names of `peft.LoraConfig`.
+
+    Args:
+        model_args: Holds them.
+
+    Returns:
+        Those that are set.
+    """
+    settings = {key: getattr(model_args, name) for name, key in LORA_ARGUMENTS.items()}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    if "target_modules" in settings:
+        settings["target_modules"] = _target_modules(settings["target_modules"])
+    return settings
 
 
 def finish(
@@ -372,10 +398,19 @@ def finish(
         }
     }
     model.eval().save_pretrained(args.output_dir)
-    # Last, since it says that the run is over.
+    write_results(metrics, args.output_dir)
+
+
+def write_results(metrics: dict[str, float], output_dir: str) -> None:
+    """Write what a run measured; it comes last, since it says that the run is over.
+
+    Args:
+        metrics: What was measured.
+        output_dir: The run's folder.
+    """
     results = json.dumps(metrics, indent=2, sort_keys=True)
-    (Path(args.output_dir) / RESULTS_NAME).write_text(results + "\n", encoding="utf-8")
-    logger.info("Saved the model to %s", args.output_dir)
+    (Path(output_dir) / RESULTS_NAME).write_text(results + "\n", encoding="utf-8")
+    logger.info("Saved the model to %s", output_dir)
 
 
 def log_parameters(model: ScaleDownModel) -> None:
@@ -425,11 +460,11 @@ def _prepare(model_args, data_args, args, with_backbone):
         return data["train"], data.get("eval"), PretrainingCollator(model.processor), model
     data = _records(data_args)
     model = build_model(model_args, args, with_backbone=with_backbone)
-    if args.stage == "joint":
+    if args.stage in ("joint", "reader"):
         if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             data["train"] = data["train"].map(_length, desc="Measuring lengths")
-        collator = JointCollator(model.processor, data_args.max_answer_length)
-        return data["train"], data.get("eval"), collator, model
+        build = ReaderCollator if args.stage == "reader" else JointCollator
+        return data["train"], data.get("eval"), build(model.processor, data_args.max_answer_length), model
     for name, records in data.items():
         folder = _cache_folder(data_args, args) / name
         plan = open_plan(folder, _fingerprint(model, records, model_args, data_args))
@@ -440,6 +475,28 @@ def _prepare(model_args, data_args, args, with_backbone):
         data[name] = CachedDataset(folder, plan, records)
     collator = GenerationCollator(model.processor, data_args.max_answer_length)
     return data["train"], data.get("eval"), collator, model
+
+
+def _train_reader(model_args, args, train_data, eval_data, collator, model, checkpoint):
+    """Train the generator's LoRA on whole documents, and leave it as a PEFT adapter beside its tokenizer."""
+    reader = add_reader_lora(model, lora_settings(model_args), model_args.lora_name_or_path)
+    trainer = ReaderTrainer(
+        model=reader,
+        args=args,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        data_collator=collator,
+        processing_class=model.processor.tokenizer,
+    )
+    if args.early_stopping_patience is not None:
+        trainer.add_callback(Patience(args.early_stopping_patience))
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if eval_data is not None:
+        metrics.update(trainer.evaluate())
+    trainer.save_model()
+    if args.should_save:
+        write_results(metrics, args.output_dir)
+    return reader, metrics
 
 
 def _records(data_args: DataArguments) -> dict[str, datasets.Dataset]:
