@@ -16,8 +16,8 @@ MODES = ("flops", "speed", "train", "scaling")
 SWEPT = ("batch_size", "num_documents", "document_length", "new_tokens", "compression_rate")
 DEFAULT_COMPRESSORS = "5"
 # Counting has no batches, clocks or types of numbers.
-_OF_MEASUREMENTS = ("batch_size", "sweep", "mixed_lengths", "repeats", "threads", "dtype", "device")
-UNREAD = {"flops": _OF_MEASUREMENTS, "scaling": _OF_MEASUREMENTS, "train": ("sweep",)}
+_OF_MEASUREMENTS = ("batch_size", "sweep", "mixed_lengths", "compile", "repeats", "threads", "dtype", "device")
+UNREAD = {"flops": _OF_MEASUREMENTS, "scaling": _OF_MEASUREMENTS, "train": ("sweep", "compile")}
 
 
 @dataclass
@@ -68,6 +68,10 @@ class BenchmarkArguments:
     )
     mixed_lengths: bool = field(
         default=False, metadata={"help": "Draw the lengths of documents evenly between an eighth of it and all of it."}
+    )
+    compile: bool = field(
+        default=False,
+        metadata={"help": "Both sides write with a static cache, whose steps transformers compiles on a GPU."},
     )
     repeats: int = field(default=5, metadata={"help": "Measurements of each figure, after one that warms up."})
     threads: int | None = field(default=None, metadata={"help": "Threads on a CPU; torch's choice by default."})

@@ -7,7 +7,8 @@ them alike, and gains are medians over rounds of the ratio within a round.
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,8 +151,11 @@ class Contestants:
         set_seed(arguments.seed)
         for name in arguments.compressor_names:
             config = build_config(arguments.generator, name, longest, arguments.query_length, finest)
-            model = ScaleDownModel(config, generator=self.generator).to(self.device, dtype or torch.float32).eval()
+            with self.device, _default_dtype(dtype or torch.float32):  # a CPU takes minutes to draw 7 billion weights
+                model = ScaleDownModel(config, generator=self.generator).eval()
             self.generator = model.generator
+            if arguments.compile:
+                model.optimize_for_inference(compile=True)
             # Random weights end answers at random.
             model.generation_config.update(eos_token_id=None, pad_token_id=0, do_sample=False)
             self.models[name] = model
@@ -217,9 +221,12 @@ class Contestants:
         return run
 
     def _text_run(self, ids: torch.Tensor, new_tokens: int) -> Callable[[], Run]:
-        return lambda: self._timed(
-            lambda: None, lambda _, settings: self.generator.generate(input_ids=ids, **settings), new_tokens
-        )
+        static = {"cache_implementation": "static"} if self.arguments.compile else {}  # generate() compiles with those
+
+        def write(_: None, settings: dict[str, Any]) -> None:
+            self.generator.generate(input_ids=ids, **settings, **static)
+
+        return lambda: self._timed(lambda: None, write, new_tokens)
 
     def _compressed_run(self, model: ScaleDownModel, inputs: Inputs, new_tokens: int) -> Callable[[], Run]:
         prompt = {
@@ -249,6 +256,16 @@ class Contestants:
         write(compressed, settings)
         wait_for(self.device)
         return Run(ready - started, first.time - started, time.perf_counter() - started)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def measure(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
