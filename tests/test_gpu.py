@@ -117,8 +117,10 @@ def test_every_attention_kernel_gives_the_same(attention, backbones):
         return from_backbones(backbones["n_layers"], **settings)
 
     expected = outputs(build(dtype=torch.float32))
-    model = build(dtype=torch.bfloat16, attn_implementation=attention).to(DEVICE)
-    assert_near(outputs(model), expected, 0.1)
+    in_16_bits = attention == "flash_attention_2"  # which knows no 32
+    dtype = torch.bfloat16 if in_16_bits else torch.float32
+    model = build(dtype=dtype, attn_implementation=attention).to(DEVICE)
+    assert_near(outputs(model), expected, 0.2 if in_16_bits else 1e-4)
 
 
 @needs_cuda
