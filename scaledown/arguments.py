@@ -135,6 +135,7 @@ class DataArguments:
     max_train_examples: int | None = field(default=None, metadata={"help": "Learn from the first records only."})
     max_eval_examples: int | None = field(default=None, metadata={"help": "Evaluate on the first records only."})
     max_answer_length: int = field(default=128, metadata={"help": "Answer tokens learned at most."})
+    closed_book: bool = field(default=False, metadata={"help": "It is meant that no record has a document."})
     cache_dir: str | None = field(
         default=None,
         metadata={"help": "Two-stage training: where stage 1 leaves its states; output_dir/cache by default."},

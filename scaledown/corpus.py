@@ -20,9 +20,10 @@ import pyarrow as pa
 from datasets.exceptions import DatasetsError
 from tqdm.auto import tqdm
 
+from .opening import kind_suffix
 from .questions import SourceError, check_can_be_written
 from .records import atomic_writer, read_lines
-from .sources import SUFFIXES, check_is_no_missing_path, file_elements, kind_suffix
+from .sources import SUFFIXES, check_is_no_missing_path, file_elements, is_saved_dataset, load_saved
 from .splitting import PassageSplitter, merge_lines
 
 logger = logging.getLogger(__name__)
@@ -42,8 +43,8 @@ class CorpusReader:
     """Reads the texts of a corpus, one at a time.
 
     Args:
-        corpus: A file (text with a paragraph per line, JSON Lines, JSON, CSV, TSV, Parquet; plain, gzip or xz), a
-            folder of such files, a folder of `Dataset.save_to_disk`, or a name on the Hub, which is streamed.
+        corpus: A file (text with a paragraph per line, JSON Lines, JSON, CSV, TSV, plain or compressed; Parquet,
+            Arrow), a folder of such files, a folder of `Dataset.save_to_disk`, or a name on the Hub, which is streamed.
         config: Configuration of a data set on the Hub.
         split: Split of a data set on the Hub.
         revision: Branch, tag or commit of a data set on the Hub.
@@ -77,8 +78,8 @@ class CorpusReader:
         path = Path(self.corpus)
         if path.is_file():
             texts = self._file(path)
-        elif path.is_dir() and (path / "state.json").exists():
-            return self._rows(f"{path}", datasets.load_from_disk(str(path)), skip)
+        elif is_saved_dataset(path):
+            return self._rows(f"{path}", load_saved(path, self.split), skip)
         elif path.is_dir():
             files = corpus_files(path)
             texts = itertools.chain.from_iterable(map(self._file, files))
@@ -91,7 +92,8 @@ class CorpusReader:
         if kind_suffix(path) == ".txt":
             lines = (line for _, line in read_lines(path))
             return (("", line.strip()) for line in (merge_lines(lines) if self.merge_lines else lines))
-        return (self._text(element, location) for location, element in file_elements(path))
+        elements = file_elements(path, mappings="." in self.text_column)
+        return (self._text(element, location) for location, element in elements)
 
     def _hub(self, skip: int) -> Texts:
         try:

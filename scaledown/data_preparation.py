@@ -29,7 +29,7 @@ from .corpus import CorpusReader, build_passages
 from .cost import Estimate, estimate
 from .data_card import build_card
 from .devices import load_model
-from .document_choice import Chooser, CorpusDocuments, OwnDocuments, PoolDocuments, keep_best, sample
+from .document_choice import Chooser, CorpusDocuments, NoDocuments, OwnDocuments, PoolDocuments, keep_best, sample
 from .endpoint import EMPTY_ANSWER, EndpointTeacher
 from .formats import OWN_DOCUMENTS
 from .indexes import Index, open_index
@@ -109,6 +109,8 @@ def format_report(report: dict[str, Any]) -> str:
     """
     rows = [(name, report[name]) for name in ("source", "format", "config", "split") if name in report]
     rows = [(n, value) for n, value in [*rows, *report["settings"].items()] if value is not None and value is not False]
+    if report.get("columns"):
+        rows.append(("columns", "; ".join(f"{meaning}: {names}" for meaning, names in report["columns"].items())))
     rows += report["counts"].items()
     for reason, dropped in report.get("dropped", {}).items():
         examples = ", ".join(dropped["examples"])
@@ -192,7 +194,10 @@ class _Preparation:
             require_answer=arguments.teacher is None and not arguments.keep_unanswered,
             keep_pool=keep_pool,
         )
+        self.columns = {meaning: ", ".join(names) for meaning, names in source.columns.items() if names}
+        logger.info("found %s", "; ".join(f"{meaning} in {names}" for meaning, names in self.columns.items()))
         self.keeps_documents = keep_pool is None and source.format in OWN_DOCUMENTS
+        self._check_documents(source)
         if source.num_scores_discarded and not self.keeps_documents:
             logger.warning(
                 "%d records bring reranking scores; they are left out, since the documents change. Score the output "
@@ -219,27 +224,43 @@ class _Preparation:
         self.work.agree("questions", {"count": len(questions), "sha256": digest.hexdigest()})
         return source, questions
 
+    def _check_documents(self, source: Source) -> None:
+        """Stop where no question has a passage, which nobody would notice before the model is trained."""
+        arguments = self.arguments
+        if arguments.corpus is not None or arguments.closed_book or not source.questions:
+            return
+        if source.passages or any(question.record and question.record["documents"] for question in source.questions):
+            return
+        raise ScaleDownError(
+            f"{arguments.source}: found {len(source.questions)} questions and not one passage, expected some to "
+            f"compress (questions and answers are in {', '.join(self.columns.values()) or 'no column'}). Name the "
+            f"column of the passages with --documents_column, retrieve them with --corpus, or pass --closed_book true "
+            f"to write questions without."
+        )
+
     def _usable_questions(self, source: Source) -> list[Question]:
         """The questions that the wanted number of documents can serve; the others are dropped."""
-        num_documents = self.arguments.documents_per_question
+        arguments = self.arguments
+        num_documents = arguments.documents_per_question
         self.dropped = {reason: list(ids) for reason, ids in source.dropped.items()}
         usable = []
         for question in source.questions:
-            if self.keeps_documents:
+            if self.keeps_documents or arguments.closed_book:
                 usable.append(question)
             elif len(question.positives or ()) > num_documents:
                 # Without one of its gold passages a question may have no answer left.
                 self.dropped.setdefault("more_positives_than_documents", []).append(question.id)
-            elif self.arguments.corpus is None and len(source.passages) < num_documents:
+            elif arguments.corpus is None and len(source.passages) < num_documents:
                 self.dropped.setdefault("too_few_passages", []).append(question.id)
             else:
                 usable.append(question)
         if not usable:
             reasons = ", ".join(f"{reason} {len(ids)}" for reason, ids in self.dropped.items()) or "none was read"
             pool = f"The pool has {len(source.passages)} passages and num_documents is {num_documents}; "
-            if self.arguments.corpus is not None or self.keeps_documents:
+            if arguments.corpus is not None or self.keeps_documents:
                 pool = ""
-            advice = "adapt --num_documents, retrieve from a --corpus, or check the source."
+            advice = "adapt --num_documents, name the passages' column with --documents_column, retrieve from a "
+            advice += "--corpus, or check the source."
             raise ScaleDownError(f"found no usable question ({reasons}), expected at least one. {pool}{advice}")
         return usable
 
@@ -261,6 +282,8 @@ class _Preparation:
 
     def _open_chooser(self, source: Source) -> Chooser:
         arguments = self.arguments
+        if arguments.closed_book:
+            return NoDocuments()
         if self.keeps_documents:
             return OwnDocuments()
         if arguments.corpus is None:
@@ -444,6 +467,7 @@ class _Preparation:
             "format": source["format"],
             "config": arguments.config,
             "split": arguments.split,
+            "columns": self.columns,
             "settings": self._settings(),
             "counts": {
                 **{name: counts[name] for name in ("questions_read", "questions_dropped", "questions_usable")},
@@ -494,6 +518,7 @@ class _Statistics:
     num_distractors: int = 0
     num_distractors_with_answer: int = 0
     num_questions_without_positives: int = 0
+    num_questions_without_documents: int = 0
     num_questions_unmatched: int = 0
     num_scored: int = 0
     num_answers: int = 0
@@ -506,6 +531,7 @@ class _Statistics:
         """Count a record that is written; `chosen` is what its chooser returned."""
         self.num_questions += 1
         self.num_documents += len(record["documents"])
+        self.num_questions_without_documents += not record["documents"]
         self.num_words += sum(len(document.split()) for document in record["documents"])
         self.num_scored += len(record.get("reranking_scores") or ())
         self.num_questions_unmatched += chosen.get("unmatched", False)
@@ -532,6 +558,7 @@ class _Statistics:
         """The counts of the steps that were taken."""
         counts = {
             "questions_without_positives": self.num_questions_without_positives,
+            "questions_without_documents": self.num_questions_without_documents,
             "documents": self.num_documents,
             "positives": self.num_positives,
             "distractors": self.num_distractors,

@@ -49,6 +49,16 @@ class OwnDocuments:
         return [{"record": {key: v for key, v in q.record.items() if v is not None}} for q in questions]
 
 
+class NoDocuments:
+    """Questions alone, to be answered by heart."""
+
+    block_size = 256
+
+    def __call__(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
+        """See `Chooser.__call__`."""
+        return [{"record": _record(question, [])} for question in questions]
+
+
 class PoolDocuments:
     """Gold passages and distractors from the source's own passages, in shuffled order.
 

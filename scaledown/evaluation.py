@@ -118,6 +118,7 @@ def ask(arguments: EvaluationArguments) -> Run | None:
         arguments.num_documents,
         arguments.limit,
         arguments.seed,
+        arguments.closed_book,
     )
     check_fields(data.examples, arguments.group_fields)
     found = load_contestants(arguments, device)

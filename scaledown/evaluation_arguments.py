@@ -60,6 +60,9 @@ class EvaluationArguments:
     limit: int | None = field(
         default=None, metadata={"help": "Questions to ask, a sample decided by the seed; all by default."}
     )
+    closed_book: bool = field(
+        default=False, metadata={"help": "It is meant that no question has a document; without this it is an error."}
+    )
     num_documents: int | None = field(
         default=None,
         metadata={

@@ -9,7 +9,7 @@ from typing import Any
 
 from errors_scaledown import ScaleDownError
 
-from .document_choice import OwnDocuments, PoolDocuments, sample, stable_hash
+from .document_choice import NoDocuments, OwnDocuments, PoolDocuments, sample, stable_hash
 from .formats import OWN_DOCUMENTS, detect_format, read_record
 from .questions import as_mapping
 from .readers import read_source
@@ -70,6 +70,7 @@ def load_data(
     num_documents: int | None = None,
     limit: int | None = None,
     seed: int = 0,
+    closed_book: bool = False,
 ) -> EvaluationData:
     """Read the questions of an evaluation.
 
@@ -80,6 +81,7 @@ def load_data(
         num_documents: Documents per question; those of records stay as they are by default.
         limit: Questions at most, sampled by the seed; a smaller sample is part of every larger one.
         seed: Decides the sample, and the order of documents chosen here.
+        closed_book: Whether it is meant that no question has a document.
 
     Returns:
         Questions with at least one gold answer, in the order of the source.
@@ -93,7 +95,9 @@ def load_data(
     if format == "records":
         records, dropped = _own_records(source, config, split, revision, num_documents), {}
     else:
-        records, dropped, format = _records_of(source, format, config, split, revision, num_documents, limit, seed)
+        records, dropped, format = _records_of(
+            source, format, config, split, revision, num_documents, limit, seed, closed_book
+        )
     examples = [_example(record) for record in records]
     answered = [example for example in examples if example.gold]
     dropped["no_answer"] = dropped.get("no_answer", 0) + len(examples) - len(answered)
@@ -101,6 +105,12 @@ def load_data(
         raise ScaleDownError(
             f"{source}: found {len(examples)} questions but none with a gold answer, expected at least one to compare "
             "with; add `answer` or `gold_answers`."
+        )
+    if not closed_book and not any(example.documents for example in answered):
+        raise RecordError(
+            f"{source}: found {len(answered)} questions and not one document, expected some to compress. Make records "
+            "with prepare_data.py, where --documents_column names the column that holds them and --corpus retrieves "
+            "them; pass --closed_book true if the questions are to be asked without."
         )
     if limit is not None and limit < len(answered):
         keys = [stable_hash(seed, "sample", f"{index} {example.id}") for index, example in enumerate(answered)]
@@ -171,6 +181,7 @@ def _records_of(
     num_documents: int | None,
     limit: int | None,
     seed: int,
+    closed_book: bool,
 ) -> tuple[list[dict[str, Any]], dict[str, int], str]:
     """Records made of another format as `prepare_data.py` makes them, what was dropped, and the format."""
     read = read_source(source, format, config, split, revision, keep_pool=None)
@@ -180,6 +191,8 @@ def _records_of(
         if num_documents is not None:
             records = [keep_documents(record, num_documents) for record in records]
         return records, dropped, read.format
+    if closed_book and not read.passages:
+        return [chosen["record"] for chosen in NoDocuments()(read.questions)], dropped, read.format
     wanted = num_documents or DEFAULT_NUM_DOCUMENTS
     if wanted > len(read.passages):
         raise RecordError(

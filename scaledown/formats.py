@@ -2,52 +2,73 @@
 
 | format     | what is read                                                                                          |
 | ---------- | ----------------------------------------------------------------------------------------------------- |
-| `squad`    | the original JSON (`data` / `paragraphs` / `qas`), a flat `[{context, qas}]`, rows of `datasets`       |
+| `squad`    | the original JSON (`data` / `paragraphs` / `qas`), `{context, qas}` as MRQA has it, rows of `datasets` |
 | `hotpotqa` | the original JSON (`context` as pairs) and rows of `datasets` (`context` as columns), array or lines   |
 | `nq`       | Natural Questions with one paragraph each, as in QED: its original file, or `{question, paragraph, …}` |
 | `triviaqa` | rows of `datasets` (`rc`, `rc.nocontext`, `unfiltered`), the original JSON (questions only)            |
 | `msmarco`  | rows of `datasets` (`v1.1`, `v2.1`), the original JSON                                                 |
 | `popqa`    | rows of `datasets`, the original TSV: questions only                                                   |
 | `bioasq`   | the original JSON with snippets, or lines of the same fields                                           |
+| `musique`  | the original lines: paragraphs of which some support the answer                                        |
+| `boolq`    | the original lines, and rows of `datasets`: a question of yes or no and its passage                    |
+| `pubmedqa` | the original JSON by id, and rows of `datasets`                                                        |
+| `dpr`      | what retrievers write and readers learn from: `ctxs` (DPR, FiD), or `positive_ctxs` and the others     |
 | `columns`  | any rows with columns for question, answer, documents and id                                           |
 | `records`  | the project's own                                                                                      |
 """
 
-import ast
-import io
-import itertools
-import json
-import tokenize
-from dataclasses import dataclass
 from typing import Any
 
-from .questions import QuestionCollector, SourceError, as_mapping, as_rows, as_texts, get_field, get_identifier
-from .records import is_blank, normalize_record
+from .delimited import decode_cell
+from .own_formats import (
+    ANSWER_COLUMNS,
+    DOCUMENTS_COLUMNS,
+    ID_COLUMNS,
+    QUESTION_COLUMNS,
+    Columns,
+    add_columns,
+    add_dpr,
+    add_record,
+    read_record,
+)
+from .questions import (
+    QuestionCollector,
+    SourceError,
+    as_mapping,
+    as_rows,
+    as_texts,
+    get_field,
+    get_identifier,
+    is_true,
+    titled,
+)
+from .records import is_blank
 
-FORMATS = ("squad", "hotpotqa", "nq", "triviaqa", "msmarco", "popqa", "bioasq", "columns", "records")
+__all__ = ["FORMATS", "OWN_DOCUMENTS", "Columns", "add_element", "detect_format", "read_record"]
+
 # Here the source itself says which documents belong to a question, so they are kept unless others are asked for.
-OWN_DOCUMENTS = ("columns", "records")
+OWN_DOCUMENTS = ("columns", "records", "dpr")
 NO_ANSWER = "No Answer Present."
-# The usual names of the columns of any table.
-QUESTION_COLUMNS = ("question", "query")
-ANSWER_COLUMNS = ("answer", "answers")
-DOCUMENTS_COLUMNS = ("documents", "passages", "contexts")
-ID_COLUMNS = ("id", "_id")
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of the columns of the format `columns`; None stands for the usual names, where they are there."""
-
-    question: str | None = None
-    answer: str | None = None
-    documents: str | None = None
-    id: str | None = None
-
-    @property
-    def named(self) -> bool:
-        """Whether any name is given."""
-        return any((self.question, self.answer, self.documents, self.id))
+# Where each format has its questions, answers and passages, under the first of the names that is there.
+FIELDS = {
+    "squad": (("question", "qas", "paragraphs"), ("answers", "answer", "qas", "paragraphs"), ("context", "paragraphs")),
+    "hotpotqa": (("question",), ("answer",), ("context",)),
+    "nq": (
+        ("question_text", "question"),
+        ("original_nq_answers", "answers", "answer"),
+        ("paragraph_text", "paragraph"),
+    ),
+    "triviaqa": (("Question", "question"), ("Answer", "answer"), ("entity_pages", "search_results")),
+    "msmarco": (("query",), ("answers",), ("passages",)),
+    "popqa": (("question",), ("possible_answers",), ()),
+    "bioasq": (("body",), ("exact_answer", "ideal_answer"), ("snippets",)),
+    "musique": (("question",), ("answer",), ("paragraphs",)),
+    "boolq": (("question",), ("answer", "label"), ("passage",)),
+    "pubmedqa": (("QUESTION", "question"), ("final_decision", "LONG_ANSWER", "long_answer"), ("CONTEXTS", "context")),
+    "dpr": (("question", "query"), ("answers", "answer"), ("ctxs", "positive_ctxs")),
+    "records": (("query",), ("answer",), ("documents",)),
+}
+FORMATS = (*(name for name in FIELDS if name != "records"), "columns", "records")
 
 
 def detect_format(location: str, element: Any) -> str:
@@ -65,17 +86,28 @@ def detect_format(location: str, element: Any) -> str:
     """
     element = as_mapping(element, location)
     keys = element.keys()
-    # In a table of one's own, which may have the same names, a text spells the list.
+    # A column of texts, as Parquet may have one, spells the list.
     if {"query", "documents"} <= keys and not isinstance(element["documents"], str):
         return "records"
+    if {"question", "paragraphs"} <= keys:
+        return "musique"
     if "paragraphs" in keys or {"context", "qas"} <= keys:
         return "squad"
+    if not {"question", "query"}.isdisjoint(keys) and not {"ctxs", "positive_ctxs"}.isdisjoint(keys):
+        return "dpr"
+    context = element.get("context")
+    if {"QUESTION", "CONTEXTS"} <= keys or ("question" in keys and isinstance(context, dict) and "contexts" in context):
+        return "pubmedqa"
     if {"question", "context"} <= keys:
         # SQuAD's context is one text, HotpotQA's are ten paragraphs of sentences.
-        return "squad" if isinstance(element["context"], str) else "hotpotqa"
+        if isinstance(context, str):
+            return "squad"
+        return "columns" if isinstance(context, list) and _are_texts(context) else "hotpotqa"
+    if {"question", "passage"} <= keys and _is_truth_value(element.get("answer", element.get("label"))):
+        return "boolq"
     if {"question", "paragraph"} <= keys or {"question_text", "paragraph_text"} <= keys:
         return "nq"
-    if {"Question", "Answer"} <= keys or ("question" in keys and isinstance(element.get("answer"), dict)):
+    if isinstance(element.get("Answer"), dict) or ("question" in keys and isinstance(element.get("answer"), dict)):
         return "triviaqa"
     if {"query", "passages"} <= keys and not _are_texts(element["passages"]):
         return "msmarco"
@@ -83,15 +115,18 @@ def detect_format(location: str, element: Any) -> str:
         return "popqa"
     if "body" in keys and not {"exact_answer", "ideal_answer", "snippets"}.isdisjoint(keys):
         return "bioasq"
-    if not {"question", "query"}.isdisjoint(keys) and not {*ANSWER_COLUMNS, *DOCUMENTS_COLUMNS}.isdisjoint(keys):
+    lower = {str(key).lower() for key in keys}
+    if not lower.isdisjoint(QUESTION_COLUMNS) and not lower.isdisjoint((*ANSWER_COLUMNS, *DOCUMENTS_COLUMNS)):
         return "columns"
     raise SourceError(
         f"{location}: found the keys {', '.join(map(str, element)) or '(none)'}; expected those of SQuAD (paragraphs, "
         f"or context and qas, or question, context and answers), HotpotQA (question, context, supporting_facts), "
         f"Natural Questions (question, paragraph, answers), TriviaQA (question, answer with a value), MS MARCO (query, "
-        f"passages, answers), PopQA (question, possible_answers), BioASQ (body, exact_answer, snippets) or the "
-        f"project's records (query, documents, answer). Name the columns with --question_column and --answer_column, "
-        f"or convert the file to records."
+        f"passages, answers), PopQA (question, possible_answers), BioASQ (body, exact_answer, snippets), MuSiQue "
+        f"(question, paragraphs), BoolQ (question, passage, answer), PubMedQA (question, context, final_decision), DPR "
+        f"(question, answers, ctxs) or the project's records (query, documents, answer). The first line of a table "
+        f"names its columns; name those of another table with --question_column, --answer_column and "
+        f"--documents_column, or convert the file to records."
     )
 
 
@@ -113,10 +148,16 @@ def add_element(
     """
     element = as_mapping(element, location)
     collector.location = location
-    if collector.source.format == "columns":
-        _add_columns(collector, element, location, default_id, columns or Columns())
-    else:
-        _READERS[collector.source.format](collector, element, location, default_id)
+    format = collector.source.format
+    if format == "columns":
+        add_columns(collector, element, location, default_id, columns or Columns())
+        return
+    if not collector.source.columns:
+        meanings = zip(("question", "answer", "documents"), FIELDS[format], strict=True)
+        collector.note_columns(
+            {meaning: next((name for name in names if name in element), None) for meaning, names in meanings}
+        )
+    _READERS[format](collector, element, location, default_id)
 
 
 def _add_squad(collector: QuestionCollector, element: dict[str, Any], location: str, default_id: str) -> None:
@@ -149,7 +190,7 @@ def _merge_repeated(
     """Questions without an id that repeat within a paragraph become one, with the answers of all."""
     merged: dict[str, tuple[str, str, dict[str, Any]]] = {}
     for place, identifier, qa in qas:
-        if "id" in qa:
+        if not set(ID_COLUMNS).isdisjoint(qa):
             merged[place] = (place, identifier, qa)
             continue
         key = get_field(qa, "question", str, place).strip()
@@ -165,7 +206,7 @@ def _add_squad_question(
     collector: QuestionCollector, qa: dict[str, Any], passage: str | None, location: str, default_id: str
 ) -> None:
     identifier = get_identifier(qa, default_id)
-    if qa.get("is_impossible"):
+    if is_true(qa.get("is_impossible"), "is_impossible", location):
         collector.drop("unanswerable", identifier)
     elif passage is None:
         collector.drop("empty_passage", identifier)
@@ -248,7 +289,7 @@ def _add_nq(collector: QuestionCollector, element: dict[str, Any], location: str
     answers = element.get("original_nq_answers" if original else "answers", element.get("answer"))
     # The original lists one list of spans per annotator.
     answers = list(_strings(answers, location))
-    passage = collector.add_passage(_titled(title, text) if not is_blank(text) else "")
+    passage = collector.add_passage(titled(title, text) if not is_blank(text) else "")
     if passage is None:
         collector.drop("empty_passage", identifier)
     else:
@@ -284,7 +325,11 @@ def _add_msmarco(collector: QuestionCollector, element: dict[str, Any], location
     rows = as_rows(element.get("passages"), f"{location}, passages")
     passages = [(collector.add_passage(get_field(row, "passage_text", str, location)), row) for row in rows]
     answers = [answer for answer in as_texts(element.get("answers"), location) if answer != NO_ANSWER]
-    positives = [passage for passage, row in passages if passage is not None and row.get("is_selected")]
+    positives = [
+        passage
+        for passage, row in passages
+        if passage is not None and is_true(row.get("is_selected"), "is_selected", location)
+    ]
     collector.add_question(
         get_identifier(element, default_id, "query_id", "id"),
         get_field(element, "query", str, location),
@@ -318,72 +363,48 @@ def _add_bioasq(collector: QuestionCollector, element: dict[str, Any], location:
     collector.add_question(get_identifier(element, default_id), query, answers, passages or None, [])
 
 
-def _add_columns(
-    collector: QuestionCollector, element: dict[str, Any], location: str, default_id: str, columns: Columns
-) -> None:
-    question = _column(element, columns.question, QUESTION_COLUMNS, "question", location)
-    answer = _column(element, columns.answer, ANSWER_COLUMNS, "answer", location)
-    documents = _column(element, columns.documents, DOCUMENTS_COLUMNS, "documents", location)
-    identifier = _column(element, columns.id, ID_COLUMNS, "id", location)
-    if question is None:
-        raise SourceError(
-            f"{location}: found the keys {', '.join(map(str, element)) or '(none)'}; expected a column with the "
-            f"question. Name it with --question_column."
-        )
-    answers = _listed_texts(answer, f"{location}, answer")
-    texts = _listed_texts(documents, f"{location}, documents")
-    record = {"query": str(question), "documents": texts, "answer": answers}
-    identifier = default_id if identifier in (None, "") else str(identifier)
-    if is_blank(str(question)):
-        collector.drop("empty_question", identifier)
+def _add_musique(collector: QuestionCollector, element: dict[str, Any], location: str, default_id: str) -> None:
+    identifier = get_identifier(element, default_id)
+    if not is_true(element.get("answerable", True), "answerable", location):
+        collector.drop("unanswerable", identifier)
+        return
+    positives, candidates, told = [], [], False
+    for row in as_rows(element.get("paragraphs"), f"{location}, paragraphs"):
+        text = get_field(row, "paragraph_text", str, f"{location}, paragraphs")
+        passage = collector.add_passage(titled(str(row.get("title") or ""), text) if not is_blank(text) else "")
+        told = told or "is_supporting" in row  # the test split does not say
+        if passage is not None:
+            candidates.append(passage)
+            if is_true(row.get("is_supporting"), "is_supporting", location):
+                positives.append(passage)
+    answers = as_texts(element.get("answer"), location) + as_texts(element.get("answer_aliases"), location)
+    query = get_field(element, "question", str, location)
+    collector.add_question(identifier, query, answers, positives if told else None, candidates)
+
+
+def _add_boolq(collector: QuestionCollector, element: dict[str, Any], location: str, default_id: str) -> None:
+    identifier = get_identifier(element, default_id, "id", "_id", "idx")
+    text = get_field(element, "passage", str, location)
+    passage = collector.add_passage(titled(str(element.get("title") or ""), text) if not is_blank(text) else "")
+    answer = element.get("answer", element.get("label"))
+    # The test split of SuperGLUE has the label -1.
+    answers = [] if answer in (None, -1, "-1", "") else ["yes" if is_true(answer, "answer", location) else "no"]
+    if passage is None:
+        collector.drop("empty_passage", identifier)
     else:
-        _add_record(collector, {**record, "id": identifier}, location, default_id)
+        collector.add_question(identifier, get_field(element, "question", str, location), answers, [passage], [])
 
 
-def read_record(element: dict[str, Any], location: str, default_id: str) -> dict[str, Any]:
-    """Validate a record of a source.
-
-    Args:
-        element: The record.
-        location: Where it comes from, for messages.
-        default_id: The id of a record that has none.
-
-    Returns:
-        The record as `records.normalize_record` returns it; an empty answer is no answer.
-
-    Raises:
-        RecordError: The record breaks the project's format.
-    """
-    answer = element.get("answer")
-    if isinstance(answer, str) or (isinstance(answer, list) and all(isinstance(text, str) for text in answer)):
-        # The question is dropped and counted, not refused with its whole file.
-        element = {**element, "answer": [text for text in as_texts(answer, location) if not is_blank(text)]}
-    return normalize_record(element, location, default_id, require_answer=False)
-
-
-def _add_record(collector: QuestionCollector, element: dict[str, Any], location: str, default_id: str) -> None:
-    record = read_record(element, location, default_id)
-    others = collector.source.other_fields
-    others += [name for name, value in element.items() if value is not None and name not in (*record, *others)]
-    # The format has no empty documents, so the pool holds every one of them.
-    documents = [collector.add_passage(document) for document in record["documents"]]
-    positives = record["positives"]
-    if positives is not None:
-        positives = [documents[index] for index in positives]
-    if record["reranking_scores"] is not None:
-        collector.source.num_scores_discarded += 1
-    collector.add_question(record["id"], record["query"], record["answer"], positives, documents, record)
-
-
-def _column(element: dict[str, Any], name: str | None, usual: tuple[str, ...], meaning: str, location: str) -> Any:
-    if name is None:
-        return next((element[name] for name in usual if element.get(name) is not None), None)
-    if name not in element:
-        raise SourceError(
-            f"{location}: found the columns {', '.join(map(str, element)) or '(none)'}; expected {name!r}, the "
-            f"{meaning}. Correct --{meaning}_column."
-        )
-    return element[name]
+def _add_pubmedqa(collector: QuestionCollector, element: dict[str, Any], location: str, default_id: str) -> None:
+    original = "QUESTION" in element
+    context = element.get("CONTEXTS") if original else element.get("context")
+    context = context.get("contexts") if isinstance(context, dict) else context
+    passages = collector.add_passages(as_texts(context, f"{location}, context"))
+    # Where nobody decided between yes, no and maybe, the conclusion is the answer.
+    answer = element.get("final_decision") or element.get("LONG_ANSWER" if original else "long_answer")
+    query = get_field(element, "QUESTION" if original else "question", str, location)
+    identifier = get_identifier(element, default_id, "id", "pubid")
+    collector.add_question(identifier, query, as_texts(answer, location), passages or None, [])
 
 
 def _are_texts(value: Any) -> bool:
@@ -393,39 +414,13 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _listed_texts(value: Any, location: str) -> list[str]:
-    return [text for text in as_texts(_decoded(value, location), location) if not is_blank(text)]
-
-
 def _decoded(value: Any, location: str) -> Any:
-    """The list that a table's cell spells, as JSON or as Python prints it; any other value as it is."""
-    text = value.strip() if isinstance(value, str) else ""
-    if not (text.startswith("[") and text.endswith("]")):
-        return value
-    try:
-        decoded = json.loads(text)
-    except (ValueError, RecursionError):
-        decoded = _python_list(text, location)
-    # A list of lists is more likely an answer, such as a matrix, than a list of texts.
-    return value if decoded is None or any(isinstance(item, list) for item in decoded) else decoded
+    """The list that a column of texts spells, as Parquet may have one."""
+    return decode_cell(value, location, mappings=False) if isinstance(value, str) else value
 
 
-def _python_list(text: str, location: str) -> list[Any] | None:
-    """The list a text spells in Python, which is how pandas writes one into a CSV; None where it is ordinary text."""
-    try:
-        decoded = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return None
-    if not isinstance(decoded, list):
-        return None
-    kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type != tokenize.NL]
-    if (tokenize.STRING, tokenize.STRING) in itertools.pairwise(kinds):
-        # To Python, texts with no comma between are one text.
-        raise SourceError(
-            f"{location}: found {' '.join(text.split())[:60]}, an array as numpy prints it, without commas; expected a "
-            f"list. Write lists as JSON, with json.dumps for example."
-        )
-    return decoded
+def _is_truth_value(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, str) and value.lower() in ("true", "false"))
 
 
 def _strings(value: Any, location: str) -> Any:
@@ -441,11 +436,6 @@ def _strings(value: Any, location: str) -> Any:
         raise SourceError(f"{location}: found the answer {str(value)[:60]}; expected a text. Correct the file.")
 
 
-def _titled(title: str, text: str) -> str:
-    # The title names the entity, which the text itself often calls only "he" or "the film".
-    return f"{title.strip()}: {text}" if title.strip() else text
-
-
 _READERS = {
     "squad": _add_squad,
     "hotpotqa": _add_hotpotqa,
@@ -454,5 +444,9 @@ _READERS = {
     "msmarco": _add_msmarco,
     "popqa": _add_popqa,
     "bioasq": _add_bioasq,
-    "records": _add_record,
+    "musique": _add_musique,
+    "boolq": _add_boolq,
+    "pubmedqa": _add_pubmedqa,
+    "dpr": add_dpr,
+    "records": add_record,
 }

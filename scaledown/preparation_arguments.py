@@ -87,6 +87,10 @@ class PreparationArguments:
         default=False, metadata={"help": "Keep questions without an answer, for a later run with a teacher."}
     )
 
+    closed_book: bool = field(
+        default=False, metadata={"help": "It is meant that no question has a document; without this it is an error."}
+    )
+
     num_documents: int | None = field(
         default=None,
         metadata={
@@ -194,6 +198,10 @@ class PreparationArguments:
         if self.source is None and not self.only_corpus:
             raise ScaleDownError("source is missing; name the questions with --source.")
         self._check_output()
+        if self.closed_book and (self.corpus is not None or self.num_documents is not None):
+            raise ScaleDownError(
+                "closed_book asks for questions without documents, and corpus or num_documents for some; leave one out."
+            )
         if self.corpus is None and self.top_k is not None:
             raise ScaleDownError("top_k is given without a corpus; name one with --corpus, or use --num_documents.")
         if self.corpus is None and self.corpus_dir is not None:

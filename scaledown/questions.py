@@ -9,6 +9,8 @@ from errors_scaledown import ScaleDownError
 
 from .records import half_of_a_pair, is_blank
 
+# What an object calls the text of a passage.
+PASSAGE_TEXTS = ("text", "passage_text", "paragraph_text", "contents", "content", "passage", "document", "contexts")
 # Takes a title, perhaps empty, and a long text, and returns passages.
 Splitter = Callable[[str, str], list[str]]
 
@@ -49,6 +51,7 @@ class Source:
         dropped: Ids of the questions left out, by reason.
         num_scores_discarded: Records whose reranking scores were left behind, since their documents change.
         other_fields: What records have besides the fields of the format, each name once.
+        columns: Names under which questions, answers and documents were found, each once; none where nothing was.
     """
 
     format: str
@@ -57,6 +60,7 @@ class Source:
     dropped: dict[str, list[str]] = field(default_factory=dict)
     num_scores_discarded: int = 0
     other_fields: list[str] = field(default_factory=list)
+    columns: dict[str, list[str]] = field(default_factory=dict, compare=False)
 
     @property
     def num_read(self) -> int:
@@ -140,6 +144,13 @@ class QuestionCollector:
             candidates = list(dict.fromkeys(candidates))
             self.source.questions.append(Question(identifier, query.strip(), answers, positives, candidates, record))
 
+    def note_columns(self, found: dict[str, str | None]) -> None:
+        """Note which columns gave what; None for what no column gave."""
+        for meaning, name in found.items():
+            names = self.source.columns.setdefault(meaning, [])
+            if name is not None and name not in names:
+                names.append(name)
+
     def drop(self, reason: str, identifier: str) -> None:
         """Count a question that is left out."""
         check_can_be_written(identifier, "an id", self.location)
@@ -163,8 +174,8 @@ def check_can_be_written(text: str, what: str, location: str) -> None:
 
 
 def get_identifier(element: dict[str, Any], default: str, *names: str) -> str:
-    """The element's id under the first of the names that is there, by default `id` and `_id`."""
-    for name in names or ("id", "_id"):
+    """The element's id under the first of the names that is there, by default `id`, `_id` and `qid`."""
+    for name in names or ("id", "_id", "qid"):
         if element.get(name) is not None:
             return str(element[name])
     return default
@@ -212,3 +223,69 @@ def as_texts(value: Any, location: str) -> list[str]:
     if all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in listed):
         return [str(item) for item in listed]  # a column of years is a column of numbers
     raise SourceError(f"{location}: found {str(value)[:60]}; expected a text or a list of texts. Correct the file.")
+
+
+def is_true(value: Any, name: str, location: str) -> bool:
+    """Tell a truth value, which a table spells as a text.
+
+    Args:
+        value: A boolean, 0 or 1, one of these as a text, or nothing, which is false.
+        name: Of the field, for the message.
+        location: Where it comes from, for the message.
+
+    Returns:
+        The truth value.
+
+    Raises:
+        SourceError: It is something else.
+    """
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    spelt = str(value).strip().lower()
+    if spelt in ("true", "1", "1.0", "yes"):
+        return True
+    if spelt in ("false", "0", "0.0", "no", ""):
+        return False
+    raise SourceError(f"{location}: found {name} {str(value)[:60]}; expected true or false. Correct the file.")
+
+
+def titled(title: str, text: str) -> str:
+    """A passage behind its title, which names the entity that the text itself often calls only "he" or "the film"."""
+    return f"{title.strip()}: {text}" if title.strip() else text
+
+
+def passage_texts(value: Any, location: str) -> list[str]:
+    """Passages, from a text, an object with a text and perhaps a title, a list of either, or columns of these.
+
+    Args:
+        value: What a source has in the place of passages.
+        location: Where it comes from, for the message.
+
+    Returns:
+        One text for each passage; empty ones are among them.
+
+    Raises:
+        SourceError: There is something else.
+    """
+    if value is None:
+        return []
+    if isinstance(value, dict):
+        inner = next((value[name] for name in PASSAGE_TEXTS if isinstance(value.get(name), list)), None)
+        if inner is None:
+            value = [value]
+        else:
+            value = as_rows(value, location) if not isinstance(value.get("contexts"), list) else inner
+    return [_passage_text(item, location) for item in (value if isinstance(value, list) else [value])]
+
+
+def _passage_text(item: Any, location: str) -> str:
+    if isinstance(item, dict):
+        text = next((item[name] for name in PASSAGE_TEXTS if isinstance(item.get(name), str)), None)
+        if text is not None:
+            return titled(str(item.get("title") or ""), text) if not is_blank(text) else ""
+    elif isinstance(item, str | int | float) and not isinstance(item, bool):
+        return str(item)
+    raise SourceError(
+        f"{location}: found {str(item)[:60]}; expected a text, or an object with a text under one of "
+        f"{', '.join(PASSAGE_TEXTS)}. Correct the file."
+    )

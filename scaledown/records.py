@@ -19,7 +19,6 @@ import os
 import secrets
 import shutil
 import unicodedata
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,9 +30,12 @@ from datasets.exceptions import DatasetGenerationError
 
 from errors_scaledown import ScaleDownError
 
-GZIP_MAGIC = b"\x1f\x8b"
-XZ_MAGIC = b"\xfd7zXZ\x00"
+from .opening import DAMAGED, open_binary
+
 PARQUET_MAGIC = b"PAR1"
+# The two forms of Arrow's files.
+ARROW_MAGIC = b"ARROW1"
+ARROW_STREAM_MAGIC = b"\xff\xff\xff\xff"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 # White space, controls, invisible format characters, private use, and marks without a letter to stand on: of these
 # alone a tokenizer may leave nothing.
@@ -62,8 +64,8 @@ def read_records(path: str | os.PathLike, require_answer: bool = True) -> Iterat
     """Read and validate a file of records, one record at a time.
 
     Args:
-        path: A JSON Lines file in UTF-8, plain or compressed with gzip or xz, or a Parquet file; the content decides,
-            not the name. Blank lines are skipped.
+        path: A JSON Lines file in UTF-8, plain or compressed with gzip, xz, bzip2 or zip, or a Parquet or Arrow file;
+            the content decides, not the name. Blank lines are skipped.
         require_answer: Whether a record without an answer is an error; otherwise its `answer` is an empty list.
 
     Returns:
@@ -223,28 +225,17 @@ def check_is_file(path: str | os.PathLike) -> None:
         raise FileNotFoundError(f"{path} does not exist (looked from {Path.cwd()}); check the path.")
 
 
-def open_binary(path: str | os.PathLike) -> BinaryIO:
-    """Open a plain, gzip or xz file for reading bytes; the content decides, not the name."""
+def is_columnar(path: str | os.PathLike) -> bool:
+    """Whether a file begins as Parquet or Arrow does."""
     with open(path, "rb") as stream:
-        start = stream.read(len(XZ_MAGIC))
-    if start.startswith(GZIP_MAGIC):
-        return gzip.open(path, "rb")
-    if start.startswith(XZ_MAGIC):
-        return lzma.open(path, "rb")
-    return open(path, "rb")
-
-
-def is_parquet(path: str | os.PathLike) -> bool:
-    """Whether a file begins as Parquet does."""
-    with open(path, "rb") as stream:
-        return stream.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
+        return stream.read(len(ARROW_MAGIC)).startswith((PARQUET_MAGIC, ARROW_MAGIC, ARROW_STREAM_MAGIC))
 
 
 def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
     """Read the lines of a text file.
 
     Args:
-        path: A file in UTF-8, plain or compressed with gzip or xz.
+        path: A file in UTF-8, plain or compressed.
 
     Returns:
         An iterator over (line number from 1, the line with its end).
@@ -258,10 +249,10 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
             # Bytes are split at b"\n" alone: str.splitlines would also cut at U+2028 and its like inside a text.
             for number, line in enumerate(stream, start=1):
                 yield number, decode_text(line, f"{path}, line {number}")
-        except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+        except DAMAGED as error:
             raise RecordError(
-                f"{path}, after line {number}: found damaged compressed data ({error}), expected a whole gzip or xz "
-                f"file; copy or download the file again."
+                f"{path}, after line {number}: found damaged compressed data ({error}), expected a whole file; copy or "
+                f"download the file again."
             ) from error
 
 
@@ -286,7 +277,7 @@ def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
     """Read a JSON Lines file without regard to what its lines hold.
 
     Args:
-        path: A JSON Lines file in UTF-8, plain or compressed with gzip or xz.
+        path: A JSON Lines file in UTF-8, plain or compressed.
 
     Returns:
         An iterator over (line number from 1, the line's value); blank lines are skipped.
@@ -300,11 +291,11 @@ def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
             yield number, _parse_json(text, f"{path}, line {number}")
 
 
-def read_parquet_rows(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """Read the rows of a Parquet file, a few at a time.
+def read_columnar_rows(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """Read the rows of a Parquet or Arrow file, a few at a time.
 
     Args:
-        path: A Parquet file.
+        path: A Parquet file, or an Arrow file or stream, as `Dataset.save_to_disk` writes it.
 
     Returns:
         An iterator over rows.
@@ -312,13 +303,27 @@ def read_parquet_rows(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
     Raises:
         RecordError: The file is damaged.
     """
+    with open(path, "rb") as stream:
+        start = stream.read(len(ARROW_MAGIC))
+    kind = "Parquet" if start.startswith(PARQUET_MAGIC) else "Arrow"
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
-                yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
+        if kind == "Parquet":
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+                    yield from batch.to_pylist()
+            return
+        with pa.memory_map(str(path)) as mapped:
+            if start.startswith(ARROW_MAGIC):
+                file = pa.ipc.open_file(mapped)
+                batches = (file.get_batch(index) for index in range(file.num_record_batches))
+            else:
+                batches = iter(pa.ipc.open_stream(mapped))
+            for batch in batches:
+                for offset in range(0, batch.num_rows, PARQUET_ROWS):
+                    yield from batch.slice(offset, PARQUET_ROWS).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
         raise RecordError(
-            f"{path}: found damaged Parquet ({error}), expected a whole file; copy or download the file again."
+            f"{path}: found damaged {kind} ({error}), expected a whole file; copy or download the file again."
         ) from error
 
 
@@ -363,7 +368,7 @@ def normalize_record(record: Any, location: str, default_id: str, require_answer
     documents = _texts(record["documents"], "documents", location)
     identifier = record.get("id")
     return {
-        "id": default_id if identifier is None else _text(identifier, "id", location),
+        "id": default_id if identifier is None else _text(_spelt(identifier), "id", location),
         "query": _text(record["query"], "query", location),
         "documents": documents,
         "answer": _answers(record, location, require_answer),
@@ -390,8 +395,8 @@ def _generate_records(
     path: str, require_answer: bool, size: int | None = None, mtime_ns: int | None = None
 ) -> Iterator[dict[str, Any]]:
     empty = True
-    if is_parquet(path):
-        rows = ((f"row {index}", index, row) for index, row in enumerate(read_parquet_rows(path)))
+    if is_columnar(path):
+        rows = ((f"row {index}", index, row) for index, row in enumerate(read_columnar_rows(path)))
     else:
         rows = ((f"line {number}", number - 1, value) for number, value in read_json_lines(path))
     for place, index, value in rows:
@@ -456,13 +461,23 @@ def _answers(record: dict[str, Any], location: str, required: bool) -> list[str]
                 "Add the gold or teacher answer, or read with require_answer=False.",
             )
         return []
-    if isinstance(answer, str):
-        answer = [answer]
-    return _texts(answer, "answer", location)
+    return _texts(_listed_answers(answer), "answer", location)
 
 
 def _gold_answers(value: Any, location: str) -> list[str] | None:
-    return None if value is None else _texts([value] if isinstance(value, str) else value, "gold_answers", location)
+    return None if value is None else _texts(_listed_answers(value), "gold_answers", location)
+
+
+def _listed_answers(value: Any) -> Any:
+    """A list of answers, from one or several, of which numbers are spelt out."""
+    value = value if isinstance(value, list) else _spelt(value)
+    return [value] if isinstance(value, str) else [_spelt(item) for item in value] if isinstance(value, list) else value
+
+
+def _spelt(value: Any) -> Any:
+    """A number as text, such as a year that is an answer; anything else as it is."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number and _is_finite(value) else value
 
 
 def _texts(value: Any, name: str, location: str) -> list[str]:

@@ -1,6 +1,5 @@
 """Open what a user names as a source: a file of any of the usual kinds, a folder, or a data set on the Hub."""
 
-import csv
 import hashlib
 import json
 import logging
@@ -10,37 +9,30 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets.exceptions import DatasetsError
 
+from .delimited import read_table
+from .opening import COMPRESSIONS, kind_suffix, open_binary
 from .questions import SourceError
-from .records import (
-    RecordError,
-    check_is_file,
-    decode_text,
-    is_parquet,
-    open_binary,
-    read_json_lines,
-    read_lines,
-    read_parquet_rows,
-)
+from .records import RecordError, check_is_file, decode_text, is_columnar, read_columnar_rows, read_json_lines
 
 logger = logging.getLogger(__name__)
 
 # Where an element comes from, for messages, and the element.
 Elements = Iterator[tuple[str, Any]]
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet")
-COMPRESSIONS = (".gz", ".xz")
-# A field of a table may hold a whole article; csv's own limit is 128 KiB.
-csv.field_size_limit(2**27)
+# What a row calls its question.
+QUESTION_KEYS = ("question", "query", "Question", "QUESTION")
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
 
 
 def open_elements(source: str, config: str | None = None, split: str | None = None, revision: str | None = None):
     """Iterate over a source's elements: rows, lines, or what a JSON file lists.
 
     Args:
-        source: A local file (JSON, JSON Lines, CSV or TSV, Parquet; plain, gzip or xz), a folder that
-            `datasets.load_dataset` opens, or a name on the Hub.
+        source: A local file (JSON, JSON Lines, CSV or TSV, plain or compressed; Parquet; Arrow), a folder of
+            `save_to_disk`, a folder that `datasets.load_dataset` opens, or a name on the Hub.
         config: The data set's configuration; not for files.
         split: The data set's split, by default `train`; not for files.
         revision: Branch, tag or commit of the data set; not for files.
@@ -59,7 +51,41 @@ def open_elements(source: str, config: str | None = None, split: str | None = No
                 raise SourceError(f"{name} is {value!r}, but {source} is a file and has none; leave --{name} out.")
         return file_elements(path)
     check_is_no_missing_path(source)
+    if is_saved_dataset(path):
+        return ((f"{source}, row {index}", row) for index, row in enumerate(load_saved(path, split)))
     return dataset_elements(source, config, split or "train", revision)
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a path is a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
+    return path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists())
+
+
+def load_saved(path: Path, split: str | None) -> datasets.Dataset:
+    """Open a folder of `save_to_disk`.
+
+    Args:
+        path: The folder.
+        split: Which data set of a dictionary; by default `train`, or the only one.
+
+    Returns:
+        The data set; its rows stay on the disk.
+
+    Raises:
+        SourceError: The folder cannot be read, or has no such split.
+    """
+    try:
+        found = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
+        raise SourceError(f"{path} cannot be read as a folder of save_to_disk ({error}); save it again.") from error
+    if isinstance(found, datasets.Dataset):
+        if split is not None:
+            raise SourceError(f"split is {split!r}, but {path} is one data set and has none; leave the option out.")
+        return found
+    split = split or ("train" if "train" in found or len(found) != 1 else next(iter(found)))
+    if split not in found:
+        raise SourceError(f"{path} has the splits {', '.join(found)}, not {split!r}; correct --split.")
+    return found[split]
 
 
 def check_is_no_missing_path(source: str) -> None:
@@ -99,39 +125,19 @@ def dataset_elements(name: str, config: str | None, split: str, revision: str | 
         yield f"{name}, row {index}", row
 
 
-def file_elements(path: Path) -> Elements:
-    """Iterate over the elements of a file; the content tells JSON, JSON Lines and Parquet, the name tells CSV."""
+def file_elements(path: Path, mappings: bool = True) -> Elements:
+    """Iterate over the elements of a file; the content tells JSON, JSON Lines, Parquet and Arrow, the name tells CSV.
+
+    Args:
+        path: The file.
+        mappings: Whether cells of a table that spell an object are decoded.
+    """
     check_is_file(path)
-    if is_parquet(path):
-        return ((f"{path}, row {index}", row) for index, row in enumerate(read_parquet_rows(path)))
+    if is_columnar(path):
+        return ((f"{path}, row {index}", row) for index, row in enumerate(read_columnar_rows(path)))
     if kind_suffix(path) in (".csv", ".tsv"):
-        return _table_elements(path, "\t" if kind_suffix(path) == ".tsv" else ",")
+        return read_table(path, "\t" if kind_suffix(path) == ".tsv" else ",", mappings)
     return _json_file_elements(path)
-
-
-def kind_suffix(path: Path) -> str:
-    """The suffix that tells the kind of a file: that before .gz or .xz."""
-    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
-
-
-def _table_elements(path: Path, delimiter: str) -> Elements:
-    reader = csv.DictReader((line for _, line in read_lines(path)), delimiter=delimiter, strict=True)
-    try:
-        for row in reader:
-            location = f"{path}, line {reader.line_num}"
-            if None in row or None in row.values():
-                found = sum(value is not None for name, value in row.items() if name is not None)
-                found += len(row.get(None, ()))
-                raise SourceError(
-                    f"{location}: found {found} fields, expected {len(reader.fieldnames)} as in the first line. Put "
-                    f"fields that hold the separator, a quote or a line end in double quotes."
-                )
-            yield location, row
-    except csv.Error as error:
-        raise SourceError(
-            f"{path}, line {reader.line_num}: found a broken row ({error}), expected fields separated by "
-            f"{delimiter!r}. Repair the quotes."
-        ) from error
 
 
 def _json_file_elements(path: Path) -> Elements:
@@ -146,7 +152,11 @@ def _json_file_elements(path: Path) -> Elements:
             raise
         yield from _json_elements(path, _read_json(path))
         return
-    if isinstance(value, list) or _listed(value) is not None or _transposed(value) is not None:
+    if isinstance(value, dict) and set(value) == {"header"}:  # as MRQA's files begin
+        number, value = next(lines, (None, None))
+        if number is None:
+            return
+    if _rows(value) is not None:
         yield from _json_elements(path, value)
         number, value = next(lines, (None, None))
         if number is not None:
@@ -170,23 +180,38 @@ def _read_json(path: Path) -> Any:
 
 
 def _json_elements(path: Path, value: Any) -> Elements:
-    elements = value if isinstance(value, list) else _listed(value)
+    elements = _rows(value)
     if elements is None:
-        elements = _transposed(value) or [value]
+        elements = [value]
     for index, element in enumerate(elements, start=1):
         yield f"{path}, element {index}", element
 
 
-def _listed(value: Any) -> list[Any] | None:
-    """What an original file lists: SQuAD's `data`, TriviaQA's `Data`, BioASQ's `questions`; None for anything else."""
-    if not isinstance(value, dict) or not {"query", "question"}.isdisjoint(value):  # a row may have its own "data"
+def _rows(value: Any) -> list[Any] | None:
+    """The rows that one JSON value holds, in the layouts of data sets and of pandas; None for a row by itself."""
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, dict):
         return None
-    return next((value[name] for name in ("data", "Data", "questions") if isinstance(value.get(name), list)), None)
-
-
-def _transposed(value: Any) -> list[dict[str, Any]] | None:
-    """The rows of MS MARCO's original file, which holds each column as an object by row; None for anything else."""
-    if not isinstance(value, dict) or not isinstance(value.get("query"), dict):
+    asked = next((value[name] for name in QUESTION_KEYS if name in value), None)
+    if isinstance(asked, dict):  # each column an object by row: MS MARCO's original file, and pandas
+        columns = {name: column for name, column in value.items() if isinstance(column, dict)}
+        return [{name: column.get(key) for name, column in columns.items()} for key in asked]
+    if isinstance(asked, list):
+        columns = {name: column for name, column in value.items() if isinstance(column, list)}
+        if any(len(column) != len(asked) for column in columns.values()):
+            return None
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    if asked is not None:  # a row, which may have a "data" of its own
         return None
-    columns = {name: column for name, column in value.items() if isinstance(column, dict)}
-    return [{name: column.get(key) for name, column in columns.items()} for key in columns["query"]]
+    if isinstance(value.get("columns"), list) and isinstance(value.get("data"), list):  # pandas' "split"
+        return [dict(zip(value["columns"], row, strict=False)) for row in value["data"]]
+    # SQuAD's `data`, TriviaQA's `Data`, BioASQ's `questions`.
+    listed = next((value[name] for name in ("data", "Data", "questions") if isinstance(value.get(name), list)), None)
+    if listed is not None:
+        return listed
+    rows = list(value.values())
+    if rows and all(isinstance(row, dict) and not set(QUESTION_KEYS).isdisjoint(row) for row in rows):
+        # Rows by id: PubMedQA's original file, and pandas' "index".
+        return [{"id": key, **row} for key, row in value.items()]
+    return None

@@ -32,6 +32,7 @@ from .compression import cache_fingerprint, compress_records
 from .devices import is_quantized, load_model
 from .pretraining import load_pretraining_data
 from .reader import ReaderCollator, ReaderTrainer, add_reader_lora, start_lora_from
+from .record_checks import check_documents
 from .records import atomic_writer, load_records
 from .trainer import ScaleDownTrainer
 
@@ -503,6 +504,7 @@ def _records(data_args: DataArguments) -> dict[str, datasets.Dataset]:
     data = {"train": _limit(load_records(data_args.train_file), data_args.max_train_examples)}
     if data_args.eval_file is not None:
         data["eval"] = _limit(load_records(data_args.eval_file), data_args.max_eval_examples)
+    check_documents(data, data_args)
     return data
 
 

@@ -58,6 +58,12 @@ def test_records_are_normalised(tmp_path):
     }
 
 
+def test_numbers_are_ids_and_answers(tmp_path):
+    path = write_lines(tmp_path / "data.jsonl", {**RECORD, "id": 7, "answer": [1984, "x"], "gold_answers": 2.5})
+    (record,) = read_records(path)
+    assert (record["id"], record["answer"], record["gold_answers"]) == ("7", ["1984", "x"], ["2.5"])
+
+
 BROKEN = [
     ('{"query": "q", ', "JSON"),
     ("[1, 2]", "found a list, [1, 2]; expected an object"),
@@ -81,7 +87,8 @@ BROKEN = [
     ({**RECORD, "positives": [2]}, r'"positives\[0\]": a number, 2'),
     ({**RECORD, "positives": [-1]}, "counted from 0"),
     ({**RECORD, "positives": [1, 1]}, "with repetitions"),
-    ({**RECORD, "id": 7}, '"id": a number, 7'),
+    ({**RECORD, "id": True}, '"id": a boolean, True'),
+    ({**RECORD, "answer": True}, '"answer": a boolean, True'),
     ('{"query": "\\ud800", "documents": [], "answer": "a"}', "surrogate"),
 ]
 
