@@ -3,7 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint format clean
+# The model's tests, and what else reaches into transformers.
+MODEL_TESTS := $(patsubst %,tests/test_%.py,backbones common compressor configuration generation inference last_layer \
+	modeling offloading processing remote_code saving shared_prefix shortcuts)
+
+.PHONY: demo test test-slow test-oldest test-newest lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m scaledown.demo
@@ -14,6 +18,19 @@ test: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
 
+# The same with the oldest transformers that is supported, and with the newest on the registry: each in an environment
+# over .venv, into which only what differs is installed.
+test-oldest: OTHER := transformers==5.17.0
+test-newest: OTHER := --upgrade transformers huggingface-hub tokenizers safetensors peft accelerate
+test-oldest test-newest: test-%: $(VENV)/.installed-dev
+	rm -rf $(VENV)-$*
+	$(BIN)/python -m venv $(VENV)-$*
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
+		"$$($(VENV)-$*/bin/python -c "import site; print(site.getsitepackages()[0])")/over.pth"
+	$(VENV)-$*/bin/python -m pip install --quiet $(OTHER)
+	$(VENV)-$*/bin/python -c "import transformers; print('transformers', transformers.__version__)"
+	$(VENV)-$*/bin/python -m pytest -n 2 $(MODEL_TESTS)
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -23,7 +40,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest runs .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -15,30 +15,38 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 try:
     from .errors_scaledown import ScaleDownError
+    from .shortcuts_scaledown import (
+        SharedPrefixes,
+        can_share_prefixes,
+        prepare_last_layer,
+        read_prefixes,
+        shortcuts_hold,
+        states_at,
+    )
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
     from errors_scaledown import ScaleDownError
+    from shortcuts_scaledown import (
+        SharedPrefixes,
+        can_share_prefixes,
+        prepare_last_layer,
+        read_prefixes,
+        shortcuts_hold,
+        states_at,
+    )
 
 # Decoder stacks of transformers name their final norm one of these.
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "layer_norm")
-# Backbones whose last layer can attend to all positions and compute few, by where their layers are.
-CAUSAL_BACKBONES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
-PRUNABLE_LAYERS = {
-    **dict.fromkeys(CAUSAL_BACKBONES, "layers"),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta"), "encoder.layer"),
-}
 # A question is read once for all its chunks where that saves at least this share of the tokens.
 MIN_SHARED_PREFIX = 0.04
 
@@ -66,43 +74,6 @@ class CompressedDocuments(ModelOutput):
     reranking_scores: torch.FloatTensor | None = None
     chunk_to_document: torch.LongTensor | None = None
     document_to_example: torch.LongTensor | None = None
-
-
-@dataclass
-class SharedPrefixes:
-    """
-    What a causal backbone keeps of the tokens in front of chunks: a question and its frame, read once for all of its
-    chunks.
-
-    Args:
-        keys_and_values (`list[tuple[torch.Tensor, torch.Tensor]]`):
-            Of each layer, each `(num_prefixes, heads, prefix_len, head_dim)`.
-        mask (`torch.BoolTensor` of shape `(num_prefixes, prefix_len)`): False on padding, which is at the left.
-        of_chunk (`torch.LongTensor` of shape `(num_chunks,)`): Which prefix a chunk begins with.
-    """
-
-    keys_and_values: list[tuple[torch.Tensor, torch.Tensor]]
-    mask: torch.BoolTensor
-    of_chunk: torch.LongTensor
-
-    def of(self, chunks: torch.LongTensor) -> "SharedPrefixes":
-        """The prefixes of some of the chunks."""
-        return replace(self, of_chunk=self.of_chunk[chunks])
-
-    def backbone_inputs(self, attention_mask: torch.BoolTensor) -> dict:
-        """Arguments with which a backbone reads on behind the prefixes, given what to read there."""
-        rows, cache = self.of_chunk, DynamicCache()
-        for layer, (keys, values) in enumerate(self.keys_and_values):
-            here = rows.to(keys.device)
-            cache.update(keys[here], values[here], layer)
-        mask = self.mask[rows]  # (num_chunks, prefix_len)
-        places = torch.arange(attention_mask.shape[1], device=mask.device)
-        return {
-            "attention_mask": torch.cat([mask, attention_mask], dim=1).long(),  # (num_chunks, prefix_len + total_len)
-            "position_ids": mask.sum(dim=1, keepdim=True) + places,
-            "past_key_values": cache,
-            "use_cache": True,
-        }
 
 
 class RerankingHead(nn.Linear):
@@ -149,13 +120,9 @@ class ScaleDownCompressor(nn.Module):
         # The last layer computes only what is read; turned off, it computes every position, to the same result.
         self.prunes_last_layer = self.backbone is not None and prepare_last_layer(self.backbone)
         self.shares_prefixes = (
-            self.prunes_last_layer
-            and config.slot_pooling == "memory_tokens"
-            and config.compressor_config.model_type in CAUSAL_BACKBONES
-            # Some embedding models are decoders that see both ways.
-            and self.backbone.layers[-1].self_attn.is_causal
-            and getattr(config.compressor_config, "is_causal", True)
+            self.prunes_last_layer and config.slot_pooling == "memory_tokens" and can_share_prefixes(self.backbone)
         )
+        self._shortcuts_hold = {}
         width = config.compressor_config.hidden_size
         self.memory_embeddings, self.rerank_embedding = None, None
         self.scores_relevance = config.enable_reranking
@@ -239,8 +206,17 @@ class ScaleDownCompressor(nn.Module):
                 return
         yield torch.arange(len(kept), device=kept.device), None, kept
 
+    def _may_take_shortcuts(self) -> bool:
+        """Whether shortcuts through the backbone's layers change nothing, which is checked at their first use."""
+        attention = self.backbone.config._attn_implementation
+        if attention not in self._shortcuts_hold:
+            self._shortcuts_hold[attention] = shortcuts_hold(self.backbone)
+        return self._shortcuts_hold[attention]
+
     def _can_share_prefixes(self) -> bool:
-        if not self.shares_prefixes or torch.is_grad_enabled():
+        if not self.shares_prefixes or torch.is_grad_enabled() or not self._may_take_shortcuts():
+            return False
+        if self.memory_embeddings.is_meta:  # offloaded, and fetched for `forward` only
             return False
         last = self.backbone.layers[-1]
         return not (last.training and last.gradient_checkpointing)  # transformers takes caches away from those
@@ -251,16 +227,8 @@ class ScaleDownCompressor(nn.Module):
         ids = [[0] * pad + list(prefix) for pad, prefix in zip(pads, prefixes, strict=True)]
         ids = torch.tensor(ids, device=device)  # (num_prefixes, prefix_len)
         mask = torch.arange(longest, device=device) >= torch.tensor(pads, device=device).unsqueeze(1)
-        cache = DynamicCache()
-        self.backbone(
-            inputs_embeds=self.backbone.get_input_embeddings()(ids),
-            attention_mask=mask.long(),
-            position_ids=(mask.long().cumsum(dim=1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        layers = [(layer.keys, layer.values) for layer in cache.layers]
-        return SharedPrefixes(layers, mask, torch.tensor(of_chunk, device=device))
+        embeds = self.backbone.get_input_embeddings()(ids)
+        return read_prefixes(self.backbone, embeds, mask, torch.tensor(of_chunk, device=device))
 
     def project(
         self, memory_states: torch.Tensor, memory_mask: torch.BoolTensor, rerank_states: torch.Tensor | None
@@ -340,7 +308,8 @@ class ScaleDownCompressor(nn.Module):
             read = (first + slot_ids).clamp(max=embeds.shape[1] - 1)  # (num_chunks, slots)
             if self.scores_relevance:
                 read = torch.cat([read, total.unsqueeze(1) - 1], dim=1)  # (num_chunks, slots + 1)
-            states = self._states_at(read, embeds, keep, prefixes)  # (num_chunks, slots + 1, hidden)
+            prunes = self.prunes_last_layer and self._may_take_shortcuts()
+            states = states_at(self.backbone, read, embeds, keep, prefixes, prunes)  # (num_chunks, slots + 1, hidden)
             return states[:, :num_slots], memory_mask, states[:, -1] if self.scores_relevance else None
 
         states = self.backbone(inputs_embeds=embeds, attention_mask=keep.long(), use_cache=False).last_hidden_state
@@ -350,25 +319,6 @@ class ScaleDownCompressor(nn.Module):
             position = torch.zeros_like(total) if self.rerank_at_first_token else total - 1
             rerank = states[torch.arange(num_chunks, device=states.device), position]  # (num_chunks, hidden)
         return memory, memory_mask, rerank
-
-    def _states_at(
-        self,
-        read: torch.LongTensor,
-        embeds: torch.Tensor,
-        attention_mask: torch.BoolTensor,
-        prefixes: SharedPrefixes | None,
-    ) -> torch.Tensor:
-        """The backbone's states `(num_chunks, num_read, hidden)` at the positions `read` `(num_chunks, num_read)`."""
-        inputs = {"attention_mask": attention_mask.long(), "use_cache": False}
-        if prefixes is not None:
-            inputs = prefixes.backbone_inputs(attention_mask)
-        if self.prunes_last_layer and read.shape[1] < embeds.shape[1]:
-            inputs["read_positions"] = read
-        outputs = self.backbone(inputs_embeds=embeds, **inputs)
-        states = outputs.last_hidden_state
-        if states.shape[1] == read.shape[1] < embeds.shape[1]:
-            return states
-        return states.gather(1, read.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
 
     @torch.no_grad()
     def initialize_from_vocabulary(self):
@@ -416,104 +366,6 @@ class LLMCompressor(ScaleDownCompressor):
 
 
 COMPRESSORS = {"n_layers": NLayersCompressor, "modernbert": EncoderCompressor, "llm": LLMCompressor}
-
-
-def prepare_last_layer(backbone: PreTrainedModel) -> bool:
-    """
-    Lets the last layer of a backbone compute the positions named in the call's `read_positions`, and no others.
-
-    All earlier layers and the keys and values of the last one need every position; its queries, its attention's output
-    and its feed-forward part do not, which saves almost all of one layer, and changes no result and no gradient.
-
-    Args:
-        backbone (`PreTrainedModel`): A decoder or an encoder.
-
-    Returns:
-        `bool`: Whether the architecture is one of those in `PRUNABLE_LAYERS`; others are left as they are.
-    """
-    name = PRUNABLE_LAYERS.get(backbone.config.model_type)
-    if name is None or not type(backbone).__module__.startswith("transformers.models."):
-        return False
-    backbone.get_submodule(name)[-1].register_forward_pre_hook(_read_few, with_kwargs=True)
-    return True
-
-
-def _read_few(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook of a last layer; where it cannot be sure of the result, the whole layer is computed."""
-    read = kwargs.pop("read_positions", None)
-    states, *others = args
-    attention = layer.self_attn if hasattr(layer, "self_attn") else layer.attention.self
-    mask = kwargs.get("attention_mask", others[0] if others else None)
-    cache = kwargs.get("past_key_values")
-    if (
-        read is None
-        or (layer.training and layer.gradient_checkpointing)  # takes away what stands in for a cache
-        or attention.config._attn_implementation not in ("sdpa", "eager")
-        or not (cache is None or isinstance(cache, DynamicCache))
-        or not (mask is None or mask.dim() == 4)
-    ):
-        return args, kwargs
-    read = read.to(states.device)
-    few = read.unsqueeze(-1)  # (num_chunks, num_read, 1)
-    before = 0 if cache is None else cache.get_seq_length(attention.layer_idx)
-    if mask is None and attention.is_causal:
-        places = torch.arange(before + states.shape[1], device=states.device)
-        unseen = places > before + few  # (num_chunks, num_read, before + total_len)
-        mask = states.new_zeros(unseen.shape).masked_fill(unseen, torch.finfo(states.dtype).min).unsqueeze(1)
-    elif mask is not None and mask.shape[2] > 1:
-        mask = mask.expand(len(read), -1, -1, -1)
-        mask = mask.gather(2, few.unsqueeze(1).expand(-1, mask.shape[1], -1, mask.shape[3]))
-    positions = kwargs.get("position_embeddings")
-    read_before = None if before == 0 else cache.layers[attention.layer_idx]
-    kwargs["past_key_values"] = _AllKeys(layer, attention, states, positions, read_before)
-    if positions is not None:
-        kwargs["position_embeddings"] = tuple(
-            part.expand(len(read), -1, -1).gather(1, few.expand(-1, -1, part.shape[-1])) for part in positions
-        )
-    if "attention_mask" in kwargs:
-        kwargs["attention_mask"] = mask
-    else:
-        others[0] = mask
-    return (states.gather(1, few.expand(-1, -1, states.shape[-1])), *others), kwargs
-
-
-class _AllKeys:
-    """In the place of a cache: an attention that was given few positions gets the keys and values of all."""
-
-    def __init__(
-        self,
-        layer: nn.Module,
-        attention: nn.Module,
-        states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
-        read_before: CacheLayerMixin | None,
-    ):
-        self._layer, self._attention = layer, attention
-        self._states, self._position_embeddings = states, position_embeddings
-        self._read_before = read_before
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `(num_chunks, heads, kv_len, head_dim)` of all positions, whatever those of the few are."""
-        states = self._states.to(keys.device)
-        if self._position_embeddings is None:
-            return tuple(
-                part(states).unflatten(-1, (-1, keys.shape[-1])).transpose(1, 2)
-                for part in (self._attention.key, self._attention.value)
-            )
-        states = self._layer.input_layernorm(states)
-        keys, values = (
-            part(states).unflatten(-1, (-1, keys.shape[-1]))
-            for part in (self._attention.k_proj, self._attention.v_proj)
-        )
-        if hasattr(self._attention, "k_norm"):
-            keys = self._attention.k_norm(keys)
-        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        cos, sin = (part.to(keys.device) for part in self._position_embeddings)
-        keys = apply_rotary_pos_emb(keys, keys, cos, sin)[1]
-        if self._read_before is not None:
-            keys = torch.cat([self._read_before.keys, keys], dim=2)
-            values = torch.cat([self._read_before.values, values], dim=2)
-        return keys, values
 
 
 def mean_over_spans(

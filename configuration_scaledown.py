@@ -16,7 +16,14 @@
 import copy
 import math
 
-from transformers import AutoConfig, PreTrainedConfig
+try:
+    from transformers import AutoConfig, PreTrainedConfig
+except ImportError as error:
+    from transformers import __version__
+
+    raise ImportError(
+        f"ScaleDown needs transformers 5.17 or newer, and this is {__version__}: pip install --upgrade transformers."
+    ) from error
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 try:

@@ -38,12 +38,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import (
     CONFIG_NAME,
     PROCESSOR_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
-    ModelOutput,
     cached_file,
     can_return_tuple,
     logging,
@@ -56,11 +56,14 @@ try:
     from .errors_scaledown import ScaleDownError
     from .processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor, is_whole
     from .reranking_scaledown import document_scores, reranking_loss, select_chunks, slots_by_document
+    from .shortcuts_scaledown import CACHE_NAME
     from .weights_scaledown import (
         absolute_name,
         bitsandbytes_config,
         check_fingerprint,
         checkpoint_index,
+        execution_device,
+        is_offloaded,
         load_complete,
         load_first_layers,
         pin_revision,
@@ -80,11 +83,14 @@ except ImportError:
     from errors_scaledown import ScaleDownError
     from processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor, is_whole
     from reranking_scaledown import document_scores, reranking_loss, select_chunks, slots_by_document
+    from shortcuts_scaledown import CACHE_NAME
     from weights_scaledown import (
         absolute_name,
         bitsandbytes_config,
         check_fingerprint,
         checkpoint_index,
+        execution_device,
+        is_offloaded,
         load_complete,
         load_first_layers,
         pin_revision,
@@ -134,7 +140,7 @@ COMPRESSED_INPUTS = ("memory_states", "rerank_states", "memory_embeddings", "mem
 
 
 @dataclass
-class ScaleDownOutput(ModelOutput):
+class ScaleDownOutput(CausalLMOutputWithPast):
     r"""
     Output of [`ScaleDownModel`].
 
@@ -147,7 +153,7 @@ class ScaleDownOutput(ModelOutput):
             Squared error of the reranking scores, summed over a question's documents, averaged over questions.
         logits (`torch.FloatTensor` of shape `(batch, kept_len, vocab_size)`):
             Next-token scores at the last `logits_to_keep` positions, or at all of them.
-        past_key_values (`Cache`, *optional*):
+        past_key_values, from transformers 5.24 on cache (`Cache`, *optional*):
             The generator's key-value cache.
         memory_embeddings (`torch.FloatTensor` of shape `(num_chunks, slots, hidden_size)`, *optional*):
             Embeddings the slots were filled with.
@@ -159,16 +165,11 @@ class ScaleDownOutput(ModelOutput):
             The generator's, when asked for.
     """
 
-    loss: torch.FloatTensor | None = None
     generation_loss: torch.FloatTensor | None = None
     reranking_loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: object | None = None
     memory_embeddings: torch.FloatTensor | None = None
     memory_mask: torch.BoolTensor | None = None
     reranking_scores: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 class CompressionCache:
@@ -277,7 +278,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
 
     def __init__(
         self,
@@ -334,6 +335,11 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if self.compression_cache is not None:
             self.compression_cache.clear()
         return super().load_state_dict(*args, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs are read: the device of the parameters, or where those of an offloaded model are fetched to."""
+        return execution_device(self)
 
     def get_input_embeddings(self) -> nn.Module:
         """The generator's token embeddings."""
@@ -404,7 +410,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         chunks = (compressor_input_ids, compressor_attention_mask, chunk_slots, compressor_document_mask)
         if batch_size is not None:
             _check_batch_size(batch_size)
-        if batch_size is None or self.device.type == "meta":  # offloaded: accelerate's hooks place what is read
+        if batch_size is None:
             return self.compressor(*chunks)
         return self._compress_by_length(chunks, batch_size)
 
@@ -424,7 +430,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 ]
                 before = None if prefixes is None else prefixes.of(rows.to(self.device))
                 parts.append(self.compressor(*inputs, prefixes=before))
-        back = torch.cat(places).argsort().to(self.device)
+        back = torch.cat(places).argsort().to(parts[0].memory_mask.device)
         longest = max(part.memory_mask.shape[1] for part in parts)
         pads = [longest - part.memory_mask.shape[1] for part in parts]
         memory = [nn.functional.pad(p.memory_embeddings, (0, 0, 0, n)) for p, n in zip(parts, pads, strict=True)]
@@ -456,6 +462,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         reranking_labels: torch.FloatTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: object | None = None,
+        cache: object | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -492,6 +499,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 Compute logits at the last positions only, or, without labels, at those named; 0 computes all.
             num_items_in_batch, num_scored_examples (`int`, *optional*):
                 Answer tokens and scored questions to average over, when a step is made of several micro-batches.
+            past_key_values or cache (`Cache`, *optional*):
+                What the generator has read; transformers 5.24 gave it the second name.
 
         Returns:
             `ScaleDownOutput`.
@@ -525,9 +534,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            **{CACHE_NAME: past_key_values if cache is None else cache},
             **kwargs,
         )
         loss, generation, reranking = None, None, None
@@ -563,12 +572,12 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             generation_loss=generation.detach().clone() if generation is not None else None,
             reranking_loss=reranking,
             logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
             memory_embeddings=documents.memory_embeddings,
             memory_mask=documents.memory_mask,
             reranking_scores=documents.reranking_scores,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def _compress_inputs(
@@ -621,7 +630,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 f"The prompt has {num_slots} slots but the documents {memory.shape[0]} memory embeddings. Build both "
                 "with one call of the processor, with the same compression_rate and num_memory_tokens."
             )
-        return embeds.masked_scatter(slot_mask.unsqueeze(-1), memory.to(embeds.device, embeds.dtype))
+        return embeds.masked_scatter(slot_mask.to(embeds.device).unsqueeze(-1), memory.to(embeds.device, embeds.dtype))
 
     def generate(self, inputs: torch.LongTensor | None = None, *args, **kwargs):
         r"""
@@ -648,7 +657,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             with torch.no_grad():
                 documents = self._compress_inputs(**given, batch_size=None if together else self.chunks_per_pass)
                 embeds = self._embed_prompt(input_ids, slot_mask, documents)
-            # A mask longer than the ids: the beginning of the prompt is in `past_key_values` already.
+            # A mask longer than the ids: the beginning of the prompt is in the cache already.
             mask = kwargs.get("attention_mask")
             read = 0 if mask is None else max(mask.shape[1] - input_ids.shape[1], 0)
             kwargs["prompt_embeds"] = nn.functional.pad(embeds, (0, 0, read, 0))
@@ -660,7 +669,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         """Arguments of `generate` with a static cache, unless they ask for what does not go with one."""
         settings = kwargs.get("generation_config") or self.generation_config
         assisted = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
-        names = (*assisted, "past_key_values", "cache_implementation")
+        names = (*assisted, "past_key_values", "cache", "cache_implementation")
         decided = any(_asked(kwargs, settings, name) is not None for name in names)
         if decided or _asked(kwargs, settings, "use_cache") is False:
             return kwargs
@@ -670,6 +679,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.LongTensor,
         past_key_values: object | None = None,
+        cache: object | None = None,
         prompt_embeds: torch.FloatTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         is_first_iteration: bool | None = False,
@@ -680,21 +690,22 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`): The sequences so far.
-            past_key_values (`Cache`, *optional*): What was already read.
+            past_key_values or cache (`Cache`, *optional*): What was already read.
             prompt_embeds (`torch.FloatTensor` of shape `(batch, prompt_len, hidden)`, *optional*): The filled prompt.
             inputs_embeds, is_first_iteration, kwargs: As in transformers.
 
         Returns:
             `dict`: Arguments of `forward`.
         """
+        cache = past_key_values if cache is None else cache
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
-        start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        start = 0 if cache is None else int(cache.get_seq_length())
         if prompt_embeds is None or start >= prompt_embeds.shape[1]:
             return model_inputs
         ids = model_inputs["input_ids"]
@@ -836,7 +847,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 slots, stays = select_chunks(found, slots, chunks, *limits)
                 batch = self._build_prompts(asked, slots, max_new_tokens, start)
                 if chunks:
-                    compressed["memory_mask"] = memory.memory_mask & stays.to(self.device).unsqueeze(1)
+                    compressed["memory_mask"] = memory.memory_mask & stays.to(memory.memory_mask.device).unsqueeze(1)
             sequences = self.generate(**batch, **compressed, **generation_kwargs)
             answers += self.processor.decode_answers(_sequences(sequences), batch["input_ids"].shape[1])
         if single and len(answers) == 1:
@@ -988,8 +999,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if not batch:
             raise ScaleDownError("documents is empty; there is nothing to compress.")
         compressed = self._compress_chunks(batch, batch_size)
-        compressed.chunk_to_document = batch["chunk_to_document"].to(self.device)
-        compressed.document_to_example = batch["document_to_example"].to(self.device)
+        device = compressed.memory_embeddings.device
+        compressed.chunk_to_document = batch["chunk_to_document"].to(device)
+        compressed.document_to_example = batch["document_to_example"].to(device)
         return compressed
 
     def _compress_chunks(self, batch: dict[str, torch.Tensor], batch_size: int) -> CompressedDocuments:
@@ -1037,8 +1049,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
 
     def _scores_by_example(self, chunk_scores, batch, documents) -> list[list[float]]:
         count = batch["document_to_example"].shape[0]
-        chunk_to_document = batch["chunk_to_document"].to(chunk_scores.device)
-        scores = iter(document_scores(chunk_scores, chunk_to_document, count).tolist())
+        scores = iter(document_scores(chunk_scores, batch["chunk_to_document"], count).tolist())
         return [[next(scores) for _ in listed] for listed in documents]
 
     def _require_reranking(self):
@@ -1070,12 +1081,18 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
 
         Raises:
             ImportError: peft is not installed.
-            ValueError: the generator has LoRA layers already, its own weights would be trained, or there is none.
+            ValueError: the generator has LoRA layers already, its own weights would be trained, it is offloaded, or
+                there is none.
         """
         if self.generator is None:
             raise ScaleDownError(WITHOUT_GENERATOR)
         if self.config.lora_config is not None:
             raise ScaleDownError("The generator has LoRA layers already; call merge_lora() before adding new ones.")
+        if is_offloaded(self.generator):
+            raise ScaleDownError(
+                "The generator is offloaded, and layers that learn must not be. Load it without offloading, quantised "
+                "if it is too large: load_in_4bit=True."
+            )
         if lora_kwargs.get("modules_to_save") or lora_kwargs.get("bias", "none") != "none":
             raise ScaleDownError(
                 "modules_to_save and bias would train the generator's own weights, which stay frozen here; leave them "
@@ -1096,17 +1113,22 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         Adds the LoRA weights into the generator's own, for inference at full speed; nothing is left of LoRA.
 
         Raises:
-            ValueError: the generator is quantised, so that most of what LoRA learned would be rounded away, or there
-                is none.
+            ValueError: the generator is quantised, so that most of what LoRA learned would be rounded away, it is
+                offloaded, or there is none.
         """
         if self.config.lora_config is None:
             return
         if self.generator is None:
             raise ScaleDownError(WITHOUT_GENERATOR)
-        if getattr(self.generator, "hf_quantizer", None) is not None:
+        if self._is_quantized():
             raise ScaleDownError(
                 "LoRA cannot be merged into a quantised generator without rounding away what it learned. Save the "
                 'model with weights_format="delta", load that without load_in_4bit or load_in_8bit, and merge there.'
+            )
+        if is_offloaded(self.generator):
+            raise ScaleDownError(
+                "LoRA cannot be merged into a generator whose weights are offloaded: they are on no device between "
+                "calls. Load the model without offloading, merge and save it, and load that with offloading."
             )
         for name, module in list(self.generator.named_modules()):
             if hasattr(module, "lora_A") and hasattr(module, "merge"):
@@ -1138,15 +1160,19 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         """
         if self.generator is None:
             pass  # compresses and ranks
-        elif getattr(self.generator, "hf_quantizer", None) is None:
+        elif self.config.lora_config is not None and (is_offloaded(self.generator) or self._is_quantized()):
+            reason = "offloaded" if is_offloaded(self.generator) else "quantised"
+            logger.warning(f"The generator is {reason}; its LoRA layers stay unmerged, and slower.")
+        else:
             self.merge_lora()
-        elif self.config.lora_config is not None:
-            logger.warning("The generator is quantised; its LoRA layers stay unmerged, and slower.")
         self.eval().requires_grad_(False)
         if cache_entries is not None:
             self.compression_cache = CompressionCache(cache_entries)
         self.compiles_decoding = compile and self._can_compile_decoding()
         return self
+
+    def _is_quantized(self) -> bool:
+        return getattr(self.generator, "hf_quantizer", None) is not None
 
     def _can_compile_decoding(self) -> bool:
         quantizer = getattr(self.generator, "hf_quantizer", None) or getattr(self, "hf_quantizer", None)
@@ -1160,7 +1186,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             reason = f"{type(self.generator).__name__} does not go with a static cache"
         elif quantizer is not None and not quantizer.is_compileable:
             reason = "the generator's quantisation does not allow it"
-        elif {"cpu", "disk"} & places:
+        elif {"cpu", "disk"} & places or is_offloaded(self):
             reason = "parts of the model are offloaded"
         if reason is not None:
             logger.warning(f"Decoding is not compiled: {reason}.")
@@ -1344,7 +1370,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
     def _fit_compressor(self, generator: PreTrainedModel | None, backbone: PreTrainedModel | None):
         """Gives the compressor's own weights the generator's device and the backbone's type, and a start."""
         if generator is not None:
-            self.compressor.to(device=generator.device)
+            self.compressor.to(device=execution_device(generator))
         loaded = backbone if backbone is not None else generator
         for name, parameter in self.compressor.named_parameters():
             if loaded is not None and not name.startswith("backbone."):  # whose buffers stay in 32 bits
@@ -1476,8 +1502,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         self._inject_lora(self.config.lora_config)
         for name, tensor in read_tensors(name_or_path, self._check_lora(name_or_path, hub), hub).items():
             # Beside quantised layers PEFT makes 16-bit ones, which would round what was trained in 32.
-            parameter = self.get_parameter(name)
-            parameter.data = tensor.to(parameter.device, self.dtype)
+            layer, _, own = name.rpartition(".")
+            device = execution_device(self.get_submodule(name.split(".lora_")[0]))  # which may fetch its own weights
+            setattr(self.get_submodule(layer), own, nn.Parameter(tensor.to(device, self.dtype)))
 
     def _check_lora(self, name_or_path: str, hub: dict) -> dict[str, str]:
         """Files of the LoRA weights; transformers does not report it when they are missing."""
@@ -1563,7 +1590,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             "AutoProcessor": "processing_scaledown.ScaleDownProcessor",
         }
         quantization = getattr(self.config, "quantization_config", None)
-        if getattr(self.generator, "hf_quantizer", None) is not None:
+        if self._is_quantized():
             # transformers cannot undo how it read weights that were stored quantised.
             kwargs.setdefault("save_original_format", False)
         self.config.weights_format = weights_format

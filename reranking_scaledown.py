@@ -31,7 +31,7 @@ def document_scores(
         `torch.FloatTensor` of shape `(num_documents,)`, in 32 bits.
     """
     lowest = reranking_scores.new_full((num_documents,), -torch.inf, dtype=torch.float32)
-    return lowest.scatter_reduce(0, chunk_to_document, reranking_scores.float(), reduce="amax")
+    return lowest.scatter_reduce(0, chunk_to_document.to(lowest.device), reranking_scores.float(), reduce="amax")
 
 
 def reranking_loss(

@@ -263,6 +263,33 @@ def load_first_layers(name_or_path: str, config: PreTrainedConfig, loading: dict
     return backbone
 
 
+def execution_device(model: nn.Module) -> torch.device:
+    """
+    Finds the device a model computes on.
+
+    Args:
+        model (`nn.Module`): A model, offloaded or not; parameters that are offloaded are on no device between calls.
+
+    Returns:
+        `torch.device`: That of the first parameter, or the one it is moved to when it is needed.
+    """
+    first = next(model.parameters(), None)
+    if first is not None and not first.is_meta:
+        return first.device
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):  # accelerate's SequentialHook holds several
+            device = getattr(part, "execution_device", None)
+            if device is not None and torch.device(device).type != "meta":
+                return torch.device(device)
+    return torch.device("cpu") if first is None else first.device
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether parameters of a model are fetched by accelerate when they are needed."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
 def split_device_map(device_map: dict) -> tuple[dict, dict]:
     """
     Splits a device map of the whole model into the generator's own and that of the rest.

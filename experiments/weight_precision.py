@@ -33,6 +33,7 @@ from scaledown.benchmark_shapes import load_shape
 from scaledown.benchmark_speed import draw_inputs, spread
 from scaledown.command_line import parse_options, run_command, split_names
 from scaledown.tables import table
+from shortcuts_scaledown import CACHE_NAME
 
 WITH_LORA = " with LoRA"
 
@@ -96,7 +97,7 @@ def answer(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> tuple[
     first = time.perf_counter()
     for _ in range(new_tokens - 1):
         token = output.logits[:, -1:].argmax(dim=-1)
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=token, use_cache=True, **{CACHE_NAME: output[CACHE_NAME]})
     return first - started, (time.perf_counter() - first) / (new_tokens - 1)
 
 

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configuration_scaledown import ScaleDownConfig
 from modeling_scaledown import ScaleDownModel
+from shortcuts_scaledown import CACHE_NAME
 
 from .benchmark_shapes import build_config, label
 from .tables import table
@@ -188,8 +189,8 @@ def count_generation(generator: nn.Module, prompt_length: int, new_tokens: int) 
     def read(length: int) -> None:
         nonlocal cache
         embeds = torch.empty(1, length, generator.config.hidden_size, dtype=generator.dtype, device=META)
-        outputs = generator(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = outputs.past_key_values
+        outputs = generator(inputs_embeds=embeds, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
+        cache = outputs[CACHE_NAME]
 
     total = count(lambda: read(prompt_length))
     steps = new_tokens - 1

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.utils import ModelOutput
 
 from scaledown import ScaleDownModel
+from shortcuts_scaledown import CACHE_NAME
 from tiny import ANSWERS, DOCUMENTS, ENCODERS, QUESTIONS, build_config, build_model, only, randomize_lora
 
 KINDS = ["n_layers", "modernbert", "llm"]
@@ -372,7 +373,7 @@ def test_outputs_have_the_documented_shapes(any_model):
     assert output.reranking_scores.shape == (num_chunks,)
     assert [tuple(state.shape) for state in output.hidden_states] == [(3, length, 32)] * 5
     assert output.attentions is None
-    assert any_model(**batch, use_cache=False).past_key_values is None
+    assert getattr(any_model(**batch, use_cache=False), CACHE_NAME) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

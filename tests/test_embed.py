@@ -22,6 +22,7 @@ CODE = (
     "modeling_scaledown.py",
     "processing_scaledown.py",
     "reranking_scaledown.py",
+    "shortcuts_scaledown.py",
     "weights_scaledown.py",
 )
 

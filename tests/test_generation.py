@@ -9,6 +9,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 from reranking_scaledown import document_scores
+from shortcuts_scaledown import CACHE_NAME
 from tiny import DOCUMENTS, GENERATORS, LEARNED_POSITIONS, QUESTIONS, build_model, only
 
 PROMPT = ("input_ids", "attention_mask", "slot_mask")
@@ -261,7 +262,7 @@ def test_a_full_record_of_the_generation_can_be_had(any_model):
     assert len(output.scores) == len(output.logits) == len(output.hidden_states) == 12
     torch.testing.assert_close(output.logits[0], any_model(**batch).logits[:, -1], rtol=1e-4, atol=1e-4)
     assert torch.equal(torch.stack(output.scores, dim=1).argmax(dim=-1), output.sequences[:, -12:])
-    assert output.past_key_values.get_seq_length() == output.sequences.shape[1] - 1
+    assert output[CACHE_NAME].get_seq_length() == output.sequences.shape[1] - 1
 
 
 def test_an_answer_can_be_streamed_from_another_thread(any_model):
@@ -314,12 +315,12 @@ def test_a_prompt_is_continued_from_the_cache_of_what_was_read(any_generator, ne
     count = int(batch["chunk_slots"][batch["chunk_to_document"] == 0].sum())
     cut = int(batch["slot_mask"][0].nonzero()[count])
     start = {name: batch[name][:, :cut] for name in PROMPT}
-    cache = any_generator(**start, memory_embeddings=embeddings[:count], use_cache=True).past_key_values
+    cache = any_generator(**start, memory_embeddings=embeddings[:count], use_cache=True)[CACHE_NAME]
     rest = {**only(batch, *PROMPT), "memory_embeddings": embeddings}
     if new_ids_only:
         rest |= {name: batch[name][:, cut:] for name in ("input_ids", "slot_mask")}
         rest["memory_embeddings"] = embeddings[count:]
-    sequences = any_generator.generate(**rest, past_key_values=cache, **GREEDY)
+    sequences = any_generator.generate(**rest, **{CACHE_NAME: cache}, **GREEDY)
     assert torch.equal(sequences[:, rest["input_ids"].shape[1] :], expected)
 
 

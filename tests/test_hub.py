@@ -27,6 +27,7 @@ CODE = {
     "modeling_scaledown.py",
     "processing_scaledown.py",
     "reranking_scaledown.py",
+    "shortcuts_scaledown.py",
     "weights_scaledown.py",
 }
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}

@@ -7,6 +7,7 @@ from transformers import GenerationConfig
 
 from modeling_scaledown import CompressionCache, pass_sizes
 from reranking_scaledown import select_documents
+from shortcuts_scaledown import CACHE_NAME
 from tiny import DOCUMENTS, QUESTIONS, build_model, randomize_lora
 
 KEYS = ("memory_embeddings", "memory_mask", "reranking_scores")
@@ -159,7 +160,7 @@ def test_decoding_that_compiles_has_a_static_cache_and_the_same_answers(monkeypa
     assert model.answer(QUESTIONS, DOCUMENTS, **WRITING) == answers
     batch = model.processor(QUESTIONS, DOCUMENTS)
     output = model.generate(**batch, **WRITING, return_dict_in_generate=True)
-    assert type(output.past_key_values).__name__ == "StaticCache"
+    assert type(output[CACHE_NAME]).__name__ == "StaticCache"
     assert model.processor.decode_answers(output.sequences, batch["input_ids"].shape[1]) == answers
     assert model.generate(**batch, **WRITING, use_cache=False).tolist() == output.sequences.tolist()
     assert model.generation_config.cache_implementation is None  # nothing of it is saved
@@ -170,11 +171,11 @@ def test_decoding_that_compiles_has_a_static_cache_and_the_same_answers(monkeypa
     for implementation, expected in ((None, "StaticCache"), ("dynamic", "DynamicCache")):
         settings = GenerationConfig(**WRITING, cache_implementation=implementation, return_dict_in_generate=True)
         output = model.generate(**batch, generation_config=settings)
-        assert type(output.past_key_values).__name__ == expected
+        assert type(output[CACHE_NAME]).__name__ == expected
         assert settings.cache_implementation == implementation
     model.optimize_for_inference()
     output = model.generate(**batch, **WRITING, return_dict_in_generate=True)
-    assert type(output.past_key_values).__name__ == "DynamicCache"
+    assert type(output[CACHE_NAME]).__name__ == "DynamicCache"
 
 
 def test_where_decoding_cannot_be_compiled_nothing_changes(monkeypatch, caplog):

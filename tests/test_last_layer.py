@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import RobertaConfig, XLMRobertaConfig
 
-from compressor_scaledown import PRUNABLE_LAYERS
 from scaledown import ScaleDownConfig, ScaleDownModel, ScaleDownProcessor
+from shortcuts_scaledown import PRUNABLE_LAYERS
 from tiny import (
     DOCUMENTS,
     ENCODER_SHAPE,

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 
 from reranking_scaledown import document_scores, reranking_loss
 from scaledown import ScaleDownConfig, ScaleDownModel, ScaleDownProcessor
+from shortcuts_scaledown import CACHE_NAME
 from tiny import (
     ANSWERS,
     DOCUMENTS,
@@ -190,7 +191,7 @@ def test_reading_step_by_step_equals_reading_at_once(any_generator):
         output = any_generator(
             input_ids=batch["input_ids"][:, end - 1 : end],
             attention_mask=batch["attention_mask"][:, :end],
-            past_key_values=output.past_key_values,
+            **{CACHE_NAME: output[CACHE_NAME]},
             use_cache=True,
         )
         assert output.logits.shape[1] == 1

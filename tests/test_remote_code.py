@@ -25,6 +25,7 @@ CODE = (
     "modeling_scaledown.py",
     "processing_scaledown.py",
     "reranking_scaledown.py",
+    "shortcuts_scaledown.py",
     "weights_scaledown.py",
 )
 
