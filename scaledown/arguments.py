@@ -204,7 +204,6 @@ class ScaleDownTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Must stay off: no weight is left without a gradient."}
     )
-    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation keeps the losses, not the logits."})
     predict_with_generate: bool = field(
         default=False, metadata={"help": "Evaluation also answers: exact_match, f1 and match beside the losses."}
     )

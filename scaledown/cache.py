@@ -262,7 +262,7 @@ def write_shard(folder: str | Path, plan: CachePlan, shard: Shard, tensors: dict
 class CachedDataset(torch.utils.data.Dataset):
     """Records with the states of their chunks, read from the shards as they are asked for.
 
-    Rows are dicts of the records' `id`, `query`, `answer` and `reranking_scores`, and `memory_states`
+    Rows are dicts of the records' `id`, `query`, `answer`, `gold_answers` and `reranking_scores`, and `memory_states`
     (num_slots, hidden), `rerank_states` (num_chunks, hidden) or `None`, `chunk_slots` and `chunk_documents`
     (num_chunks,), and `document_slots`, the slots of each document.
 
@@ -314,7 +314,7 @@ class CachedDataset(torch.utils.data.Dataset):
         chunk_documents = tensors.get_slice("chunk_documents")[chunks].long()
         count = int(chunk_documents[-1]) + 1 if len(chunk_documents) else 0
         return {
-            **{name: record.get(name) for name in ("id", "query", "answer", "reranking_scores")},
+            **{name: record.get(name) for name in ("id", "query", "answer", "gold_answers", "reranking_scores")},
             "memory_states": tensors.get_slice("memory_states")[slots],
             "rerank_states": tensors.get_slice("rerank_states")[chunks] if self.plan.has_rerank_states else None,
             "chunk_slots": chunk_slots,

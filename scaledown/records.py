@@ -391,6 +391,19 @@ def answers_of(record: dict[str, Any]) -> list[str]:
     return [answer] if isinstance(answer, str) else answer
 
 
+def gold_answers_of(record: dict[str, Any]) -> list[str]:
+    """A record's gold answers: the data set's own where a teacher wrote those to learn.
+
+    Args:
+        record: A record with an `answer`, and perhaps `gold_answers`.
+
+    Returns:
+        The answers a prediction is compared with.
+    """
+    gold = record.get("gold_answers")
+    return [gold] if isinstance(gold, str) else gold or answers_of(record)
+
+
 def _generate_records(
     path: str, require_answer: bool, size: int | None = None, mtime_ns: int | None = None
 ) -> Iterator[dict[str, Any]]:

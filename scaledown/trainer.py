@@ -25,7 +25,7 @@ from .arguments import ScaleDownTrainingArguments
 from .cache import CachedDataset
 from .devices import hold_learned_in_32_bits, is_quantized
 from .metrics import ANSWER_METRICS
-from .records import answers_of
+from .records import gold_answers_of
 
 PARTS_OF_LOSS = ("generation_loss", "reranking_loss")
 
@@ -57,7 +57,9 @@ class ScaleDownTrainer(Trainer):
         model: A `ScaleDownModel`.
         args: How to train it.
         load_backbone: For a model without its compressor's backbone: loads it, so that checkpoints are whole.
-        kwargs: As in `Trainer`.
+        kwargs: As in `Trainer`. `compute_metrics` gets logits `(questions, positions, vocabulary)` and labels
+            `(questions, positions)` of the last positions of each prompt, where the answers are; as for any causal
+            model the logits at one position are of the label at the next.
     """
 
     def __init__(
@@ -186,6 +188,16 @@ class ScaleDownTrainer(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in parts.items()})
         return output
 
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Predict a batch: its loss and, where metrics want more, the logits of its answers and their labels."""
+        if prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        logits = outputs["logits"].detach()  # (batch, logits_to_keep, vocabulary)
+        return loss.detach().mean(), logits, inputs["labels"][:, -logits.shape[1] :]
+
     @torch.no_grad()
     def _answer_metrics(self, dataset: Dataset) -> dict[str, float]:
         """Answer every question of the data, greedily, and compare with its gold answers."""
@@ -205,7 +217,8 @@ class ScaleDownTrainer(Trainer):
             )
             answers = collator.processor.decode_answers(sequences, inputs["input_ids"].shape[1])
             for answer, row in zip(answers, rows, strict=True):
-                sums += torch.tensor([*(metric(answer, answers_of(row)) for metric in ANSWER_METRICS.values()), 1.0])
+                gold = gold_answers_of(row)
+                sums += torch.tensor([*(metric(answer, gold) for metric in ANSWER_METRICS.values()), 1.0])
         sums = self.accelerator.gather(sums.to(self.args.device).unsqueeze(0)).sum(dim=0)  # (metrics + 1,)
         return dict(zip(ANSWER_METRICS, (sums[:-1] / sums[-1]).tolist(), strict=True))
 

@@ -16,6 +16,7 @@ from folders import ROOT, TRAINING_SETTINGS, train_with_two_processes, write_row
 from scaledown import ScaleDownModel, ScaleDownProcessor
 from scaledown.arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments, parse_arguments
 from scaledown.collators import CompressionCollator, GenerationCollator, JointCollator
+from scaledown.records import write_records
 from scaledown.trainer import ScaleDownTrainer
 from scaledown.training import build_model as build_model_for_training
 from scaledown.training import main, run, train
@@ -698,6 +699,43 @@ def test_evaluation_answers_and_compares(tmp_path, monkeypatch, form):
     # "in cévennes" against "in cévennes 1006 kilometres": 2 of 2 and 2 of 4.
     assert metrics["eval_f1"] == pytest.approx((1 + 2 * 2 / 6) / 3)
     assert metrics["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("stage", ["joint", "generate"])
+def test_answers_are_compared_with_the_gold_ones_not_with_the_teachers(backbones, tmp_path, monkeypatch, stage):
+    path = tmp_path / "data.jsonl"
+    gold = [["Walter Scott"], None, ["a bird", "x"]]
+    write_records(path, [{**row, "gold_answers": right} for row, right in zip(rows(), gold, strict=True)])
+    answer_by_heart(monkeypatch, ["walter scott.", "In the Cévennes; 1,006 kilometres", "a bird"])
+    settings = {"predict_with_generate": True, "per_device_eval_batch_size": 2, "max_steps": 1}
+    args = training_arguments(tmp_path / "out", two_stage=stage == "generate", **settings)
+    data = DataArguments(train_file=str(path), eval_file=str(path))
+    assert run(model_arguments(backbones), data, args)["eval_exact_match"] == 1.0
+
+
+def test_compute_metrics_gets_the_logits_and_labels_of_the_answers(tmp_path):
+    model = build_model(lora=True)
+    seen = []
+
+    def compute_metrics(prediction):
+        logits, labels = torch.tensor(prediction.predictions), torch.tensor(prediction.label_ids)
+        seen.append((logits, labels))
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:])
+        return {"cross_entropy": loss.item()}
+
+    trainer = ScaleDownTrainer(
+        model=model,
+        args=training_arguments(tmp_path, per_device_eval_batch_size=2),
+        train_dataset=rows(),
+        eval_dataset=rows()[:2],
+        data_collator=JointCollator(model.processor),
+        processing_class=model.processor,
+        compute_metrics=compute_metrics,
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_cross_entropy"] == pytest.approx(metrics["eval_generation_loss"], rel=1e-4)
+    assert trainer.evaluate(rows())["eval_cross_entropy"] > 0  # batches of different lengths
+    assert seen[1][0].shape[:2] == seen[1][1].shape and len(seen[1][0]) == 3
 
 
 def test_answers_of_the_evaluation_are_those_of_inference(tmp_path, monkeypatch):
