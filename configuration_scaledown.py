@@ -25,6 +25,7 @@ except ImportError as error:
         f"ScaleDown needs transformers 5.17 or newer, and this is {__version__}: pip install --upgrade transformers."
     ) from error
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
 
 try:
     from .errors_scaledown import ScaleDownError
@@ -35,11 +36,14 @@ except ImportError:
 
 COMPRESSOR_TYPES = ("n_layers", "modernbert", "llm")
 WEIGHTS_FORMATS = ("full", "delta")
+DEFAULT_RATE = 16
 SLOT_POOLINGS = ("memory_tokens", "span_mean")
 # Their first position is the one after the padding token's id.
 POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet")
 # They multiply the embeddings of ids, and take those they are given as they are.
 SCALED_BY_ID = ("falcon_h1",)
+
+logger = logging.get_logger(__name__)
 
 # The prompt of OSCAR (arXiv 2504.07109).
 DEFAULT_SYSTEM_PROMPT = (
@@ -66,10 +70,12 @@ class ScaleDownConfig(PreTrainedConfig):
         num_compressor_layers (`int`, defaults to 8):
             Depth of an `n_layers` compressor (OSCAR, table 1: 5 and 8 layers; gains plateau at 8 to 10). The other
             compressors use the depth their own configuration states.
-        num_memory_tokens (`int`, defaults to 8):
-            Memory embeddings a chunk can have at most.
-        compression_rate (`int`, defaults to 16):
-            Document tokens one memory embedding stands for: a chunk of `n` tokens becomes
+        num_memory_tokens (`int`, *optional*):
+            Memory embeddings a chunk can have at most; what `chunk_length` and `compression_rate` ask for when left
+            out: 8.
+        compression_rate (`int`, *optional*):
+            Document tokens one memory embedding stands for; when left out, what a full chunk with
+            `num_memory_tokens` has, or 16: a chunk of `n` tokens becomes
             `min(ceil(n / compression_rate), num_memory_tokens)` slots.
         slot_pooling (`str`, defaults to `"memory_tokens"`):
             `"memory_tokens"`: a slot is the hidden state at a memory embedding behind the chunk, as in OSCAR.
@@ -125,8 +131,8 @@ class ScaleDownConfig(PreTrainedConfig):
     compressor_config: dict | PreTrainedConfig | None = None
     compressor_type: str = "n_layers"
     num_compressor_layers: int = 8
-    num_memory_tokens: int = 8
-    compression_rate: int = 16
+    num_memory_tokens: int | None = None
+    compression_rate: int | None = None
     slot_pooling: str = "memory_tokens"
     chunk_length: int = 128
     max_query_length: int = 128
@@ -144,9 +150,16 @@ class ScaleDownConfig(PreTrainedConfig):
     generator_fingerprint: str | None = None
     initializer_range: float = 0.02
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As everywhere in transformers; fields among the arguments are checked like those of the constructor."""
+        own = cls.__annotations__.keys() & kwargs.keys() - cls.sub_configs.keys()
+        return super().from_dict({**config_dict, **{name: kwargs.pop(name) for name in own}}, **kwargs)
+
     def __post_init__(self, **kwargs):
         # `PreTrainedConfig()` without arguments is called by transformers to find the values that differ from the
         # defaults, so a missing generator is an error of the model's constructor, not of this one.
+        fill_compression_settings(self)
         self._validate_sizes()
         if self.generator_config is not None:
             self.generator_config = _as_config(self.generator_config, "generator_config")
@@ -174,6 +187,17 @@ class ScaleDownConfig(PreTrainedConfig):
         """Width of the generator, and so of a memory embedding."""
         return self.generator_config.hidden_size
 
+    def check(self):
+        """
+        Checks the settings as they are now.
+
+        Raises:
+            ScaleDownError: as at construction.
+        """
+        self._validate_sizes()
+        if self.generator_config is not None:
+            self._validate_backbones()
+
     def _validate_sizes(self):
         if self.compressor_type not in COMPRESSOR_TYPES:
             raise ScaleDownError(
@@ -187,27 +211,7 @@ class ScaleDownConfig(PreTrainedConfig):
             raise ScaleDownError(
                 f"slot_pooling={self.slot_pooling!r} is unknown; choose one of {', '.join(SLOT_POOLINGS)}."
             )
-        for name in (
-            "num_compressor_layers",
-            "num_memory_tokens",
-            "compression_rate",
-            "chunk_length",
-            "max_query_length",
-            "projector_hidden_size",
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ScaleDownError(f"{name}={value!r} must be a whole number of at least 1.")
-        if self.num_memory_tokens > self.chunk_length:
-            raise ScaleDownError(
-                f"num_memory_tokens={self.num_memory_tokens} exceeds chunk_length={self.chunk_length}: a chunk would "
-                "grow instead of shrink. Lower num_memory_tokens or raise chunk_length."
-            )
-        if self.compression_rate > self.chunk_length:
-            raise ScaleDownError(
-                f"compression_rate={self.compression_rate} exceeds chunk_length={self.chunk_length}: one slot cannot "
-                "stand for more tokens than a chunk has. Lower compression_rate or raise chunk_length."
-            )
+        check_sizes(self, ("num_compressor_layers", "projector_hidden_size"))
         for name in ("reranking_loss_weight", "initializer_range"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
@@ -219,18 +223,7 @@ class ScaleDownConfig(PreTrainedConfig):
             raise ScaleDownError(
                 f"lora_config={self.lora_config!r} must be a dictionary of peft.LoraConfig arguments, or None."
             )
-        for name in ("system_prompt", "user_prompt", "closed_book_prompt", "document_separator"):
-            if not isinstance(getattr(self, name), str):
-                raise ScaleDownError(f"{name}={getattr(self, name)!r} must be a string.")
-        for name, fields in (("user_prompt", ("{documents}", "{question}")), ("closed_book_prompt", ("{question}",))):
-            for field in fields:
-                if getattr(self, name).count(field) != 1:
-                    raise ScaleDownError(f"{name}={getattr(self, name)!r} must contain {field} exactly once.")
-        if self.user_prompt.index("{documents}") > self.user_prompt.index("{question}"):
-            raise ScaleDownError(
-                f"user_prompt={self.user_prompt!r} must name {{documents}} before {{question}}, so that a prompt can "
-                "be continued from the documents' cache."
-            )
+        check_prompts(self)
 
     def _validate_backbones(self):
         if self.compressor_config is None:
@@ -284,6 +277,82 @@ def _as_config(config: dict | PreTrainedConfig, name: str) -> PreTrainedConfig:
             "name a model_type it has."
         )
     return CONFIG_MAPPING[model_type](**config)
+
+
+def fill_compression_settings(settings: object):
+    """
+    Gives slots per chunk and compression rate a value where they have none: what goes with the other.
+
+    Args:
+        settings: A configuration or a processor.
+    """
+    length, rate, slots = settings.chunk_length, settings.compression_rate, settings.num_memory_tokens
+    known = [value for value in (length, rate, slots) if value is not None]
+    if not all(isinstance(value, int) and value >= 1 for value in known):
+        return  # which `check_sizes` says
+    if rate is None:
+        settings.compression_rate = math.ceil(length / slots) if slots is not None else min(DEFAULT_RATE, length)
+    if slots is None:
+        settings.num_memory_tokens = math.ceil(length / settings.compression_rate)
+
+
+def check_sizes(settings: object, more: tuple[str, ...] = ()):
+    """
+    Checks the sizes of chunks, questions and slots.
+
+    Args:
+        settings: A configuration or a processor.
+        more (`tuple[str, ...]`): Further names of whole numbers.
+
+    Raises:
+        ScaleDownError: a size is out of range, or sizes contradict each other.
+    """
+    for name in ("num_memory_tokens", "compression_rate", "chunk_length", "max_query_length", *more):
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ScaleDownError(f"{name}={value!r} must be a whole number of at least 1.")
+    if settings.num_memory_tokens > settings.chunk_length:
+        raise ScaleDownError(
+            f"num_memory_tokens={settings.num_memory_tokens} exceeds chunk_length={settings.chunk_length}: a chunk "
+            "would grow instead of shrink. Lower num_memory_tokens or raise chunk_length."
+        )
+    if settings.compression_rate > settings.chunk_length:
+        raise ScaleDownError(
+            f"compression_rate={settings.compression_rate} exceeds chunk_length={settings.chunk_length}: one slot "
+            "cannot stand for more tokens than a chunk has. Lower compression_rate or raise chunk_length."
+        )
+    wanted = math.ceil(settings.chunk_length / settings.compression_rate)
+    if wanted > settings.num_memory_tokens:
+        logger.warning_once(
+            f"compression_rate={settings.compression_rate} asks for {wanted} slots for a chunk of chunk_length="
+            f"{settings.chunk_length} tokens, and num_memory_tokens={settings.num_memory_tokens} allows no more than "
+            f"that: full chunks are compressed {settings.chunk_length / settings.num_memory_tokens:g}×. Leave one of "
+            "the two out, and it follows from the other."
+        )
+
+
+def check_prompts(settings: object):
+    """
+    Checks the parts of the prompt.
+
+    Args:
+        settings: A configuration or a processor.
+
+    Raises:
+        ScaleDownError: a part is no string, or does not name documents and question once, in that order.
+    """
+    for name in ("system_prompt", "user_prompt", "closed_book_prompt", "document_separator"):
+        if not isinstance(getattr(settings, name), str):
+            raise ScaleDownError(f"{name}={getattr(settings, name)!r} must be a string.")
+    for name, fields in (("user_prompt", ("{documents}", "{question}")), ("closed_book_prompt", ("{question}",))):
+        for field in fields:
+            if getattr(settings, name).count(field) != 1:
+                raise ScaleDownError(f"{name}={getattr(settings, name)!r} must contain {field} exactly once.")
+    if settings.user_prompt.index("{documents}") > settings.user_prompt.index("{question}"):
+        raise ScaleDownError(
+            f"user_prompt={settings.user_prompt!r} must name {{documents}} before {{question}}, so that a prompt can "
+            "be continued from the documents' cache."
+        )
 
 
 def truncated_config(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:

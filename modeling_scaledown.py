@@ -293,6 +293,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 "The configuration has no generator_config. Pass one to ScaleDownConfig, or build the model with "
                 "ScaleDownModel.from_backbones(generator)."
             )
+        config.check()  # fields may have been assigned since it was made
         super().__init__(config)
         self.compressor = COMPRESSORS[config.compressor_type](config, backbone, with_backbone)
         self.generator = None
@@ -748,6 +749,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 f"The processor allows {processor.num_memory_tokens} slots per chunk, the model has "
                 f"{self.config.num_memory_tokens} memory embeddings. Build it with ScaleDownProcessor.from_config."
             )
+        if processor is not None:
+            processor.check()
         self._processor = processor
 
     @torch.no_grad()

@@ -30,6 +30,9 @@ try:
         DEFAULT_SYSTEM_PROMPT,
         DEFAULT_USER_PROMPT,
         ScaleDownConfig,
+        check_prompts,
+        check_sizes,
+        fill_compression_settings,
     )
     from .errors_scaledown import ScaleDownError
 except ImportError:
@@ -40,6 +43,9 @@ except ImportError:
         DEFAULT_SYSTEM_PROMPT,
         DEFAULT_USER_PROMPT,
         ScaleDownConfig,
+        check_prompts,
+        check_sizes,
+        fill_compression_settings,
     )
     from errors_scaledown import ScaleDownError
 
@@ -79,8 +85,8 @@ class ScaleDownProcessor(ProcessorMixin):
             The generator's tokenizer.
         compressor_tokenizer (`PreTrainedTokenizerBase`, *optional*):
             The compressor's tokenizer; the generator's when left out (`n_layers`).
-        num_memory_tokens (`int`, defaults to 8): Slots a chunk has at most.
-        compression_rate (`int`, defaults to 16): Document tokens per slot.
+        num_memory_tokens (`int`, *optional*): Slots a chunk has at most; 8, as in [`ScaleDownConfig`].
+        compression_rate (`int`, *optional*): Document tokens per slot; 16, as in [`ScaleDownConfig`].
         chunk_length (`int`, defaults to 128): Document tokens per chunk.
         max_query_length (`int`, defaults to 128): Query tokens shown to the compressor.
         max_prompt_length (`int`, *optional*): Positions of the generator; a longer prompt is an error.
@@ -107,8 +113,8 @@ class ScaleDownProcessor(ProcessorMixin):
         self,
         tokenizer: PreTrainedTokenizerBase,
         compressor_tokenizer: PreTrainedTokenizerBase | None = None,
-        num_memory_tokens: int = 8,
-        compression_rate: int = 16,
+        num_memory_tokens: int | None = None,
+        compression_rate: int | None = None,
         chunk_length: int = 128,
         max_query_length: int = 128,
         max_prompt_length: int | None = None,
@@ -134,6 +140,18 @@ class ScaleDownProcessor(ProcessorMixin):
         self.user_prompt = user_prompt
         self.closed_book_prompt = closed_book_prompt
         self.document_separator = document_separator
+        fill_compression_settings(self)
+        self.check()
+
+    def check(self):
+        """
+        Checks the settings as they are now.
+
+        Raises:
+            ScaleDownError: as in [`ScaleDownConfig`].
+        """
+        check_sizes(self)
+        check_prompts(self)
 
     @classmethod
     def from_config(
@@ -518,6 +536,7 @@ class ScaleDownProcessor(ProcessorMixin):
         return (*segments, lead)
 
     def _render_prompt(self, closed_book: bool) -> str:
+        check_prompts(self)  # which may have been assigned
         user = self.closed_book_prompt if closed_book else self.user_prompt
         user = user.replace("{documents}", _DOCUMENTS_MARK).replace("{question}", _QUESTION_MARK)
         if self.tokenizer.chat_template is None:

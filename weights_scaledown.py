@@ -287,7 +287,8 @@ def execution_device(model: nn.Module) -> torch.device:
 
 def is_offloaded(model: nn.Module) -> bool:
     """Whether parameters of a model are fetched by accelerate when they are needed."""
-    return any(parameter.is_meta for parameter in model.parameters())
+    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+    return hooked and any(parameter.is_meta for parameter in model.parameters())
 
 
 def split_device_map(device_map: dict) -> tuple[dict, dict]:

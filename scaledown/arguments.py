@@ -41,10 +41,14 @@ class ModelArguments:
         default=None, metadata={"help": "Layers of the generator n_layers copies; 8 by default."}
     )
     num_memory_tokens: int | None = field(
-        default=None, metadata={"help": "Memory embeddings per chunk at most; 8 by default."}
+        default=None,
+        metadata={
+            "help": "Memory embeddings per chunk at most; what chunk_length and compression_rate ask for by default: 8."
+        },
     )
     compression_rate: int | None = field(
-        default=None, metadata={"help": "Document tokens per memory embedding; 16 by default."}
+        default=None,
+        metadata={"help": "Document tokens per memory embedding; 16 by default, or what num_memory_tokens stands for."},
     )
     slot_pooling: Literal["memory_tokens", "span_mean"] | None = field(
         default=None,

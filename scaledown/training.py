@@ -250,6 +250,7 @@ def build_model(
         load = partial(ScaleDownModel.from_pretrained, name, revision=revision, **changes, **loading)
         model = load_model(load, name, "--model_name_or_path")
         model.config.weights_format = settings.get("weights_format", model.config.weights_format)
+        model.config.check()
         check_settings(settings, model.config, model_args.model_name_or_path)
         if model.config.weights_format == "delta" and not model.config.generator_fingerprint:
             raise ScaleDownError(

@@ -7,10 +7,11 @@ import json
 import pytest
 from transformers import AutoConfig, LlamaConfig, RobertaConfig
 
+import configuration_scaledown
 from configuration_scaledown import truncated_config
 from modeling_scaledown import LORA_DEFAULTS
-from scaledown import ScaleDownConfig, ScaleDownProcessor
-from tiny import ENCODERS, GENERATORS, build_config
+from scaledown import ScaleDownConfig, ScaleDownModel, ScaleDownProcessor
+from tiny import ENCODERS, GENERATORS, build_config, build_model
 
 KINDS = ["n_layers", "modernbert", "llm"]
 
@@ -196,3 +197,87 @@ def test_backbones_that_cannot_read_slots_are_refused(side, model_type, message)
 def test_a_generator_that_looks_tokens_up_in_every_layer_is_refused():
     with pytest.raises(ValueError, match="which slots cannot serve"):
         ScaleDownConfig(generator_config=AutoConfig.for_model("gemma3n_text"))
+
+
+@pytest.mark.parametrize(
+    ("given", "rate", "slots"),
+    [
+        ({}, 16, 8),
+        ({"compression_rate": 2}, 2, 64),
+        ({"compression_rate": 4, "chunk_length": 100}, 4, 25),
+        ({"chunk_length": 32}, 16, 2),
+        ({"chunk_length": 8}, 8, 1),
+        ({"num_memory_tokens": 4}, 32, 4),
+        ({"num_memory_tokens": 32, "compression_rate": 16}, 16, 32),  # room for lower rates
+    ],
+)
+def test_rate_and_slots_follow_from_each_other(given, rate, slots, tokenizer):
+    settings = (
+        ScaleDownConfig(**given),
+        ScaleDownConfig.from_dict({}, **given),
+        ScaleDownProcessor(tokenizer, **given),
+        ScaleDownConfig.from_dict(ScaleDownConfig(**given).to_dict()),
+    )
+    for each in settings:
+        assert (each.compression_rate, each.num_memory_tokens) == (rate, slots)
+
+
+def test_a_rate_that_the_slots_do_not_allow_is_told(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(configuration_scaledown.logger, "warning_once", warnings.append)
+    ScaleDownConfig(compression_rate=2)
+    assert warnings == []
+    ScaleDownConfig(compression_rate=2, num_memory_tokens=8)
+    assert "asks for 64 slots" in warnings[0]
+    assert "compressed 16×" in warnings[0]
+
+
+WRONG = {
+    "max_query_length": 0,
+    "slot_pooling": "nope",
+    "user_prompt": "{question}",
+    "compression_rate": 99,
+    "reranking_loss_weight": -1,
+    "num_compressor_layers": 9,
+    "weights_format": "half",
+    "enable_reranking": "yes",
+    "system_prompt": 3,
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_settings_are_checked_wherever_they_enter(name, saved):
+    wrong = {name: WRONG[name]}
+    with pytest.raises(ValueError, match=name) as told:
+        build_config("n_layers", **wrong)
+    for load in (ScaleDownConfig.from_pretrained, AutoConfig.from_pretrained, ScaleDownModel.from_pretrained):
+        with pytest.raises(ValueError) as error:
+            load(saved, **wrong)
+        assert str(error.value) == str(told.value)
+    if name == "num_compressor_layers":  # a backbone is given its depth when the configuration is made
+        return
+    config = build_config("n_layers")
+    setattr(config, name, WRONG[name])
+    with pytest.raises(ValueError, match=name):
+        ScaleDownModel(config)
+    if hasattr(ScaleDownProcessor.from_pretrained(saved), name):
+        with pytest.raises(ValueError, match=name):
+            ScaleDownProcessor.from_pretrained(saved, **wrong)
+        model = ScaleDownModel.from_pretrained(saved)
+        setattr(model.processor, name, WRONG[name])
+        with pytest.raises(ValueError, match=name):
+            model.processor = model.processor
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    build_model("n_layers").save_pretrained(folder)
+    return folder
+
+
+def test_settings_overridden_at_load_count(saved):
+    config = ScaleDownConfig.from_pretrained(saved, num_compressor_layers=1, max_query_length=20)
+    assert (config.compressor_config.num_hidden_layers, config.max_query_length) == (1, 20)
+    config, unused = ScaleDownConfig.from_pretrained(saved, max_query_length=20, return_unused_kwargs=True, other=1)
+    assert (config.max_query_length, unused) == (20, {"other": 1})

@@ -489,14 +489,14 @@ def test_generation_config_round_trip(tmp_path):
 def test_arguments_of_loading_are_no_generation_settings(tmp_path):
     build_model().save_pretrained(tmp_path / "first")
     loaded = load_silently(
-        tmp_path / "first", compression_rate=4, system_prompt="Nobody's business", with_backbone=True
+        tmp_path / "first", compression_rate=16, system_prompt="Nobody's business", with_backbone=True
     )
     loaded.save_pretrained(tmp_path / "second")
     first, second = (
         json.loads((tmp_path / name / "generation_config.json").read_text()) for name in ("first", "second")
     )
     assert first == second
-    assert loaded.config.compression_rate == 4
+    assert loaded.config.compression_rate == 16
 
 
 class Extended(ScaleDownModel):
