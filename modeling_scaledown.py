@@ -60,6 +60,7 @@ try:
     from .weights_scaledown import (
         absolute_name,
         bitsandbytes_config,
+        changed_weights,
         check_fingerprint,
         checkpoint_index,
         execution_device,
@@ -87,6 +88,7 @@ except ImportError:
     from weights_scaledown import (
         absolute_name,
         bitsandbytes_config,
+        changed_weights,
         check_fingerprint,
         checkpoint_index,
         execution_device,
@@ -1470,6 +1472,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             kwargs = {**hub, **kwargs}
         shared = {key: hub[key] for key in ("cache_dir", "local_files_only", "token") if key in hub}
         source = {**shared, "revision": config.generator_revision}
+        config.generator_name_or_path = absolute_name(config.generator_name_or_path)
         with_generator = kwargs.pop("with_generator", True)
         if with_generator:
             check_fingerprint(name_or_path, config, source)
@@ -1581,6 +1584,11 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             raise ScaleDownError(
                 f'variant={kwargs["variant"]!r} goes with weights_format="full"; a delta has one set of weights. Leave '
                 'variant out, or save with weights_format="full".'
+            )
+        if weights_format == "delta" and Path(self.config.generator_name_or_path).is_dir():
+            logger.warning_once(
+                f"This delta reads its generator from {self.config.generator_name_or_path}, a folder of this machine, "
+                "and says so in its config.json. Elsewhere, load it with generator_name_or_path=where it is."
             )
         # Of a delta it was just checked.
         if weights_format == "full" and (self._trainable_in_generator() or self._changed_in_generator()):
@@ -1728,7 +1736,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if not self.config.generator_name_or_path or not self.config.generator_fingerprint:
             raise ScaleDownError(
                 'weights_format="delta" needs a generator that is still the one of its repository: build the model '
-                'with from_backbones and do not merge LoRA, or save with weights_format="full".'
+                "with from_backbones and do not merge LoRA (train.py --merge_lora false or --weights_format delta), or "
+                'save with weights_format="full".'
             )
         trainable = self._trainable_in_generator()
         if trainable:
@@ -1749,25 +1758,14 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         return [n for n, p in self.generator.named_parameters() if p.requires_grad and "lora_" not in n]
 
     def remember_generator(self):
-        """Keeps a few values of every weight, so that a delta of a generator that was changed is noticed."""
-        if self.generator is not None:
+        """Keeps a sum and a few values of every weight, so that a delta of a generator that was changed is noticed."""
+        if self.generator is not None and self.config.generator_fingerprint is not None:
             self._generator_samples = weight_samples(self.generator)
 
     def _changed_in_generator(self) -> list[str]:
-        # Of weights that are spread over devices, no process has all.
-        is_spread = any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in self.generator.parameters())
-        if self._generator_samples is None or is_spread:
+        if self._generator_samples is None:
             return []
-        now, then = weight_samples(self.generator), self._generator_samples
-        # Between 16 and 32 bits values are rounded; a change that means something is larger.
-        return sorted(
-            name
-            for name in now.keys() | then.keys()
-            if name not in now
-            or name not in then
-            or now[name].shape != then[name].shape
-            or not torch.allclose(now[name], then[name], rtol=1e-2, atol=1e-5)
-        )
+        return changed_weights(self._generator_samples, self.generator)
 
     def _write_card(self, folder: Path, weights_format: str):
         """Renders model_card.md to README.md, beside a copy of the template."""

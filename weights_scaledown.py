@@ -17,6 +17,7 @@ import copy
 import hashlib
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,16 +35,20 @@ from transformers.utils import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 try:
+    from .card_scaledown import HUB_NAME
     from .compressor_scaledown import FINAL_NORM_NAMES
     from .errors_scaledown import ScaleDownError
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
+    from card_scaledown import HUB_NAME
     from compressor_scaledown import FINAL_NORM_NAMES
     from errors_scaledown import ScaleDownError
 
 NEVER_QUANTIZED = ("compressor", "lm_head", r".*\.lora_[AB]")
 FINGERPRINT_SAMPLES = 64
+# Values summed at once: a sum in 64 bits takes a copy in 64 bits.
+CHECKSUM_BLOCK = 1 << 22
 
 
 def absolute_name(name_or_path: str | None) -> str | None:
@@ -100,7 +105,31 @@ def weights_fingerprint(name_or_path: str, **hub) -> str:
     return digest.hexdigest()
 
 
-def weight_samples(model: nn.Module) -> dict[str, torch.Tensor]:
+@dataclass
+class WeightSample:
+    """
+    What is kept of a weight, to see later whether it has changed.
+
+    Args:
+        shape (`torch.Size`): Its shape.
+        values (`torch.Tensor`): Some of its values, in its type.
+        checksum (`torch.Tensor` of shape `()`): Sum of all its bits, read as whole numbers.
+    """
+
+    shape: torch.Size
+    values: torch.Tensor
+    checksum: torch.Tensor
+
+    def is_same(self, now: "WeightSample") -> bool:
+        """Bit for bit where the type is the same; otherwise as far as the type of now can tell."""
+        if self.shape != now.shape:
+            return False
+        if self.values.dtype == now.values.dtype:
+            return torch.equal(self.checksum, now.checksum) and torch.equal(_bits(self.values), _bits(now.values))
+        return torch.equal(self.values.to(now.values.dtype), now.values)
+
+
+def weight_samples(model: nn.Module) -> dict[str, WeightSample]:
     """
     Takes samples of a model's weights, to see later whether they have changed.
 
@@ -108,16 +137,43 @@ def weight_samples(model: nn.Module) -> dict[str, torch.Tensor]:
         model (`nn.Module`): A generator, with LoRA layers or without.
 
     Returns:
-        `dict[str, torch.Tensor]`: Some values and the shape of each weight, but those of LoRA and those quantised.
+        `dict[str, WeightSample]`: One for each weight, but those of LoRA, quantised, or offloaded.
     """
     samples = {}
     for name, parameter in model.named_parameters():
         if "lora_" in name or not parameter.is_floating_point() or parameter.is_meta:  # offloaded ones are meta
             continue
         values = parameter.detach().reshape(-1)
-        values = values[:: max(1, values.numel() // FINGERPRINT_SAMPLES)].float().cpu()
-        samples[name.replace(".base_layer.", ".")] = torch.cat([values, torch.tensor(parameter.shape).float()])
+        some = values[:: max(1, values.numel() // FINGERPRINT_SAMPLES)].clone().cpu()  # no view of what may change
+        checksum = sum(part.sum(dtype=torch.int64) for part in _bits(values).split(CHECKSUM_BLOCK))
+        samples[name.replace(".base_layer.", ".")] = WeightSample(
+            parameter.shape, some, torch.as_tensor(checksum).cpu()
+        )
     return samples
+
+
+def changed_weights(then: dict[str, WeightSample], model: nn.Module) -> list[str]:
+    """
+    Compares a model's weights with samples of them.
+
+    Args:
+        then (`dict[str, WeightSample]`): What `weight_samples` returned.
+        model (`nn.Module`): The model now.
+
+    Returns:
+        `list[str]`: Names of the weights that are others, new or gone; none where weights are spread over devices, of
+        which no process has all.
+    """
+    if any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters()):
+        return []
+    now = weight_samples(model)
+    away = {name.replace(".base_layer.", ".") for name, p in model.named_parameters() if p.is_meta}
+    names = (now.keys() | then.keys()) - away
+    return sorted(n for n in names if n not in now or (n not in then or not then[n].is_same(now[n])))
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    return values.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
 
 
 def checkpoint_index(name_or_path: str, **hub) -> dict[str, str]:
@@ -182,6 +238,26 @@ def _check_complete(name_or_path: str, info: dict):
         )
 
 
+def check_generator_folder(name_or_path: str, config: PreTrainedConfig):
+    """
+    Checks that a delta on top of a generator in a folder finds that folder.
+
+    Args:
+        name_or_path (`str`): The delta, for the error.
+        config (`ScaleDownConfig`): Its configuration, which names the generator.
+
+    Raises:
+        ScaleDownError: there is no such folder.
+    """
+    generator = str(config.generator_name_or_path)
+    if (Path(generator).is_absolute() or not HUB_NAME.fullmatch(generator)) and not Path(generator).is_dir():
+        raise ScaleDownError(
+            f"{name_or_path} is a delta: it holds no generator, and reads that from the folder {generator}, which is "
+            "not there. Say where the generator is now: from_pretrained(…, generator_name_or_path=folder or name on "
+            'the Hub), or ask for the model saved with weights_format="full".'
+        )
+
+
 def check_fingerprint(name_or_path: str, config: PreTrainedConfig, source: dict):
     """
     Checks that a delta finds the generator it was made for.
@@ -195,6 +271,7 @@ def check_fingerprint(name_or_path: str, config: PreTrainedConfig, source: dict)
         ValueError: the generator has other weights by now.
     """
     generator = config.generator_name_or_path
+    check_generator_folder(name_or_path, config)
     found = weights_fingerprint(generator, **source)
     if found != config.generator_fingerprint:
         raise ScaleDownError(

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import os
 import re
 import shutil
@@ -415,6 +416,49 @@ def test_delta_refuses_a_generator_that_was_changed_after_it_was_loaded_whole(ba
         loaded.get_input_embeddings().weight.mul_(1.5)
     with pytest.raises(ValueError, match=r"are not those of .* any more \(model.embed_tokens.weight"):
         loaded.save_pretrained(tmp_path / "delta", weights_format="delta")
+
+
+CHANGES = {
+    "scaled": lambda weight: weight.mul_(1.008),
+    "one value": lambda weight: weight[5, 7].add_(1e-3),
+    "rows exchanged": lambda weight: weight.copy_(weight.flip(0)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_delta_refuses_the_smallest_change(change, dtype, backbones, tmp_path):
+    model = from_backbones(backbones["n_layers"], dtype=dtype)
+    weight = model.generator.model.layers[2].mlp.up_proj.weight
+    with torch.no_grad():
+        CHANGES[change](weight)
+    with pytest.raises(ValueError, match=r"1 of them are not those of .* any more \(model.layers.2.mlp.up_proj.weight"):
+        model.save_pretrained(tmp_path, weights_format="delta")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_delta_takes_a_generator_in_another_type(dtype, backbones, tmp_path):
+    model = from_backbones(backbones["n_layers"]).to(dtype)
+    model.save_pretrained(tmp_path, weights_format="delta")
+    loaded = load_silently(tmp_path).generator.state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.generator.state_dict().items())
+
+
+def test_a_delta_whose_generator_moved_is_told_where_it_is(backbones, tmp_path, caplog):
+    generator = shutil.copytree(backbones["n_layers"][0], tmp_path / "generator")
+    model = from_backbones((generator, None))
+    logger = logging.getLogger("modeling_scaledown")
+    logger.addHandler(caplog.handler)
+    model.save_pretrained(tmp_path / "delta", weights_format="delta")
+    logger.removeHandler(caplog.handler)
+    assert f"reads its generator from {generator}" in caplog.text
+    moved = generator.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=rf"{generator}, which is not there.*generator_name_or_path="):
+        ScaleDownModel.from_pretrained(tmp_path / "delta")
+    for load in (ScaleDownModel, AutoModel):
+        found = load.from_pretrained(tmp_path / "delta", generator_name_or_path=str(moved))
+        assert_same_outputs(found, outputs(model))
+        assert found.config.generator_name_or_path == str(moved)
 
 
 def test_delta_has_no_variants(backbones, tmp_path):
