@@ -108,6 +108,11 @@ class ModelArguments:
             unread = ["generator_revision", "compressor_name_or_path", "compressor_revision"]
         elif self.compressor_name_or_path is None:
             unread.append("compressor_revision")
+        for name, least in (("lora_r", 0), ("lora_alpha", 1), ("lora_dropout", 0)):
+            value = getattr(self, name)
+            if value is not None and (value < least or (name == "lora_dropout" and value >= 1)):
+                limit = "from 0 to below 1" if name == "lora_dropout" else f"at least {least}"
+                raise ScaleDownError(f"{name}={value} must be {limit}.")
         for name in unread:
             if getattr(self, name) is not None:
                 raise ScaleDownError(
@@ -139,6 +144,10 @@ class DataArguments:
     max_train_examples: int | None = field(default=None, metadata={"help": "Learn from the first records only."})
     max_eval_examples: int | None = field(default=None, metadata={"help": "Evaluate on the first records only."})
     max_answer_length: int = field(default=128, metadata={"help": "Answer tokens learned at most."})
+    too_long: Literal["error", "skip"] = field(
+        default="error",
+        metadata={"help": "What becomes of records that exceed the generator's context: skip leaves them out."},
+    )
     closed_book: bool = field(default=False, metadata={"help": "It is meant that no record has a document."})
     cache_dir: str | None = field(
         default=None,
@@ -157,10 +166,15 @@ class DataArguments:
     def __post_init__(self):
         if self.train_file is None:
             raise ScaleDownError("train_file is missing; name the records to learn from (prepare_data.py writes them).")
-        for name in ("max_train_examples", "max_eval_examples", "compression_batch_size"):
+        for name, least in (
+            ("max_train_examples", 1),
+            ("max_eval_examples", 1),
+            ("compression_batch_size", 1),
+            ("max_answer_length", 2),
+        ):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ScaleDownError(f"{name}={value} must be at least 1.")
+            if value is not None and value < least:
+                raise ScaleDownError(f"{name}={value} must be at least {least}.")
 
 
 @dataclass
@@ -229,6 +243,7 @@ class ScaleDownTrainingArguments(TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and on_gpu
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 4 if on_gpu else 0
+        self._check_numbers()
         if isinstance(self.report_to, str):
             self.report_to = split_names(self.report_to)
         if self.label_smoothing_factor != 0:
@@ -276,6 +291,26 @@ class ScaleDownTrainingArguments(TrainingArguments):
             raise ScaleDownError(
                 "predict_with_generate needs questions, and the stage pretrain has none; leave it out."
             )
+
+    def _check_numbers(self) -> None:
+        least = {
+            "per_device_train_batch_size": 1,
+            "per_device_eval_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "dataloader_num_workers": 0,
+            "generation_max_new_tokens": 1,
+            "early_stopping_patience": 1,
+            "learning_rate": 0,
+            "compressor_learning_rate": 0,
+            "weight_decay": 0,
+            "warmup_steps": 0,
+        }
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ScaleDownError(f"{name}={value} must be at least {minimum}.")
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ScaleDownError(f"num_train_epochs={self.num_train_epochs} is no training; set a positive number.")
 
     @property
     def n_gpu(self) -> int:

@@ -210,4 +210,6 @@ def num_answer_positions(labels: torch.Tensor) -> int:
 
 def _ids(records: Sequence[dict[str, Any]]) -> str:
     ids = ", ".join(str(record.get("id")) for record in records)
+    if len(records) == 1:
+        return f"This is the record with the id {ids}."
     return f"The batch holds the records with the ids {ids}, in this order."

@@ -1,9 +1,12 @@
 """What the command lines share: logging, and errors told in one line."""
 
+import contextlib
 import logging
 import sys
-from collections.abc import Callable, Collection, Sequence
+import traceback
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import fields
+from importlib.metadata import PackageNotFoundError
 from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
@@ -37,7 +40,8 @@ def run_command(command: Callable[[], str]) -> int:
     try:
         report = command()
     except (ScaleDownError, OSError, ImportError) as error:
-        if isinstance(error, ImportError) and error.name is not None:
+        by_statement = isinstance(error, ImportError) and not isinstance(error, PackageNotFoundError)
+        if by_statement and error.name is not None:
             raise  # by an import statement: a broken installation, not a package we ask for
         logger.debug("the traceback of this error", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
@@ -46,6 +50,25 @@ def run_command(command: Callable[[], str]) -> int:
         OWN_LOGGER.setLevel(level)
     print(report)
     return 0
+
+
+@contextlib.contextmanager
+def settings_checked_by_libraries(what: str) -> Iterator[None]:
+    """Tell as a user's error what a library refuses of the settings handed over to it.
+
+    Args:
+        what: What the settings are of, for the message.
+
+    Raises:
+        ScaleDownError: A library raised a ValueError or ImportError; those of our own code stay what they are.
+    """
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1].filename
+        if isinstance(error, ScaleDownError) or "-packages" not in place:
+            raise
+        raise ScaleDownError(f"{what}: {error}") from error
 
 
 def parse_options(kind: type[Arguments], argv: Sequence[str] | None = None, **described: Any) -> Arguments:

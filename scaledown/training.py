@@ -15,7 +15,8 @@ import datasets
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
-from transformers import EarlyStoppingCallback, set_seed
+from torch.optim import SGD
+from transformers import EarlyStoppingCallback, get_scheduler, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -27,12 +28,12 @@ from weights_scaledown import weights_fingerprint
 from .arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments, parse_arguments
 from .cache import CachedDataset, open_plan
 from .collators import GenerationCollator, JointCollator, PretrainingCollator
-from .command_line import run_command, split_names
+from .command_line import run_command, settings_checked_by_libraries, split_names
 from .compression import cache_fingerprint, compress_records
 from .devices import is_quantized, load_model
 from .pretraining import load_pretraining_data
 from .reader import ReaderCollator, ReaderTrainer, add_reader_lora, start_lora_from
-from .record_checks import check_documents
+from .record_checks import check_documents, doubtful_passages, doubtful_records, keep_fitting
 from .records import atomic_writer, load_records
 from .trainer import ScaleDownTrainer
 
@@ -81,6 +82,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: ScaleDownTra
     """
     if args.dry_run:
         raise ScaleDownError("dry_run is told by scaledown.dry_run.dry_run, which train.py calls; run() trains.")
+    if args.two_stage:
+        _check_second_stage(model_args, data_args, args)
     metrics = {}
     for stage in ("compress", "generate") if args.two_stage else (args.stage,):
         args.stage = stage
@@ -88,6 +91,15 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: ScaleDownTra
             compress(model_args, data_args, args) if stage == "compress" else train(model_args, data_args, args)[1]
         )
     return metrics
+
+
+def _check_second_stage(model_args, data_args, args) -> None:
+    """Find what would stop the stage generate before hours were spent on its cache."""
+    from .dry_run import build_on_meta  # which builds on this module
+
+    args.stage = "generate"
+    _look_around(model_args, data_args, args)
+    build_on_meta(model_args, args, args.generator_dtype, with_backbone=False)
 
 
 class Patience(EarlyStoppingCallback):
@@ -125,23 +137,22 @@ def train(
             "generator_name_or_path, and lora_name_or_path to go on from an adapter."
         )
     checkpoint = _checkpoint_to_resume(model_args, data_args, args)
-    if args.eval_strategy != "no" and data_args.eval_file is None:
-        raise ScaleDownError(f"eval_strategy={args.eval_strategy.value} needs data to evaluate on; set eval_file.")
     set_seed(args.seed)
     with_backbone = args.stage not in ("generate", "reader")
     load_backbone = partial(_load_backbone, model_args, args) if args.stage == "generate" else None
     train_data, eval_data, collator, model = _prepare(model_args, data_args, args, with_backbone)
     if args.stage == "reader":
         return _train_reader(model_args, args, train_data, eval_data, collator, model, checkpoint)
-    trainer = ScaleDownTrainer(
-        model=model,
-        args=args,
-        train_dataset=train_data,
-        eval_dataset=eval_data,
-        data_collator=collator,
-        processing_class=model.processor,
-        load_backbone=load_backbone,
-    )
+    with settings_checked_by_libraries("The training cannot be set up"):
+        trainer = ScaleDownTrainer(
+            model=model,
+            args=args,
+            train_dataset=train_data,
+            eval_dataset=eval_data,
+            data_collator=collator,
+            processing_class=model.processor,
+            load_backbone=load_backbone,
+        )
     if args.early_stopping_patience is not None:
         trainer.add_callback(Patience(args.early_stopping_patience))
     log_parameters(model)
@@ -188,7 +199,9 @@ def compress(
     def load_compressor() -> ScaleDownModel:
         return build_model(model_args, args, with_generator=False).to(args.device).eval()
 
-    for name, records in _records(data_args).items():
+    collate = JointCollator(skeleton.processor, data_args.max_answer_length)
+    doubtful = doubtful_records(skeleton.processor, data_args.max_answer_length)
+    for name, records in keep_fitting(_records(data_args), collate, doubtful, data_args).items():
         plan = compress_records(
             load_compressor,
             skeleton.processor,
@@ -340,7 +353,8 @@ def add_lora(model: ScaleDownModel, model_args: ModelArguments) -> None:
     if model_args.lora_name_or_path is not None:
         start_lora_from(model, model_args.lora_name_or_path)
     if model.config.lora_config is None:
-        model.add_lora(**settings)
+        with settings_checked_by_libraries("The LoRA layers cannot be made"):
+            model.add_lora(**settings)
         return
     for key, value in settings.items():
         if value != model.config.lora_config.get(key):
@@ -459,14 +473,19 @@ def _prepare(model_args, data_args, args, with_backbone):
             for name, (file, split) in files.items()
         }
         data = {name: _limit(rows, getattr(data_args, f"max_{name}_examples")) for name, rows in data.items()}
-        return data["train"], data.get("eval"), PretrainingCollator(model.processor), model
+        collator = PretrainingCollator(model.processor)
+        data = keep_fitting(data, collator, doubtful_passages(model.processor), data_args)
+        return data["train"], data.get("eval"), collator, model
     data = _records(data_args)
     model = build_model(model_args, args, with_backbone=with_backbone)
+    build = ReaderCollator if args.stage == "reader" else JointCollator
+    whole = build(model.processor, data_args.max_answer_length)
+    doubtful = doubtful_records(model.processor, data_args.max_answer_length, args.stage == "reader")
+    data = keep_fitting(data, whole, doubtful, data_args)
     if args.stage in ("joint", "reader"):
         if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             data["train"] = data["train"].map(_length, desc="Measuring lengths")
-        build = ReaderCollator if args.stage == "reader" else JointCollator
-        return data["train"], data.get("eval"), build(model.processor, data_args.max_answer_length), model
+        return data["train"], data.get("eval"), whole, model
     for name, records in data.items():
         folder = _cache_folder(data_args, args) / name
         plan = open_plan(folder, _fingerprint(model, records, model_args, data_args))
@@ -481,15 +500,16 @@ def _prepare(model_args, data_args, args, with_backbone):
 
 def _train_reader(model_args, args, train_data, eval_data, collator, model, checkpoint):
     """Train the generator's LoRA on whole documents, and leave it as a PEFT adapter beside its tokenizer."""
-    reader = add_reader_lora(model, lora_settings(model_args), model_args.lora_name_or_path)
-    trainer = ReaderTrainer(
-        model=reader,
-        args=args,
-        train_dataset=train_data,
-        eval_dataset=eval_data,
-        data_collator=collator,
-        processing_class=model.processor.tokenizer,
-    )
+    with settings_checked_by_libraries("The training cannot be set up"):
+        reader = add_reader_lora(model, lora_settings(model_args), model_args.lora_name_or_path)
+        trainer = ReaderTrainer(
+            model=reader,
+            args=args,
+            train_dataset=train_data,
+            eval_dataset=eval_data,
+            data_collator=collator,
+            processing_class=model.processor.tokenizer,
+        )
     if args.early_stopping_patience is not None:
         trainer.add_callback(Patience(args.early_stopping_patience))
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
@@ -564,11 +584,24 @@ def _load_backbone(model_args: ModelArguments, args: ScaleDownTrainingArguments)
     return build_model(model_args, args, with_generator=False).compressor.backbone
 
 
-def _checkpoint_to_resume(model_args, data_args, args: ScaleDownTrainingArguments) -> str | None:
+def _look_around(model_args, data_args, args: ScaleDownTrainingArguments) -> str | None:
+    """Check that a stage that trains can begin; returns the checkpoint it goes on from."""
+    if args.eval_strategy != "no" and data_args.eval_file is None:
+        raise ScaleDownError(f"eval_strategy={args.eval_strategy.value} needs data to evaluate on; set eval_file.")
+    with settings_checked_by_libraries(f"lr_scheduler_type={args.lr_scheduler_type.value}"):
+        kwargs = args.lr_scheduler_kwargs
+        get_scheduler(args.lr_scheduler_type, SGD([torch.zeros(1)]), 1, 2, scheduler_specific_kwargs=kwargs)
+    if args.stage == "pretrain" and data_args.streaming and args.max_steps <= 0:
+        raise ScaleDownError("streaming=true does not know how long the text is; set max_steps.")
     folder = Path(args.output_dir)
     if args.resume_from_checkpoint is not None:
         if not Path(args.resume_from_checkpoint).is_dir():
             raise FileNotFoundError(f"resume_from_checkpoint={args.resume_from_checkpoint} is not a folder.")
+        if not (Path(args.resume_from_checkpoint) / TRAINER_STATE_NAME).is_file():
+            raise FileNotFoundError(
+                f"resume_from_checkpoint={args.resume_from_checkpoint} holds no {TRAINER_STATE_NAME}; name a folder "
+                f"such as {PREFIX_CHECKPOINT_DIR}-500 of an earlier run, or leave it out: a run goes on by itself."
+            )
         return args.resume_from_checkpoint
     started, settings = folder / RUN_NAME, _run_settings(model_args, data_args, args)
     begun = started.is_file()
@@ -577,19 +610,29 @@ def _checkpoint_to_resume(model_args, data_args, args: ScaleDownTrainingArgument
             f"{folder} holds a finished model; choose another output_dir, or name it as model_name_or_path to train "
             "it further."
         )
-    PartialState().wait_for_everyone()  # until all have looked
     checkpoint = _last_whole_checkpoint(folder)
     if begun and checkpoint is not None:
         before = json.loads(started.read_text(encoding="utf-8"))
-        changed = [f"{n} was {before.get(n)} and is {v}" for n, v in settings.items() if before.get(n) != v]
+        names = {**before, **settings}
+        changed = [
+            f"{n} was {before.get(n)} and is {settings.get(n)}" for n in names if before.get(n) != settings.get(n)
+        ]
         if changed:
             raise ScaleDownError(
                 f"{folder} holds an unfinished run of other settings: {'; '.join(changed)}. Go back to those, choose "
                 "another output_dir, or delete the folder to start anew."
             )
+    return checkpoint
+
+
+def _checkpoint_to_resume(model_args, data_args, args: ScaleDownTrainingArguments) -> str | None:
+    checkpoint = _look_around(model_args, data_args, args)
+    PartialState().wait_for_everyone()  # until all have looked
+    if checkpoint is not None:
         logger.info("Going on from %s; choose another output_dir to start anew.", checkpoint)
-    if args.should_save:
-        with atomic_writer(started, overwrite=True) as stream:
+    if args.should_save and args.resume_from_checkpoint is None:
+        settings = _run_settings(model_args, data_args, args)
+        with atomic_writer(Path(args.output_dir) / RUN_NAME, overwrite=True) as stream:
             stream.write(json.dumps(settings, indent=1).encode("utf-8") + b"\n")
     return checkpoint
 
@@ -603,6 +646,8 @@ def _run_settings(model_args, data_args, args) -> dict[str, Any]:
         data_names += ("text_column", "dataset_config", "train_split", "streaming")
     for name in data_names:
         settings[name] = getattr(data_args, name)
+    if data_args.too_long != "error":
+        settings["too_long"] = data_args.too_long
     if Path(data_args.train_file).is_file():
         settings["bytes of train_file"] = Path(data_args.train_file).stat().st_size
     return json.loads(json.dumps(settings, default=str))

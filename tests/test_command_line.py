@@ -1,12 +1,14 @@
 """Errors on the command lines: one line for what a user can mend, the traceback for anything else."""
 
 import logging
+import re
 from dataclasses import dataclass
 
 import pytest
 
+from folders import save_generator, write_rows
 from scaledown import ScaleDownConfig, ScaleDownError
-from scaledown.command_line import parse_options, parse_with, run_command
+from scaledown.command_line import parse_options, parse_with, run_command, settings_checked_by_libraries
 from scaledown.data_preparation import main as prepare
 from scaledown.evaluation import main as evaluate
 from scaledown.training import main as train
@@ -93,3 +95,31 @@ def test_debug_with_a_value_is_the_trainers():
 def test_the_models_own_errors_are_of_the_same_class():
     with pytest.raises(ScaleDownError, match="compression_rate=0"):
         ScaleDownConfig(compression_rate=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0 must be at least 1"),
+        (["--lora_dropout", "2"], "lora_dropout=2.0 must be from 0 to below 1"),
+        (["--lora_target_modules", "nosuch"], "LoRA layers cannot be made: Target modules {'nosuch'} not found"),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "lr_scheduler_type=cosine_with_min_lr: One of min_lr"),
+        (["--save_strategy", "best"], "training cannot be set up: `args.metric_for_best_model` must be provided"),
+        (["--resume_from_checkpoint", "."], "resume_from_checkpoint=. holds no trainer_state.json"),
+        (["--attn_implementation", "nosuch"], "generator_name_or_path=.*cannot be loaded"),
+        (["--bf16", "true", "--use_cpu", "false"], "bf16"),
+    ],
+)
+def test_settings_that_training_cannot_use_are_one_line(tmp_path, capsys, options, message):
+    folder = save_generator(tmp_path / "generator")
+    rows = [{"query": "q", "documents": ["d"], "answer": "a"}]
+    argv = ["--generator_name_or_path", str(folder), "--train_file", str(write_rows(tmp_path / "t.jsonl", rows))]
+    argv += ["--num_compressor_layers", "2", "--report_to", "none", "--output_dir", str(tmp_path / "out")]
+    assert train([*argv, *options]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_what_our_own_code_gets_wrong_in_setting_up_keeps_its_traceback():
+    with pytest.raises(ValueError, match="unpack") as caught, settings_checked_by_libraries("x"):
+        a, b = (1, 2, 3)
+    assert not isinstance(caught.value, ScaleDownError)

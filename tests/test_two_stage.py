@@ -415,3 +415,24 @@ def test_two_processes_run_both_stages(backbones, data, tmp_path):
     }
     train_with_two_processes(arguments, tmp_path)
     load_silently(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "model_settings", "error", "message"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 1}, {}, ValueError, "set eval_file"),
+        ({"resume_from_checkpoint": "nothere"}, {}, FileNotFoundError, "nothere is not a folder"),
+        ({}, {"lora_target_modules": "no_such_layer"}, ValueError, "no_such_layer"),
+        ({}, {"lora_name_or_path": "nothere"}, ValueError, "nothere holds no adapter_config.json"),
+        ({"finished": True}, {}, FileExistsError, "holds a finished model"),
+    ],
+)
+def test_what_stops_the_second_stage_is_found_before_the_first(
+    backbones, data, tmp_path, monkeypatch, settings, model_settings, error, message
+):
+    monkeypatch.setattr("scaledown.training.compress_records", lambda *args, **kwargs: pytest.fail("compressed"))
+    if settings.pop("finished", False):
+        (tmp_path / "all_results.json").write_text("{}")
+    args = training_arguments(tmp_path, two_stage=True, **settings)
+    with pytest.raises(error, match=message):
+        run(model_arguments(backbones, "llm", **model_settings), data_arguments(data), args)
