@@ -93,8 +93,8 @@ def test_debug_with_a_value_is_the_trainers():
 
 
 def test_the_models_own_errors_are_of_the_same_class():
-    with pytest.raises(ScaleDownError, match="compression_rate=0"):
-        ScaleDownConfig(compression_rate=0)
+    with pytest.raises(ScaleDownError, match="max_query_length=0"):
+        ScaleDownConfig(max_query_length=0)
 
 
 @pytest.mark.parametrize(
@@ -121,5 +121,6 @@ def test_settings_that_training_cannot_use_are_one_line(tmp_path, capsys, option
 
 def test_what_our_own_code_gets_wrong_in_setting_up_keeps_its_traceback():
     with pytest.raises(ValueError, match="unpack") as caught, settings_checked_by_libraries("x"):
-        a, b = (1, 2, 3)
+        [one] = (1, 2, 3)
+        del one
     assert not isinstance(caught.value, ScaleDownError)
