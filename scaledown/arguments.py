@@ -181,7 +181,8 @@ class DataArguments:
 class ScaleDownTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the defaults of OSCAR's table 7 and a learning rate for each side.
 
-    On a GPU, mixed precision is bf16 where the hardware computes in it and fp16 elsewhere; on a CPU it is off.
+    Where neither bf16 nor fp16 is set, precision is mixed on a GPU, bf16 where the hardware computes in it and fp16
+    elsewhere, and 32 bits on a CPU. `bf16=False` is 32 bits everywhere.
     """
 
     output_dir: str | None = field(default="runs/joint", metadata={"help": "Where checkpoints and the model go."})
@@ -233,13 +234,19 @@ class ScaleDownTrainingArguments(TrainingArguments):
     dataloader_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that tokenise ahead; 4 on a GPU and none on a CPU by default."}
     )
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Compute in bfloat16; where neither this nor fp16 is set, the GPU decides."}
+    )
+    fp16: bool | None = field(default=None, metadata={"help": "Compute in float16, with the loss scaled."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
 
     def __post_init__(self):
         on_gpu = torch.cuda.is_available() and not self.use_cpu
-        if on_gpu and not self.bf16 and not self.fp16:
+        self.precision_is_set = self.bf16 is not None or self.fp16 is not None
+        if on_gpu and not self.precision_is_set:
             self.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             self.fp16 = not self.bf16
+        self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
         self.dataloader_pin_memory = self.dataloader_pin_memory and on_gpu
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 4 if on_gpu else 0

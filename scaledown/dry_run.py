@@ -250,7 +250,7 @@ OPTIMIZER_BYTES = {
 
 def _dtype(args: ScaleDownTrainingArguments) -> tuple[torch.dtype, list[str]]:
     """Type of the computation, and what to say about it."""
-    if torch.cuda.is_available() or args.use_cpu or args.bf16 or args.fp16:
+    if torch.cuda.is_available() or args.use_cpu or args.precision_is_set:
         return args.generator_dtype, []
     return torch.bfloat16, ["there is no GPU here; the figures are those of mixed precision on one"]
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from configuration_scaledown import DEFAULT_CLOSED_BOOK_PROMPT, DEFAULT_SYSTEM_PROMPT, DEFAULT_USER_PROMPT
-from processing_scaledown import ScaleDownProcessor, _encode_as_text, _encode_continuations
+from processing_scaledown import ScaleDownProcessor, _encode_continuations
 
 DOCUMENT_SEPARATOR = "\n"
 # Control tokens of the chat templates in use, such as <|im_start|>, </s>, [INST], <<SYS>> and <start_of_turn>.
@@ -43,16 +43,16 @@ def build_messages(query: str, documents: Sequence[str]) -> list[dict[str, str]]
 
 
 class PromptEncoder:
-    """The prompt as token ids, built like the one the trained model reads, with texts where that has slots.
+    """The prompt as token ids: that of the full-text baseline, and of the trained model but for its slots.
 
     Args:
         tokenizer: The teacher's tokenizer, with or without a chat template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer = tokenizer
-        processor = ScaleDownProcessor(tokenizer, tokenizer)
-        self._frames = {closed_book: processor.prompt_frame(closed_book) for closed_book in (False, True)}
+        self._processor = ScaleDownProcessor(tokenizer, tokenizer)
+        for closed_book in (False, True):
+            self._processor.prompt_frame(closed_book)  # a chat template it cannot use is refused now
 
     def __call__(self, query: str, documents: Sequence[str]) -> list[int]:
         """Encode the prompt of one question.
@@ -64,10 +64,7 @@ class PromptEncoder:
         Returns:
             Token ids, no special token among those of the texts.
         """
-        before, between, after, lead = self._frames[not documents]
-        texts = DOCUMENT_SEPARATOR.join(documents)
-        encoded = _encode_as_text(self._tokenizer, [texts, lead + query])
-        return [*before, *encoded[0], *between, *encoded[1], *after]
+        return text_prompts(self._processor, [query], encode_texts(self._processor, [documents]))[0]
 
 
 def encode_texts(processor: ScaleDownProcessor, documents: Sequence[Sequence[str]]) -> list[list[int] | None]:

@@ -691,7 +691,8 @@ def _recorded_settings(*arguments: Any) -> dict[str, Any]:
     for group in arguments:
         for name, value in asdict(group).items():
             default = group.__dataclass_fields__[name].default
-            if name not in private and value != default and isinstance(value, str | int | float | bool):
+            unset = default is None and value is False  # filled in by the Trainer
+            if name not in private and value != default and not unset and isinstance(value, str | int | float | bool):
                 is_folder = name.endswith("_name_or_path") and Path(str(value)).exists()
                 settings[name] = Path(str(value)).name if is_folder else value
     return settings

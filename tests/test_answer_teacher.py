@@ -2,14 +2,18 @@
 
 import pytest
 import torch
+from test_processing import build_unigram
 from tiny_teachers import save_teacher
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from configuration_scaledown import DEFAULT_SYSTEM_PROMPT
+from processing_scaledown import ScaleDownProcessor
 from scaledown.answer_teacher import LocalTeacher, TeacherError, duration
 from scaledown.cost import estimate
+from scaledown.evaluation_data import Example
 from scaledown.journal import Journal
 from scaledown.prompts import PromptEncoder, build_messages
+from scaledown.systems import TextSystem
 from tiny import DOCUMENTS, QUESTIONS, SPECIAL_TOKENS, build_tokenizer
 
 RECORDS = [{"query": q, "documents": [t[:60] for t in d]} for q, d in zip(QUESTIONS, DOCUMENTS, strict=True)]
@@ -37,6 +41,18 @@ def test_the_prompt_is_the_papers(tokenizer):
     assert build_messages("Who?", [])[1]["content"] == "Question: Who?"
     ids = PromptEncoder(tokenizer)("Who?", ["One.", "Two."])
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def test_the_prompt_is_that_of_the_full_text_baseline_and_one_text_to_any_tokenizer():
+    tokenizer = build_unigram()
+    processor = ScaleDownProcessor(tokenizer, tokenizer)
+    ids = PromptEncoder(tokenizer)("Who?", ["One.", "Two."])
+    example = Example("x", "Who?", ["One.", "Two."], ["a"])
+    baseline = TextSystem("full_text", None, processor, GenerationConfig(), None, 8)
+    assert ids == baseline.prompts([example])[0]
+    messages = build_messages("Who?", ["One.", "Two."])
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
 
 
 def test_documents_cannot_speak_for_the_user_or_fill_the_template(tokenizer):

@@ -873,3 +873,29 @@ def test_a_run_goes_on_with_its_own_settings_only(backbones, train_file, tmp_pat
     name = {"train_file": "bytes of train_file"}.get(change, change)
     with pytest.raises(ValueError, match=f"unfinished run of other settings: {name} was"):
         train(model, data, training_arguments(tmp_path / "out", **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({}, torch.bfloat16),
+        ({"bf16": False}, torch.float32),
+        ({"fp16": False}, torch.float32),
+        ({"bf16": False, "fp16": False}, torch.float32),
+        ({"fp16": True}, torch.float16),
+    ],
+)
+def test_only_an_unset_precision_is_chosen_on_a_gpu(tmp_path, monkeypatch, settings, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)
+    args = ScaleDownTrainingArguments(output_dir=str(tmp_path), report_to=[], **settings)
+    assert args.generator_dtype == dtype
+    assert isinstance(args.bf16, bool) and isinstance(args.fp16, bool)
+
+
+def test_precision_is_read_from_the_command_line():
+    argv = ["--generator_name_or_path", "x", "--train_file", "y", "--report_to", "none"]
+    *_, args = parse_arguments([*argv, "--bf16", "false", "--fp16", "no"])
+    assert args.precision_is_set and args.generator_dtype == torch.float32
+    assert not parse_arguments(argv)[-1].precision_is_set
