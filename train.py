@@ -8,7 +8,11 @@ The first argument may be a recipe in YAML; options override it. `python train.p
 
 import sys
 
-from scaledown.training import main
-
 if __name__ == "__main__":
+    from scaledown.training_options import show_help
+
+    show_help()  # before what takes seconds to import
+
+    from scaledown.training import main
+
     sys.exit(main())

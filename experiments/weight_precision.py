@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from errors_scaledown import ScaleDownError
 from modeling_scaledown import LORA_DEFAULTS
-from scaledown.benchmark_flops import Protocol
+from scaledown.benchmark_protocol import Protocol
 from scaledown.benchmark_shapes import load_shape
 from scaledown.benchmark_speed import draw_inputs, spread
 from scaledown.command_line import parse_options, run_command, split_names

@@ -7,10 +7,10 @@ from typing import Literal
 
 from errors_scaledown import ScaleDownError
 
-from .benchmark_flops import Protocol
-from .benchmark_shapes import SHAPES
+from .benchmark_protocol import Protocol
+from .choices import DTYPES
 from .command_line import parse_options, refuse_options, split_names
-from .devices import DTYPES
+from .shapes import SHAPES
 
 MODES = ("flops", "speed", "train", "scaling")
 SWEPT = ("batch_size", "num_documents", "document_length", "new_tokens", "compression_rate")

@@ -1,7 +1,4 @@
-"""Shapes of published models, for benchmarks without weights and without a network.
-
-The values are those of the models' own config.json; only what decides a shape is here.
-"""
+"""Models of published shapes, for benchmarks without weights and without a network."""
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -9,90 +6,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from configuration_scaledown import ScaleDownConfig
 from errors_scaledown import ScaleDownError
 
-SHAPES = {
-    # mistralai/Mistral-7B-Instruct-v0.2
-    "mistral-7b": {
-        "model_type": "mistral",
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 32768,
-        "sliding_window": None,
-    },
-    # mistralai/Mistral-Small-24B-Instruct-2501
-    "mistral-24b": {
-        "model_type": "mistral",
-        "vocab_size": 131072,
-        "hidden_size": 5120,
-        "intermediate_size": 32768,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 32768,
-        "sliding_window": None,
-    },
-    # meta-llama/Llama-3.2-1B-Instruct
-    "llama-3.2-1b": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": True,
-    },
-    # Qwen/Qwen2-7B-Instruct
-    "qwen2-7b": {
-        "model_type": "qwen2",
-        "vocab_size": 152064,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 32768,
-    },
-    # Qwen/Qwen2.5-0.5B-Instruct
-    "qwen2.5-0.5b": {
-        "model_type": "qwen2",
-        "vocab_size": 151936,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": True,
-    },
-    # answerdotai/ModernBERT-base
-    "modernbert-base": {
-        "model_type": "modernbert",
-        "vocab_size": 50368,
-        "hidden_size": 768,
-        "intermediate_size": 1152,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 12,
-        "max_position_embeddings": 8192,
-    },
-    # sentence-transformers/all-MiniLM-L6-v2
-    "minilm-l6": {
-        "model_type": "bert",
-        "vocab_size": 30522,
-        "hidden_size": 384,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 12,
-        "max_position_embeddings": 512,
-    },
-}
+from .shapes import SHAPES
 
 
 def load_shape(name: str) -> PreTrainedConfig:

@@ -20,7 +20,7 @@ from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 
 from .benchmark_arguments import BenchmarkArguments
-from .benchmark_flops import Protocol
+from .benchmark_protocol import Protocol
 from .benchmark_shapes import build_config, label
 from .devices import find_device, pick_dtype, wait_for
 from .tables import table

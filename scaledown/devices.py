@@ -7,8 +7,9 @@ import torch
 
 from errors_scaledown import ScaleDownError
 
+from .choices import DTYPES
+
 Model = TypeVar("Model")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def pick_device() -> str:

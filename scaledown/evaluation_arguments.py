@@ -9,10 +9,8 @@ from typing import Any, Literal
 
 from errors_scaledown import ScaleDownError
 
+from .choices import BASELINES, DTYPES, FORMATS
 from .command_line import parse_options, refuse_options, split_names
-from .devices import DTYPES
-from .formats import FORMATS
-from .systems import BASELINES
 
 DEFAULT_BASELINES = "full_text,no_documents"
 # What is read where no model is asked.

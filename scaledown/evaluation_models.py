@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 
+from .choices import MEMORY_BASELINES, TEXT_BASELINES
 from .devices import is_quantized, load_model, pick_dtype
 from .evaluation_arguments import EvaluationArguments
 from .evaluation_data import Example
-from .systems import MEMORY_BASELINES, TEXT_BASELINES, CompressedSystem, System, TextSystem, choose_donors
+from .systems import CompressedSystem, System, TextSystem, choose_donors
 
 
 @dataclass

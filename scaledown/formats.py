@@ -19,13 +19,13 @@
 
 from typing import Any
 
+from .choices import FORMATS, Columns
 from .delimited import decode_cell
 from .own_formats import (
     ANSWER_COLUMNS,
     DOCUMENTS_COLUMNS,
     ID_COLUMNS,
     QUESTION_COLUMNS,
-    Columns,
     add_columns,
     add_dpr,
     add_record,
@@ -68,7 +68,6 @@ FIELDS = {
     "dpr": (("question", "query"), ("answers", "answer"), ("ctxs", "positive_ctxs")),
     "records": (("query",), ("answer",), ("documents",)),
 }
-FORMATS = (*(name for name in FIELDS if name != "records"), "columns", "records")
 
 
 def detect_format(location: str, element: Any) -> str:

@@ -30,8 +30,6 @@ from .journal import blocks
 from .records import atomic_writer
 from .retrieval import tokenize, top_indices
 
-RETRIEVERS = ("bm25", "splade", "dense")
-DEFAULT_MODELS = {"splade": "naver/splade-v3", "dense": "sentence-transformers/multi-qa-mpnet-base-dot-v1"}
 # Passages per shard: the work a kill can cost. Encoding them takes seconds on a GPU.
 TOKENIZED_PER_SHARD = 16_384
 ENCODED_PER_SHARD = 1_024

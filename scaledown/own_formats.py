@@ -1,8 +1,8 @@
 """Formats in which a question brings the documents it is to be asked with: records, tables, results of a retriever."""
 
-from dataclasses import dataclass
 from typing import Any
 
+from .choices import Columns
 from .delimited import decode_cell
 from .document_choice import stable_hash
 from .questions import QuestionCollector, SourceError, as_texts, get_identifier, is_true, passage_texts
@@ -16,21 +16,6 @@ ID_COLUMNS = ("id", "_id", "qid", "question_id", "query_id")
 # What DPR's training files say of a question, right passages first.
 DPR_COLUMNS = ("positive_ctxs", "hard_negative_ctxs", "negative_ctxs")
 OPTIONAL = ("id", "gold_answers", "reranking_scores", "positives")
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of the columns of the format `columns`; None stands for the usual names, where they are there."""
-
-    question: str | None = None
-    answer: str | None = None
-    documents: str | None = None
-    id: str | None = None
-
-    @property
-    def named(self) -> bool:
-        """Whether any name is given."""
-        return any((self.question, self.answer, self.documents, self.id))
 
 
 def usual_column(element: dict[str, Any], usual: tuple[str, ...]) -> str | None:

@@ -10,12 +10,8 @@ from transformers import HfArgumentParser
 
 from errors_scaledown import ScaleDownError
 
+from .choices import DEFAULT_MODELS, DEFAULT_RERANKER, DTYPES, FORMATS, RETRIEVERS, Columns
 from .command_line import parse_with
-from .devices import DTYPES
-from .formats import FORMATS, Columns
-from .indexes import DEFAULT_MODELS, RETRIEVERS
-from .reranking_teacher import DEFAULT_RERANKER
-from .sources import describe_source
 
 DEFAULT_NUM_DOCUMENTS = 5
 # These decide where and how fast the work is done, not what comes out; a run may go on with other values.
@@ -328,7 +324,7 @@ class PreparationArguments:
         names = ("corpus_config", "corpus_split", "corpus_revision", "text_column", "title_column", "merge_lines")
         names += ("passage_length", "passage_overlap")
         return {
-            "corpus": describe_source(self.corpus),
+            "corpus": _describe_source(self.corpus),
             **{name: getattr(self, name) for name in names},
             "tokenizer": _describe_model(self.tokenizer_name_or_path),
         }
@@ -346,9 +342,9 @@ class PreparationArguments:
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides the output: unfinished work belongs to these settings alone."""
         settings = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in PERFORMANCE}
-        settings["source"] = describe_source(self.source)
+        settings["source"] = _describe_source(self.source)
         if self.corpus is not None:
-            settings["corpus"] = describe_source(self.corpus)
+            settings["corpus"] = _describe_source(self.corpus)
         for name in ("tokenizer_name_or_path", "retriever_name_or_path", "reranker"):
             settings[name] = _describe_model(settings[name])
         if self.teacher_url is None:
@@ -380,4 +376,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> PreparationArguments:
 
 
 def _describe_model(name: str | None) -> Any:
-    return name if name is None or not Path(name).exists() else describe_source(name)
+    return name if name is None or not Path(name).exists() else _describe_source(name)
+
+
+def _describe_source(source: str) -> dict[str, Any]:
+    from .sources import describe_source  # which reads data sets, and takes seconds to import
+
+    return describe_source(source)

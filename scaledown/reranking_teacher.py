@@ -10,7 +10,6 @@ from errors_scaledown import ScaleDownError
 from .devices import import_sentence_transformers, load_model, pick_dtype
 
 # The DeBERTa-v3 reranker of the paper.
-DEFAULT_RERANKER = "naver/trecdl22-crossencoder-debertav3"
 
 
 class RerankingTeacher:

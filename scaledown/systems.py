@@ -32,9 +32,6 @@ from .evaluation_data import Example
 from .prompts import encode_texts, text_prompts
 
 MODEL = "compressed"
-TEXT_BASELINES = ("full_text", "no_documents", "truncated")
-MEMORY_BASELINES = ("random_memory", "shuffled_documents")
-BASELINES = (*TEXT_BASELINES, *MEMORY_BASELINES)
 
 
 @dataclass

@@ -9,7 +9,8 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 from scaledown import ScaleDownConfig
 from scaledown.benchmark import main
 from scaledown.benchmark_arguments import parse_arguments
-from scaledown.benchmark_flops import Protocol, build_on_meta, count_compression, count_generation, count_rows
+from scaledown.benchmark_flops import build_on_meta, count_compression, count_generation, count_rows
+from scaledown.benchmark_protocol import Protocol
 from scaledown.benchmark_shapes import SHAPES, build_config, load_shape
 
 WIDTH, INNER, LAYERS, HEADS, GROUPS, VOCABULARY = 32, 48, 3, 4, 2, 100

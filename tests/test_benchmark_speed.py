@@ -8,7 +8,7 @@ import torch
 from scaledown import ScaleDownModel
 from scaledown.benchmark import main
 from scaledown.benchmark_arguments import BenchmarkArguments
-from scaledown.benchmark_flops import Protocol
+from scaledown.benchmark_protocol import Protocol
 from scaledown.benchmark_scaling import DOCUMENTS, LENGTHS, count_scaling, fit_exponents
 from scaledown.benchmark_shapes import SHAPES
 from scaledown.benchmark_speed import Contestants, draw_inputs, measure

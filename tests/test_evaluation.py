@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from folders import SETTINGS, save_generator
 from scaledown import ScaleDownModel
 from scaledown.answering import answer_all
+from scaledown.choices import BASELINES
 from scaledown.evaluation import _fitting, evaluate, main
 from scaledown.evaluation_arguments import EvaluationArguments
 from scaledown.evaluation_data import Example
 from scaledown.evaluation_models import build_systems, check_lengths, load_contestants
 from scaledown.evaluation_run import Run
-from scaledown.systems import BASELINES, Answer, choose_donors, greedy
+from scaledown.systems import Answer, choose_donors, greedy
 from tiny import ANSWERS, DOCUMENTS, QUESTIONS, build_tokenizer, randomize_lora
 
 NEW_TOKENS = 4

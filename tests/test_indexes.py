@@ -10,6 +10,7 @@ from sentence_transformers import SentenceTransformer, SparseEncoder
 from tiny_teachers import save_dense, save_splade
 
 from scaledown import indexes
+from scaledown.choices import RETRIEVERS
 from scaledown.indexes import BM25Index, DenseIndex, SpladeIndex, open_index
 from scaledown.retrieval import tokenize, top_indices
 from tiny import DOCUMENTS, QUESTIONS
@@ -48,7 +49,7 @@ def reference_scores(retriever: str, model: str) -> np.ndarray:
     return encoder.encode_query(QUESTIONS, normalize_embeddings=True) @ passages.T
 
 
-@pytest.mark.parametrize("retriever", indexes.RETRIEVERS)
+@pytest.mark.parametrize("retriever", RETRIEVERS)
 def test_search_over_shards_finds_what_a_search_over_all_finds(tmp_path, models, retriever):
     index = open_index(retriever, tmp_path / "i", PASSAGES, models[retriever])
     expected = reference_scores(retriever, models[retriever])
@@ -81,7 +82,7 @@ def test_bm25_over_passages_without_words(tmp_path):
     assert [found.tolist() for found in index.search(["dog"], 5)] == [[0, 1]]
 
 
-@pytest.mark.parametrize("retriever", indexes.RETRIEVERS)
+@pytest.mark.parametrize("retriever", RETRIEVERS)
 def test_an_interrupted_build_goes_on_and_ends_the_same(tmp_path, models, retriever, monkeypatch):
     open_index(retriever, tmp_path / "whole", PASSAGES, models[retriever])
     kind = {"bm25": BM25Index, "splade": SpladeIndex, "dense": DenseIndex}[retriever]

@@ -1,0 +1,259 @@
+"""Options of `train.py` that are the project's own; `arguments` adds them to those of the `Trainer`.
+
+They stand apart since the `Trainer`'s take ten seconds to import, and help should not.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import HfArgumentParser
+
+from errors_scaledown import ScaleDownError
+
+HELP_ALL = "--help_all"
+
+
+@dataclass
+class ModelArguments:
+    """Which backbones to train, or which trained model to go on with."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A ScaleDown model to continue from, in place of backbones."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of model_name_or_path."})
+    generator_name_or_path: str | None = field(
+        default=None, metadata={"help": "Causal language model that answers: a Hub name or a folder."}
+    )
+    generator_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the generator."})
+    compressor_name_or_path: str | None = field(
+        default=None, metadata={"help": "Backbone of a modernbert or llm compressor; n_layers takes none."}
+    )
+    compressor_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the compressor."})
+    compressor_type: Literal["n_layers", "modernbert", "llm"] | None = field(
+        default=None,
+        metadata={"help": "n_layers (the default), modernbert (any encoder) or llm (any small causal model)."},
+    )
+    # Unset options take the configuration's defaults, or what the model that is continued has.
+    num_compressor_layers: int | None = field(
+        default=None, metadata={"help": "Layers of the generator n_layers copies; 8 by default."}
+    )
+    num_memory_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Memory embeddings per chunk at most; what chunk_length and compression_rate ask for by default: 8."
+        },
+    )
+    compression_rate: int | None = field(
+        default=None,
+        metadata={"help": "Document tokens per memory embedding; 16 by default, or what num_memory_tokens stands for."},
+    )
+    slot_pooling: Literal["memory_tokens", "span_mean"] | None = field(
+        default=None,
+        metadata={
+            "help": "memory_tokens, or span_mean: means over the chunk's own tokens, for a backbone that stays frozen. "
+            "span_mean by default in two-stage training from backbones, memory_tokens otherwise."
+        },
+    )
+    chunk_length: int | None = field(default=None, metadata={"help": "Document tokens per chunk; 128 by default."})
+    max_query_length: int | None = field(
+        default=None, metadata={"help": "Question tokens the compressor sees; 128 by default."}
+    )
+    enable_reranking: bool | None = field(
+        default=None, metadata={"help": "Whether the compressor also scores relevance; true by default."}
+    )
+    reranking_loss_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the reranking loss; 0.05 by default."}
+    )
+    projector_hidden_size: int | None = field(
+        default=None, metadata={"help": "Width of the projector (modernbert, llm); 8096 by default."}
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System prompt of the generator; the paper's by default."}
+    )
+    lora_r: int | None = field(
+        default=None, metadata={"help": "Rank of the generator's LoRA, 16 by default; 0 leaves the generator alone."}
+    )
+    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of LoRA; 32 by default."})
+    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout of LoRA; 0.1 by default."})
+    lora_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Folder of a PEFT adapter that LoRA starts from, such as --stage reader leaves."},
+    )
+    lora_target_modules: str | None = field(
+        default=None, metadata={"help": "all-linear (the default), or names such as q_proj,v_proj."}
+    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "Hold the frozen generator in 4 bits (bitsandbytes)."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Hold the frozen generator in 8 bits (bitsandbytes)."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, …"})
+    weights_format: Literal["full", "delta"] | None = field(
+        default=None,
+        metadata={"help": "Checkpoints with every weight (full, the default), or without the generator's."},
+    )
+    merge_lora: bool = field(
+        default=True, metadata={"help": "Merge LoRA into the saved model (weights_format=full): fastest inference."}
+    )
+
+    def __post_init__(self):
+        if (self.model_name_or_path is None) == (self.generator_name_or_path is None):
+            raise ScaleDownError(
+                "Name either model_name_or_path, a ScaleDown model to continue from, or generator_name_or_path, a "
+                "language model to start from."
+            )
+        begins, unread = "generator_name_or_path", ["revision"]
+        if self.model_name_or_path is not None:
+            begins = "model_name_or_path"
+            unread = ["generator_revision", "compressor_name_or_path", "compressor_revision"]
+        elif self.compressor_name_or_path is None:
+            unread.append("compressor_revision")
+        for name, least in (("lora_r", 0), ("lora_alpha", 1), ("lora_dropout", 0)):
+            value = getattr(self, name)
+            if value is not None and (value < least or (name == "lora_dropout" and value >= 1)):
+                limit = "from 0 to below 1" if name == "lora_dropout" else f"at least {least}"
+                raise ScaleDownError(f"{name}={value} must be {limit}.")
+        for name in unread:
+            if getattr(self, name) is not None:
+                raise ScaleDownError(
+                    f"{name}={getattr(self, name)} says nothing about {begins}={getattr(self, begins)}: revision goes "
+                    "with model_name_or_path, generator_revision with generator_name_or_path, and compressor_revision "
+                    "with compressor_name_or_path; a trained model brings its backbones. Leave it out."
+                )
+
+
+@dataclass
+class DataArguments:
+    """What to learn from."""
+
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Records to learn from, as prepare_data.py writes; for --stage pretrain plain text: a file (.txt, "
+            ".jsonl, .csv, .parquet) or the name of a data set."
+        },
+    )
+    eval_file: str | None = field(default=None, metadata={"help": "What to evaluate on, in the same form."})
+    text_column: str = field(default="text", metadata={"help": "Pretraining: column that holds the text."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Pretraining: configuration of a data set."})
+    train_split: str = field(default="train", metadata={"help": "Pretraining: split of a data set to learn from."})
+    eval_split: str = field(default="validation", metadata={"help": "Pretraining: split of a data set to evaluate on."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Pretraining: read text as training goes on; needs max_steps."}
+    )
+    max_train_examples: int | None = field(default=None, metadata={"help": "Learn from the first records only."})
+    max_eval_examples: int | None = field(default=None, metadata={"help": "Evaluate on the first records only."})
+    max_answer_length: int = field(default=128, metadata={"help": "Answer tokens learned at most."})
+    too_long: Literal["error", "skip"] = field(
+        default="error",
+        metadata={"help": "What becomes of records that exceed the generator's context: skip leaves them out."},
+    )
+    closed_book: bool = field(default=False, metadata={"help": "It is meant that no record has a document."})
+    cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Two-stage training: where stage 1 leaves its states; output_dir/cache by default."},
+    )
+    cache_dtype: Literal["bfloat16", "float16", "float32"] = field(
+        default="bfloat16", metadata={"help": "Two-stage training: type of the cached states."}
+    )
+    max_shard_size: str = field(
+        default="500MB", metadata={"help": "Two-stage training: size of a file of the cache at most."}
+    )
+    compression_batch_size: int = field(
+        default=64, metadata={"help": "Two-stage training: chunks that stage 1 compresses at a time."}
+    )
+
+    def __post_init__(self):
+        if self.train_file is None:
+            raise ScaleDownError("train_file is missing; name the records to learn from (prepare_data.py writes them).")
+        for name, least in (
+            ("max_train_examples", 1),
+            ("max_eval_examples", 1),
+            ("compression_batch_size", 1),
+            ("max_answer_length", 2),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ScaleDownError(f"{name}={value} must be at least {least}.")
+
+
+@dataclass
+class OwnTrainingOptions:
+    """What the `Trainer` has no option for, or another default."""
+
+    output_dir: str | None = field(default="runs/joint", metadata={"help": "Where checkpoints and the model go."})
+    stage: Literal["joint", "pretrain", "compress", "generate", "reader"] = field(
+        default="joint",
+        metadata={
+            "help": "joint: compressor and generator at once. pretrain: both, on plain text. compress: write the cache "
+            "of two-stage training. generate: learn from the cache. reader: the generator's LoRA alone, on whole "
+            "documents; the baseline for evaluate.py --reader."
+        },
+    )
+    two_stage: bool = field(
+        default=False, metadata={"help": "Run the stages compress and generate, one after the other."}
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Only tell what the run would train, how much memory it needs and how many tokens a step has; no "
+            "weights are read."
+        },
+    )
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the generator's LoRA."})
+    compressor_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the compressor; 5e-5 for n_layers and 1e-4 otherwise, as in the paper."},
+    )
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Questions per device and micro-batch."})
+    gradient_accumulation_steps: int = field(default=16, metadata={"help": "Micro-batches per step."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up, in steps or as a share of all steps."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay."})
+    # The collator reads the records' own columns, and only the answer's labels decide whether there is a loss.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the collator reads records."})
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["labels"], metadata={"help": "What a batch must hold to have a loss."}
+    )
+    # Every process gives every weight a gradient, if need be of 0, so that none is waited for in vain.
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Must stay off: no weight is left without a gradient."}
+    )
+    predict_with_generate: bool = field(
+        default=False, metadata={"help": "Evaluation also answers: exact_match, f1 and match beside the losses."}
+    )
+    generation_max_new_tokens: int = field(default=32, metadata={"help": "Length of these answers at most, in tokens."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."},
+    )
+    dataloader_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that tokenise ahead; 4 on a GPU and none on a CPU by default."}
+    )
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Compute in bfloat16; where neither this nor fp16 is set, the GPU decides."}
+    )
+    fp16: bool | None = field(default=None, metadata={"help": "Compute in float16, with the loss scaled."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+
+
+def show_help(argv: Sequence[str] | None = None) -> None:
+    """Print the project's own options and exit, where help is asked for.
+
+    Args:
+        argv: The command line by default.
+
+    Raises:
+        SystemExit: `-h` or `--help` is among the options.
+    """
+    if {"-h", "--help"}.isdisjoint(sys.argv[1:] if argv is None else argv):
+        return
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, OwnTrainingOptions),
+        prog="train.py",
+        usage="%(prog)s [recipe.yaml] [--option value ...]",
+        epilog=f"Every option of transformers.TrainingArguments works too; {HELP_ALL} lists them all.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.print_help()
+    sys.exit()
