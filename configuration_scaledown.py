@@ -14,6 +14,8 @@
 """ScaleDown model configuration."""
 
 import copy
+import datetime
+import json
 import math
 
 try:
@@ -44,6 +46,20 @@ POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-
 SCALED_BY_ID = ("falcon_h1",)
 
 logger = logging.get_logger(__name__)
+
+# What the processor itself passes to `apply_chat_template`.
+RESERVED_VARIABLES = {
+    "messages",
+    "conversation",
+    "chat_template",
+    "tokenize",
+    "add_generation_prompt",
+    "continue_final_message",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "strftime_now",
+}
 
 # The prompt of OSCAR (arXiv 2504.07109).
 DEFAULT_SYSTEM_PROMPT = (
@@ -97,6 +113,11 @@ class ScaleDownConfig(PreTrainedConfig):
             question without documents) holds `{question}`.
         document_separator (`str`, defaults to `"\n"`):
             Text between two documents' slots.
+        chat_template_kwargs (`dict`, *optional*):
+            Further variables of the generator's chat template, such as `{"enable_thinking": False}`.
+        prompt_date (`str`, *optional*):
+            Date a chat template shows as today's, such as `"2026-11-27"`, so that prompts stay those of training. The
+            processor sets it when it is made, if the template asks for a date.
         lora_config (`dict`, *optional*):
             Keyword arguments of `peft.LoraConfig` for the LoRA layers in the generator; `None` when it has none.
         weights_format (`str`, defaults to `"full"`):
@@ -143,6 +164,8 @@ class ScaleDownConfig(PreTrainedConfig):
     user_prompt: str = DEFAULT_USER_PROMPT
     closed_book_prompt: str = DEFAULT_CLOSED_BOOK_PROMPT
     document_separator: str = "\n"
+    chat_template_kwargs: dict | None = None
+    prompt_date: str | None = None
     lora_config: dict | None = None
     weights_format: str = "full"
     generator_name_or_path: str | None = None
@@ -339,8 +362,22 @@ def check_prompts(settings: object):
         settings: A configuration or a processor.
 
     Raises:
-        ScaleDownError: a part is no string, or does not name documents and question once, in that order.
+        ScaleDownError: a part is no string, or does not name documents and question once, in that order; variables of
+            the chat template or a date that are none.
     """
+    variables, date = settings.chat_template_kwargs, settings.prompt_date
+    if variables is not None and not (isinstance(variables, dict) and all(isinstance(name, str) for name in variables)):
+        raise ScaleDownError(f"chat_template_kwargs={variables!r} must be a dictionary of variables by name, or None.")
+    for name in RESERVED_VARIABLES & (variables or {}).keys():
+        raise ScaleDownError(f"chat_template_kwargs sets {name}, which the processor decides; leave it out.")
+    try:
+        json.dumps(variables)
+    except TypeError as error:
+        raise ScaleDownError(f"chat_template_kwargs={variables!r} cannot be saved ({error}).") from None
+    try:
+        datetime.date.fromisoformat("2026-01-01" if date is None else date)
+    except (TypeError, ValueError):
+        raise ScaleDownError(f"prompt_date={date!r} must be a date such as '2026-01-31', or None.") from None
     for name in ("system_prompt", "user_prompt", "closed_book_prompt", "document_separator"):
         if not isinstance(getattr(settings, name), str):
             raise ScaleDownError(f"{name}={getattr(settings, name)!r} must be a string.")

@@ -16,6 +16,7 @@
 import contextlib
 import copy
 import difflib
+import itertools
 import tempfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -54,8 +55,8 @@ try:
     from .compressor_scaledown import COMPRESSORS, CompressedDocuments, ScaleDownCompressor
     from .configuration_scaledown import WEIGHTS_FORMATS, ScaleDownConfig
     from .errors_scaledown import ScaleDownError
-    from .processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor, is_whole
-    from .reranking_scaledown import document_scores, reranking_loss, select_chunks, slots_by_document
+    from .processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor
+    from .reranking_scaledown import check_limits, document_scores, reranking_loss, select_chunks, slots_by_document
     from .shortcuts_scaledown import CACHE_NAME
     from .weights_scaledown import (
         absolute_name,
@@ -82,8 +83,8 @@ except ImportError:
     from compressor_scaledown import COMPRESSORS, CompressedDocuments, ScaleDownCompressor
     from configuration_scaledown import WEIGHTS_FORMATS, ScaleDownConfig
     from errors_scaledown import ScaleDownError
-    from processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor, is_whole
-    from reranking_scaledown import document_scores, reranking_loss, select_chunks, slots_by_document
+    from processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor
+    from reranking_scaledown import check_limits, document_scores, reranking_loss, select_chunks, slots_by_document
     from shortcuts_scaledown import CACHE_NAME
     from weights_scaledown import (
         absolute_name,
@@ -178,7 +179,8 @@ class CompressionCache:
     r"""
     Bounded memory of compressed chunks, each with its question: what was used last stays.
 
-    It belongs to weights that do not change; putting the model into training mode empties it.
+    It belongs to weights that do not change: it is emptied when the model is put into training mode, and at the next
+    use after weights were changed in place, loaded, or given another type or device.
 
     Args:
         max_entries (`int`): Chunks to keep; one takes `slots · hidden_size` numbers on the model's device.
@@ -190,6 +192,7 @@ class CompressionCache:
         self.max_entries = max_entries
         self.hits = self.misses = 0
         self._entries = OrderedDict()
+        self._weights = None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -198,6 +201,17 @@ class CompressionCache:
     def hit_rate(self) -> float:
         """Share of the chunks asked for that were there."""
         return self.hits / max(self.hits + self.misses, 1)
+
+    def belong_to(self, compressor: nn.Module):
+        """Forgets all chunks unless the compressor has the weights it had at the last call."""
+        # Whatever is written into a tensor raises its version; those of inference mode have none.
+        weights = tuple(
+            (tensor.data_ptr(), tensor.dtype, tensor.device, 0 if tensor.is_inference() else tensor._version)
+            for tensor in itertools.chain(compressor.parameters(), compressor.buffers())
+        )
+        if self._weights is not None and weights != self._weights:
+            self.clear()
+        self._weights = weights
 
     def get(self, key: tuple) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Memory embeddings `(slots, hidden)` and score `()` of a chunk, or `None`; counts either."""
@@ -332,12 +346,6 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if mode and self.compression_cache is not None:
             self.compression_cache.clear()
         return super().train(mode)
-
-    def load_state_dict(self, *args, **kwargs):
-        """Loads weights, as everywhere in torch; what others compressed is forgotten."""
-        if self.compression_cache is not None:
-            self.compression_cache.clear()
-        return super().load_state_dict(*args, **kwargs)
 
     @property
     def device(self) -> torch.device:
@@ -526,8 +534,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             memory_embeddings=memory_embeddings,
             memory_mask=memory_mask,
         )
-        if inputs_embeds is None:
-            inputs_embeds = self._embed_prompt(input_ids, slot_mask, documents)
+        if inputs_embeds is None or documents.memory_embeddings is not None:
+            inputs_embeds = self._embed_prompt(input_ids, slot_mask, documents, inputs_embeds)
         if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
 
@@ -603,12 +611,17 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         return self.compressor.project(memory_states.to(dtype), memory_mask, rerank_states)
 
     def _embed_prompt(
-        self, input_ids: torch.LongTensor, slot_mask: torch.BoolTensor | None, documents: CompressedDocuments
+        self,
+        input_ids: torch.LongTensor | None,
+        slot_mask: torch.BoolTensor | None,
+        documents: CompressedDocuments,
+        embeds: torch.FloatTensor | None = None,
     ) -> torch.FloatTensor:
-        """Embeddings of the prompt `(batch, prompt_len, hidden)`, slots filled."""
+        """Embeddings of the prompt `(batch, prompt_len, hidden)`, those given or of the ids, slots filled."""
         if self.generator is None:
             raise ScaleDownError(WITHOUT_GENERATOR)
-        embeds = self.get_input_embeddings()(input_ids)  # (batch, prompt_len, hidden)
+        if embeds is None:
+            embeds = self.get_input_embeddings()(input_ids)  # (batch, prompt_len, hidden)
         num_slots = 0 if slot_mask is None else int(slot_mask.sum())
         memory = documents.memory_embeddings
         if memory is None:
@@ -618,9 +631,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                     "compressor_input_ids or memory_embeddings."
                 )
             return embeds
-        if slot_mask is not None and slot_mask.shape != input_ids.shape:
+        if slot_mask is not None and slot_mask.shape != embeds.shape[:2]:
             raise ScaleDownError(
-                f"slot_mask has shape {tuple(slot_mask.shape)} for input_ids of shape {tuple(input_ids.shape)}; where "
+                f"slot_mask has shape {tuple(slot_mask.shape)} for a prompt of shape {tuple(embeds.shape[:2])}; where "
                 "tokens were added behind the processor's, add as many False."
             )
         if documents.memory_mask is not None:
@@ -654,16 +667,21 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         for name in ("chunk_to_document", "document_to_example"):
             kwargs.pop(name, None)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if input_ids is not None and any(value is not None for value in (slot_mask, *given.values())):
+        embeds = kwargs.get("inputs_embeds")
+        has_prompt = input_ids is not None or embeds is not None
+        if has_prompt and any(value is not None for value in (slot_mask, *given.values())):
             # Passes by length differ in number between processes, which those that share out a model must not.
             together = torch.distributed.is_available() and torch.distributed.is_initialized()
             with torch.no_grad():
                 documents = self._compress_inputs(**given, batch_size=None if together else self.chunks_per_pass)
-                embeds = self._embed_prompt(input_ids, slot_mask, documents)
-            # A mask longer than the ids: the beginning of the prompt is in the cache already.
-            mask = kwargs.get("attention_mask")
-            read = 0 if mask is None else max(mask.shape[1] - input_ids.shape[1], 0)
-            kwargs["prompt_embeds"] = nn.functional.pad(embeds, (0, 0, read, 0))
+                filled = self._embed_prompt(input_ids, slot_mask, documents, embeds)
+            if embeds is not None:
+                kwargs["inputs_embeds"] = filled
+            else:
+                # A mask longer than the ids: the beginning of the prompt is in the cache already.
+                mask = kwargs.get("attention_mask")
+                read = 0 if mask is None else max(mask.shape[1] - input_ids.shape[1], 0)
+                kwargs["prompt_embeds"] = nn.functional.pad(filled, (0, 0, read, 0))
         if self.compiles_decoding:
             kwargs = self._with_static_cache(kwargs)
         return super().generate(inputs, *args, **kwargs)
@@ -753,6 +771,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             )
         if processor is not None:
             processor.check()
+            self.config.prompt_date = processor.prompt_date or self.config.prompt_date
         self._processor = processor
 
     @torch.no_grad()
@@ -814,7 +833,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             max_slots (`int`, *optional*):
                 Keep the best documents that fit into so many memory embeddings; one that does not makes way to the
                 next.
-            generation_kwargs: Passed on to `generate`; `max_new_tokens` is 128 unless a length is given.
+            generation_kwargs: Passed on to `generate`; `max_new_tokens` is that of
+                `model.generation_config`, or 128, unless a length is given.
 
         Returns:
             `str` for one question, `list[str]` for a list; with `return_reranking_scores` a pair of that and the
@@ -829,10 +849,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         selects = any(limit is not None for limit in limits)
         if return_reranking_scores or selects:
             self._require_reranking()
-        for name, limit in (("max_documents", max_documents), ("max_slots", max_slots)):
-            if limit is not None and (not is_whole(limit) or limit < 1):
-                raise ScaleDownError(f"{name}={limit} must be a whole number of at least 1.")
-        generation_kwargs, max_new_tokens = _with_length(generation_kwargs)
+        check_limits(min_reranking_score, max_documents=max_documents, max_slots=max_slots)
+        generation_kwargs, max_new_tokens = _with_length(generation_kwargs, self.generation_config)
         _check_batch_size(batch_size)
         answers, scores = [], []
         for start in range(0, len(questions), batch_size):
@@ -889,6 +907,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         self._require_reranking()
         if not isinstance(question, str):
             raise TypeError(f"question must be one string, got {type(question).__name__}; call rank once per question.")
+        check_limits(top_k=top_k)
         questions, listed = self.processor.check_texts(question, documents)
         if not listed[0]:
             return []
@@ -901,7 +920,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         return results
 
     def generate_from_text(
-        self, questions: list[str], documents: list[list[str]], max_new_tokens: int = 128
+        self, questions: list[str], documents: list[list[str]], max_new_tokens: int | None = None
     ) -> list[str]:
         """
         Answers questions; the name and the arguments of published OSCAR and PISCO models.
@@ -909,7 +928,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         Args:
             questions (`list[str]`): Questions.
             documents (`list[list[str]]`): One list of documents per question.
-            max_new_tokens (`int`, defaults to 128): Longest answer, in tokens.
+            max_new_tokens (`int`, *optional*): Longest answer, in tokens; as in `answer` when left out.
 
         Returns:
             `list[str]`: One answer per question, decoded greedily.
@@ -954,7 +973,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate_from_compressed_documents_and_questions(
-        self, questions: list[str], compressed_documents: torch.FloatTensor, max_new_tokens: int = 128
+        self, questions: list[str], compressed_documents: torch.FloatTensor, max_new_tokens: int | None = None
     ) -> list[str]:
         """
         Answers from what `compress_documents` returned; name and arguments as in published OSCAR and PISCO models.
@@ -963,7 +982,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             questions (`list[str]`): Questions.
             compressed_documents (`torch.FloatTensor` of shape `(n_docs, slots, hidden)`):
                 The documents of all questions in a row, equally many for each.
-            max_new_tokens (`int`, defaults to 128): Longest answer, in tokens.
+            max_new_tokens (`int`, *optional*): Longest answer, in tokens; as in `answer` when left out.
 
         Returns:
             `list[str]`: One answer per question, decoded greedily.
@@ -988,13 +1007,15 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             )
         mask = memory.abs().sum(dim=-1) > 0  # (n_docs, slots)
         batch = self.processor.build_prompts(questions, mask.sum(dim=1).view(len(questions), -1).tolist())
+        settings, max_new_tokens = _with_length(
+            {"max_new_tokens": max_new_tokens, "do_sample": False}, self.generation_config
+        )
         self._check_context(batch, max_new_tokens, 0)
         sequences = self.generate(
             **batch.to(self.device),
             memory_embeddings=memory.to(self.device),
             memory_mask=mask.to(self.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
+            **settings,
         )
         return self.processor.decode_answers(sequences, batch["input_ids"].shape[1])
 
@@ -1014,6 +1035,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         cache = self.compression_cache
         if cache is None:
             return self.get_memory_embeddings(**{name: batch[name] for name in CHUNK_INPUTS}, batch_size=batch_size)
+        cache.belong_to(self.compressor)
         # What the compressor reads, which part of it is the document, and the slots.
         rows = zip(
             batch["chunk_slots"].tolist(),
@@ -1822,12 +1844,14 @@ def _with_setting(kwargs: dict, name: str, value) -> dict:
     return {**kwargs, "generation_config": settings}
 
 
-def _with_length(kwargs: dict) -> tuple[dict, int | None]:
-    """Arguments of `generate` with a length, and how many new tokens they allow, if they count those."""
+def _with_length(kwargs: dict, own: GenerationConfig) -> tuple[dict, int | None]:
+    """Arguments of `generate` with a length, and how many new tokens they or the model allow, if they count those."""
     settings = kwargs.get("generation_config")
     max_new_tokens, max_length = (_asked(kwargs, settings, name) for name in ("max_new_tokens", "max_length"))
     if max_new_tokens is not None or max_length is not None:
         return kwargs, max_new_tokens
+    if own.max_new_tokens is not None:
+        return _with_setting(kwargs, "max_new_tokens", own.max_new_tokens), own.max_new_tokens
     return _with_setting(kwargs, "max_new_tokens", DEFAULT_MAX_NEW_TOKENS), DEFAULT_MAX_NEW_TOKENS
 
 

@@ -14,8 +14,11 @@
 """ScaleDown processor: questions and ragged lists of documents in, one padded batch out."""
 
 import copy
+import datetime
 import itertools
+import json
 import math
+import re
 import threading
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -56,6 +59,9 @@ logger = logging.get_logger(__name__)
 _DOCUMENTS_MARK = "SCALEDOWN-DOCUMENTS-GO-HERE"
 _QUESTION_MARK = "SCALEDOWN-QUESTION-GOES-HERE"
 
+# How a chat template asks for today's date, as a format of `strftime`.
+_ASKS_FOR_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
 # How a tokenizer splits special tokens is its state, not the call's: two threads must not tokenize at once.
 _TOKENIZING = threading.Lock()
 
@@ -70,6 +76,8 @@ PROCESSOR_FIELDS = (
     "user_prompt",
     "closed_book_prompt",
     "document_separator",
+    "chat_template_kwargs",
+    "prompt_date",
 )
 
 
@@ -92,6 +100,9 @@ class ScaleDownProcessor(ProcessorMixin):
         max_prompt_length (`int`, *optional*): Positions of the generator; a longer prompt is an error.
         system_prompt, user_prompt, closed_book_prompt, document_separator (`str`):
             Parts of the prompt, as in [`ScaleDownConfig`].
+        chat_template_kwargs (`dict`, *optional*): Further variables of the chat template.
+        prompt_date (`str`, *optional*):
+            Date a chat template shows as today's; today, where the template asks for one.
 
     Raises:
         ValueError: the generator's tokenizer has no end token.
@@ -122,6 +133,8 @@ class ScaleDownProcessor(ProcessorMixin):
         user_prompt: str = DEFAULT_USER_PROMPT,
         closed_book_prompt: str = DEFAULT_CLOSED_BOOK_PROMPT,
         document_separator: str = "\n",
+        chat_template_kwargs: dict | None = None,
+        prompt_date: str | None = None,
     ):
         if compressor_tokenizer is None:
             # transformers saves each tokenizer in its own folder and edits it on the way: not the same object twice
@@ -140,6 +153,10 @@ class ScaleDownProcessor(ProcessorMixin):
         self.user_prompt = user_prompt
         self.closed_book_prompt = closed_book_prompt
         self.document_separator = document_separator
+        self.chat_template_kwargs = chat_template_kwargs
+        if prompt_date is None and _ASKS_FOR_DATE.search(str(tokenizer.chat_template)):
+            prompt_date = datetime.date.today().isoformat()
+        self.prompt_date = prompt_date
         fill_compression_settings(self)
         self.check()
 
@@ -358,8 +375,9 @@ class ScaleDownProcessor(ProcessorMixin):
             return {}
         tokenizer = self.compressor_tokenizer
         prefix, middle, suffix = self._compressor_frame()
-        queries = [self._cut_query(ids) for ids in _encode_as_text(tokenizer, questions)]
-        encoded = _encode_as_text(tokenizer, texts)
+        asked, encoded = (_encode_as_text(tokenizer, part) for part in (questions, texts))
+        _warn_of_unknown(tokenizer, [*questions, *texts], [*asked, *encoded])
+        queries = [self._cut_query(ids) for ids in asked]
         rows, own, slots, chunk_to_document, document_to_example = [], [], [], [], []
         for i, listed in enumerate(documents):
             start = prefix + (queries[i] + middle if queries[i] else [])
@@ -542,7 +560,9 @@ class ScaleDownProcessor(ProcessorMixin):
         if self.tokenizer.chat_template is None:
             return f"{self.system_prompt}\n\n{user}\n\nAnswer:\n"
         messages = [{"role": "system", "content": self.system_prompt}, {"role": "user", "content": user}]
-        settings = {"tokenize": False, "add_generation_prompt": True}
+        settings = {**(self.chat_template_kwargs or {}), "tokenize": False, "add_generation_prompt": True}
+        if self.prompt_date is not None:
+            settings["chat_template"] = _with_date(self.tokenizer.get_chat_template(), self.prompt_date)
         try:
             text = self.tokenizer.apply_chat_template(messages, **settings)
             refusal = None if self.system_prompt.strip() in text else "it leaves it out"
@@ -598,6 +618,12 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, *texts, **settings) -> dict:
         return tokenizer(*texts, **settings)
 
 
+def _with_date(template: str, date: str) -> str:
+    """A chat template that takes a date for today's."""
+    day = datetime.datetime.fromisoformat(date)
+    return _ASKS_FOR_DATE.sub(lambda asked: json.dumps(day.strftime(asked[2]), ensure_ascii=False), template)
+
+
 def _first_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids the tokenizer puts before a text."""
     single = _tokenize(tokenizer, "a", return_special_tokens_mask=True)
@@ -627,6 +653,24 @@ def _encode_as_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> lis
         ids if control.isdisjoint(ids) else _encode_without_added_tokens(tokenizer, text, control)
         for ids, text in zip(encoded, texts, strict=True)
     ]
+
+
+def _warn_of_unknown(tokenizer: PreTrainedTokenizerBase, texts: list[str], encoded: list[list[int]]):
+    """A vocabulary of one language makes one token of any text of another, which says nothing of it."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None:
+        return
+    for text, ids in zip(texts, encoded, strict=True):
+        if unknown not in ids:
+            continue
+        known = tokenizer.convert_ids_to_tokens([token_id for token_id in ids if token_id != unknown])
+        known = sum(len(token.removeprefix("##").replace("▁", "")) for token in known)
+        if known < len("".join(text.split())) / 2:
+            logger.warning_once(
+                f"More than half of {text[:60]!r} is unknown to the compressor's tokenizer, which makes "
+                f"{tokenizer.unk_token!r} of it; the compressor cannot read it. Use a compressor for this language."
+            )
+            return
 
 
 def _encode_continuations(

@@ -13,7 +13,17 @@
 # limitations under the License.
 """Relevance: scores of documents, how they are learned, and which documents are read because of them."""
 
+import math
+from numbers import Integral, Real
+
 import torch
+
+try:
+    from .errors_scaledown import ScaleDownError
+except ImportError:
+    if __package__:  # loaded as remote code: the failure is real
+        raise
+    from errors_scaledown import ScaleDownError
 
 
 def document_scores(
@@ -59,6 +69,25 @@ def reranking_loss(
     if num_scored_examples is None:
         num_scored_examples = document_to_example[known].unique().numel()
     return difference.square().sum() / max(num_scored_examples, 1)
+
+
+def check_limits(min_reranking_score: float | None = None, **counts: int | None):
+    """
+    Checks what documents are selected by.
+
+    Args:
+        min_reranking_score (`float`, *optional*): As in `ScaleDownModel.answer`.
+        counts (`int`, *optional*): Numbers of documents or slots, by their names.
+
+    Raises:
+        ScaleDownError: a score that is no number, or a count that is not a whole number of at least 1.
+    """
+    score = min_reranking_score
+    if score is not None and (isinstance(score, bool) or not isinstance(score, Real) or math.isnan(score)):
+        raise ScaleDownError(f"min_reranking_score={score!r} must be a number; leave it out to keep all documents.")
+    for name, count in counts.items():
+        if count is not None and (isinstance(count, bool) or not isinstance(count, Integral) or count < 1):
+            raise ScaleDownError(f"{name}={count!r} must be a whole number of at least 1.")
 
 
 def slots_by_document(chunks: dict[str, torch.Tensor], documents: list[list[str]]) -> list[list[int]]:

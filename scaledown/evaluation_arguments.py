@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from errors_scaledown import ScaleDownError
+from reranking_scaledown import check_limits
 
 from .choices import BASELINES, DTYPES, FORMATS
 from .command_line import parse_options, refuse_options, split_names
@@ -153,6 +154,7 @@ class EvaluationArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ScaleDownError(f"{name} is {value}, expected at least 1; correct --{name}.")
+        check_limits(self.min_reranking_score)
         if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size) > 0):
             raise ScaleDownError(f"batch_size is {self.batch_size!r}, expected auto or a number of at least 1.")
         if (self.judge is None) != (self.judge_url is None):

@@ -21,6 +21,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from configuration_scaledown import ScaleDownConfig
 from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 from weights_scaledown import weights_fingerprint
@@ -143,6 +144,9 @@ def train(
     train_data, eval_data, collator, model = _prepare(model_args, data_args, args, with_backbone)
     if args.stage == "reader":
         return _train_reader(model_args, args, train_data, eval_data, collator, model, checkpoint)
+    if checkpoint is not None:  # which may be of another day than this
+        date = ScaleDownConfig.from_pretrained(checkpoint).prompt_date
+        model.config.prompt_date = model.processor.prompt_date = date or model.processor.prompt_date
     with settings_checked_by_libraries("The training cannot be set up"):
         trainer = ScaleDownTrainer(
             model=model,

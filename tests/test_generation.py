@@ -536,3 +536,17 @@ def test_compressed_documents_of_another_shape_are_refused(model, questions, sha
 def test_scores_of_a_model_without_reranking_are_refused(call):
     with pytest.raises(ValueError, match="built with enable_reranking=False and has no reranking scores"):
         call(build_model("n_layers", enable_reranking=False))
+
+
+@torch.no_grad()
+def test_documents_fill_slots_of_embeddings_that_are_given(any_generator):
+    batch = batch_of(any_generator)
+    expected = new_tokens(any_generator, batch, **GREEDY)
+    ids = batch.pop("input_ids")
+    embeds = any_generator.get_input_embeddings()(ids)
+    tokens = any_generator.generate(**batch, inputs_embeds=embeds, **GREEDY)
+    assert torch.equal(tokens, expected)
+    logits = any_generator(**batch, inputs_embeds=embeds).logits
+    torch.testing.assert_close(logits, any_generator(input_ids=ids, **batch).logits)
+    with pytest.raises(ValueError, match="The prompt has 0 slots but the documents"):
+        any_generator.generate(**{**batch, "slot_mask": None}, inputs_embeds=embeds, **GREEDY)

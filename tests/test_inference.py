@@ -305,3 +305,61 @@ def test_answers_have_128_tokens_at_most_unless_a_length_is_given(arguments, new
     model.answer(QUESTIONS[0], DOCUMENTS[0], **arguments)
     assert lengths == [new_tokens]
     assert arguments == given and getattr(arguments.get("generation_config"), "max_new_tokens", None) in (None, 5)
+
+
+def part(state: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(name): value for key, value in state.items() if key.startswith(name)}
+
+
+CHANGES = {
+    "compressor": lambda compressor, state: compressor.load_state_dict(state),
+    "backbone": lambda compressor, state: compressor.backbone.load_state_dict(part(state, "backbone.")),
+    "head": lambda compressor, state: compressor.reranking_head.load_state_dict(part(state, "reranking_head.")),
+    "in place": lambda compressor, state: torch.no_grad()(compressor.memory_embeddings.copy_)(
+        state["memory_embeddings"]
+    ),
+    "type": lambda compressor, state: compressor.to(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_cache_knows_no_weights_but_those_of_now(change):
+    model = build_model("n_layers").optimize_for_inference(cache_entries=100)
+    before = model.rank(QUESTIONS[0], DOCUMENTS[0])
+    CHANGES[change](model.compressor, build_model("n_layers", seed=7).compressor.state_dict())
+    after = model.rank(QUESTIONS[0], DOCUMENTS[0])
+    assert model.compression_cache.hits == 0
+    assert after != before
+    model.compression_cache = None
+    assert model.rank(QUESTIONS[0], DOCUMENTS[0]) == after
+
+
+def test_what_cannot_be_a_limit_is_refused(model):
+    for top_k in (0, -1, 1.5, "2", True):
+        with pytest.raises(ValueError, match=r"top_k=.* must be a whole number of at least 1"):
+            model.rank(QUESTIONS[0], DOCUMENTS[0], top_k=top_k)
+    assert len(model.rank(QUESTIONS[0], DOCUMENTS[0], top_k=np.int64(1))) == 1
+    for score in (float("nan"), "0.5", np.float32("nan"), True):
+        with pytest.raises(ValueError, match=r"min_reranking_score=.* must be a number"):
+            model.answer(QUESTIONS[0], DOCUMENTS[0], min_reranking_score=score)
+    for name in ("max_documents", "max_slots"):
+        with pytest.raises(ValueError, match=f"{name}=-1 must be a whole number"):
+            model.answer(QUESTIONS[0], DOCUMENTS[0], **{name: -1})
+
+
+def test_the_models_own_length_of_answers_counts(monkeypatch):
+    model = build_model("n_layers")
+    model.generation_config.eos_token_id = None
+    written = []
+    decode = model.processor.decode_answers
+    monkeypatch.setattr(
+        model.processor, "decode_answers", lambda ids, start: written.append(ids.shape[1] - start) or decode(ids, start)
+    )
+    settings = GenerationConfig(max_new_tokens=5, eos_token_id=None, pad_token_id=2)
+    model.answer(QUESTIONS[0], DOCUMENTS[0])
+    model.generation_config.max_new_tokens = 7
+    model.answer(QUESTIONS[0], DOCUMENTS[0])
+    model.generate_from_text(QUESTIONS[:1], DOCUMENTS[:1])
+    model.answer(QUESTIONS[0], DOCUMENTS[0], max_new_tokens=3)
+    model.answer(QUESTIONS[0], DOCUMENTS[0], generation_config=settings)
+    assert written == [128, 7, 7, 3, 5]
