@@ -1,6 +1,7 @@
 """Arguments of `evaluate.py`."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from errors_scaledown import ScaleDownError
-from reranking_scaledown import check_limits
 
 from .choices import BASELINES, DTYPES, FORMATS
 from .command_line import parse_options, refuse_options, split_names
@@ -154,7 +154,8 @@ class EvaluationArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ScaleDownError(f"{name} is {value}, expected at least 1; correct --{name}.")
-        check_limits(self.min_reranking_score)
+        if self.min_reranking_score is not None and math.isnan(self.min_reranking_score):
+            raise ScaleDownError("min_reranking_score is nan, which no score can reach; leave it out to keep all.")
         if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size) > 0):
             raise ScaleDownError(f"batch_size is {self.batch_size!r}, expected auto or a number of at least 1.")
         if (self.judge is None) != (self.judge_url is None):
