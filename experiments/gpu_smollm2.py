@@ -13,7 +13,10 @@ import argparse
 import json
 import logging
 import random
+import re
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +25,7 @@ from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, set_seed
 
 from modeling_scaledown import LORA_DEFAULTS, ScaleDownModel
@@ -39,46 +42,31 @@ logger = logging.getLogger(__name__)
 
 LAYERS, SLOTS = 6, 32  # 32 slots of 128 tokens are a rate of 4
 LORA = {**LORA_DEFAULTS, "lora_dropout": 0.0}
-MOST_CHARACTERS = 5500
+FRAME = 120  # tokens of prompt and question
+LAYER = re.compile(r"(?:^|\.)layers\.\d+$")
 WARM_UP = 0.04
 LOWEST = 0.03
 TEST_RATES = (16, 8, 4)
 
 
 class Records(Dataset):
-    """Records in memory, but those with the longest passages, whose padding the others of a batch would pay for."""
+    """Records in memory, asked for by their number and how many passages they are to have."""
 
-    def __init__(self, path: Path):
-        self.records = [r for r in read_records(path) if sum(map(len, r["documents"])) <= MOST_CHARACTERS]
+    def __init__(self, *paths: Path, share: float = 1.0):
+        self.records = [record for path in paths for record in read_records(path)]
+        self.records = self.records[: int(share * len(self.records))]
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict:
-        return self.records[index]
+    def __getitem__(self, place: tuple[int, int]) -> dict:
+        index, count = place
+        return shortened(self.records[index], count, random.Random(int(torch.randint(2**31, ()).item())))
 
 
-@dataclass
-class Varied:
-    """Draws for every batch how many passages its questions have, and how many tokens a slot stands for.
-
-    Args:
-        collator: Builds the batch.
-        num_documents: Numbers of passages to draw from.
-        rates: Tokens per slot to draw from; none for a reader.
-    """
-
-    collator: JointCollator | ReaderCollator
-    num_documents: tuple[int, ...]
-    rates: tuple[int, ...] = ()
-
-    def __call__(self, records: list[dict]) -> dict:
-        """Build one batch."""
-        generator = random.Random(int(torch.randint(2**31, ()).item()))
-        count = generator.choice(self.num_documents)
-        if self.rates:
-            self.collator.processor.compression_rate = generator.choice(self.rates)
-        return self.collator([shortened(record, count, generator) for record in records])
+def num_tokens(text: str) -> float:
+    """About how many tokens a text has: one for four letters, one for each digit."""
+    return (len(text) + 3 * sum(map(str.isdigit, text))) / 4
 
 
 def shortened(record: dict, count: int, generator: random.Random) -> dict:
@@ -91,6 +79,58 @@ def shortened(record: dict, count: int, generator: random.Random) -> dict:
     return {**record, **cut, "positives": [kept.index(i) for i in gold]}
 
 
+class TokenBatches(Sampler):
+    """Batches of as many questions as fit a number of tokens, padding counted; one number of passages in each.
+
+    Args:
+        data: The records.
+        num_documents: Numbers of passages to draw from, one for each batch.
+        tokens: Tokens of a batch at most.
+    """
+
+    def __init__(self, data: Records, num_documents: tuple[int, ...], tokens: int):
+        self.longest = [max(map(num_tokens, record["documents"])) for record in data.records]
+        self.num_documents, self.tokens, self.questions = num_documents, tokens, 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = random.Random(0)
+        while True:
+            order = list(range(len(self.longest)))
+            generator.shuffle(order)
+            # Questions of like length together, in pools that are a small part of the data.
+            for start in range(0, len(order), 2048):
+                pool = sorted(order[start : start + 2048], key=self.longest.__getitem__)
+                batches = []
+                while pool:
+                    count = generator.choice(self.num_documents)
+                    batch = [pool.pop()]
+                    size = count * self.longest[batch[0]] + FRAME
+                    while pool and (len(batch) + 1) * size <= self.tokens:
+                        batch.append(pool.pop())
+                    batches.append([(index, count) for index in batch])
+                generator.shuffle(batches)
+                yield from batches
+
+
+@dataclass
+class AtSomeRate:
+    """Draws for every batch how many tokens a slot stands for.
+
+    Args:
+        collator: Builds the batch.
+        rates: Tokens per slot to draw from.
+    """
+
+    collator: JointCollator
+    rates: tuple[int, ...]
+
+    def __call__(self, records: list[dict]) -> dict:
+        """Build one batch."""
+        draw = int(torch.randint(len(self.rates), ()).item())
+        self.collator.processor.compression_rate = self.rates[draw]
+        return self.collator(records)
+
+
 class Clock(TrainerCallback):
     """Stops training when its time is over; the learning rate follows it.
 
@@ -99,7 +139,7 @@ class Clock(TrainerCallback):
     """
 
     def __init__(self, seconds: float):
-        self.seconds, self.started, self.examples = seconds, None, 0
+        self.seconds, self.started, self.questions = seconds, None, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Start the clock."""
@@ -120,7 +160,22 @@ class Clock(TrainerCallback):
 
 
 class TimedTrainer(ScaleDownTrainer):
-    """`ScaleDownTrainer` by the clock."""
+    """`ScaleDownTrainer` by the clock, and with batches by tokens."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of the sampler, tokenised ahead."""
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
+        """A step as ever, its questions counted."""
+        self.clock.questions += len(inputs["input_ids"])
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         """Learning rates of the clock."""
@@ -129,37 +184,53 @@ class TimedTrainer(ScaleDownTrainer):
 
 
 class TimedReaderTrainer(Trainer):
-    """`Trainer` by the clock."""
+    """`Trainer` by the clock, and with batches by tokens."""
 
     create_scheduler = TimedTrainer.create_scheduler
+    get_train_dataloader = TimedTrainer.get_train_dataloader
+
+    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
+        """A step as ever, its questions counted."""
+        self.clock.questions += len(inputs["input_ids"])
+        return super().training_step(model, inputs, *args, **kwargs)
 
 
-def train_by_clock(model, data: Dataset, collator: Varied, seconds: float, output: Path, settings: dict) -> dict:
+def train_by_clock(model, data: Records, collator, batches: TokenBatches, seconds: float, settings: dict) -> dict:
     """Train until the time is over.
 
     Returns:
-        Steps, questions and seconds.
+        Steps, questions, seconds and the log.
     """
-    clock = Clock(seconds)
+    clock, on_gpu = Clock(seconds), torch.cuda.is_available()
     arguments = ScaleDownTrainingArguments(
-        output_dir=str(output / "trainer"),
+        output_dir=tempfile.gettempdir(),
         max_steps=10**6,
         gradient_accumulation_steps=1,
         save_strategy="no",
         logging_steps=25,
         report_to="none",
         disable_tqdm=True,
-        dataloader_persistent_workers=torch.cuda.is_available(),
-        dataloader_num_workers=12 if torch.cuda.is_available() else 0,
+        weight_decay=0.05,
+        dataloader_num_workers=12 if on_gpu else 0,
         **settings,
     )
     kind = TimedTrainer if isinstance(model, ScaleDownModel) else TimedReaderTrainer
     trainer = kind(model=model, args=arguments, train_dataset=data, data_collator=collator, callbacks=[clock])
-    trainer.clock = clock
+    trainer.clock, trainer.batches = clock, batches
+    compile_layers(model, on_gpu)
     trainer.train()
-    steps = trainer.state.global_step
-    found = {"steps": steps, "questions": steps * arguments.per_device_train_batch_size, "seconds": seconds}
-    return {**found, "log": [line for line in trainer.state.log_history if "loss" in line]}
+    log = [line for line in trainer.state.log_history if "loss" in line]
+    return {"steps": trainer.state.global_step, "questions": clock.questions, "seconds": seconds, "log": log}
+
+
+def compile_layers(model, on_gpu: bool) -> None:
+    """One kernel of several, layer by layer: what launches them is slower than the card with a model this small."""
+    generator, compressor = (model.generator, model.compressor) if isinstance(model, ScaleDownModel) else (model, None)
+    layers = [module for name, module in generator.named_modules() if LAYER.search(name)]
+    if compressor is not None:
+        layers += compressor.backbone.layers[:-1]  # a hook chooses what the last one computes
+    for layer in layers if on_gpu else ():
+        layer.compile(dynamic=True)
 
 
 def build(base: Path) -> ScaleDownModel:
@@ -233,7 +304,8 @@ def train(options: argparse.Namespace) -> None:
         torch.set_float32_matmul_precision("high")
     report = {}
     started = time.perf_counter()
-    questions, blanks = (Records(options.data / f"{name}.jsonl.xz") for name in ("questions", "blanks"))
+    paths = [options.data / f"{name}.jsonl.xz" for name in ("questions", "blanks")]
+    questions, mixed = Records(paths[0]), Records(*paths)
     tests = examples_of(options.data / "test5.jsonl", options.num_tests)
     model = build(options.base).to("cuda" if torch.cuda.is_available() else "cpu")
     logger.info("loaded after %.0f s", time.perf_counter() - started)
@@ -244,12 +316,10 @@ def train(options: argparse.Namespace) -> None:
         load_pieces(reader, options.start / "reader")
     many = (1, 2, 3, 5, 5, 5)
     if options.reader_seconds:
-        collator = Varied(ReaderCollator(model.processor, 32), many)
-        size = max(options.batch_size // 2, 1)  # whole passages are many tokens
-        settings = {"learning_rate": options.reader_learning_rate, "per_device_train_batch_size": size}
-        report["reader"] = train_by_clock(
-            reader, questions, collator, options.reader_seconds, options.output, {**settings, "weight_decay": 0.05}
-        )
+        batches = TokenBatches(questions, many, options.tokens // 4)  # which go through all layers of the generator
+        settings = {"learning_rate": options.reader_learning_rate}
+        collator = ReaderCollator(model.processor, 32)
+        report["reader"] = train_by_clock(reader, questions, collator, batches, options.reader_seconds, settings)
     save_pieces(reader, options.output / "reader")
     lora = {name.removeprefix("base_model.model."): w for name, w in learned(reader).items()}
     reader.config.use_cache = True
@@ -266,24 +336,22 @@ def train(options: argparse.Namespace) -> None:
             own[name].copy_(tensor)
     if options.start is not None and (options.start / "joint").is_dir():
         load_pieces(model, options.start / "joint")
-    mixed = ConcatDataset([questions, Subset(blanks, range(0, len(blanks), 4))])
     stages = {
-        "warm": (ConcatDataset([questions, blanks]), (1,), (4, 4, 8, 16), options.warm_seconds),
-        "joint": (mixed, many, (16, 16, 16, 8, 4), options.joint_seconds),
+        "warm": (mixed, (1,), (4, 4, 8, 16), options.warm_seconds),
+        "joint": (questions, many, (16, 16, 16, 8, 4), options.joint_seconds),
     }
     for name, (data, num_documents, rates, seconds) in stages.items():
         if not seconds:
             continue
-        collator = Varied(JointCollator(model.processor, 32), num_documents, rates)
+        batches = TokenBatches(data, num_documents, options.tokens)
+        collator = AtSomeRate(JointCollator(model.processor, 32), rates)
         settings = {
             "learning_rate": options.learning_rate,
             "compressor_learning_rate": options.compressor_learning_rate,
-            "per_device_train_batch_size": options.batch_size * (2 if name == "warm" else 1),
-            "weight_decay": 0.05,
         }
-        report[name] = train_by_clock(model, data, collator, seconds, options.output, settings)
-    save_pieces(model, options.output / "joint")
-    write(options.output, report)
+        report[name] = train_by_clock(model, data, collator, batches, seconds, settings)
+        save_pieces(model, options.output / "joint")
+        write(options.output, report)
     model.to(torch.bfloat16 if torch.cuda.is_available() else torch.float32).eval()
     for rate in TEST_RATES if tests else ():
         report[f"score at {rate}"] = score(CompressedSystem(model, rate, 24), tests)
@@ -328,7 +396,7 @@ def main() -> None:
     options.add_argument("--reader_learning_rate", type=float, default=8e-4)
     options.add_argument("--learning_rate", type=float, default=4e-4)
     options.add_argument("--compressor_learning_rate", type=float, default=4e-4)
-    options.add_argument("--batch_size", type=int, default=64)
+    options.add_argument("--tokens", type=int, default=60_000, help="passage tokens of a batch, padding counted")
     options.add_argument("--num_tests", type=int, default=300)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
