@@ -102,6 +102,8 @@ class ScaleDownConfig(PreTrainedConfig):
             Document tokens per chunk, in tokens of the compressor's tokenizer. Longer documents become several chunks.
         max_query_length (`int`, defaults to 128):
             Query tokens shown to the compressor beside a chunk. The generator always reads the whole question.
+        reranking_trained (`bool`, *optional*):
+            Whether the reranking head has learned; `None` where that is not known. Training sets it.
         enable_reranking (`bool`, defaults to `True`):
             Whether the compressor also scores every chunk's relevance.
         reranking_loss_weight (`float`, defaults to 0.05):
@@ -158,6 +160,7 @@ class ScaleDownConfig(PreTrainedConfig):
     chunk_length: int = 128
     max_query_length: int = 128
     enable_reranking: bool = True
+    reranking_trained: bool | None = None
     reranking_loss_weight: float = 0.05
     projector_hidden_size: int = 8096
     system_prompt: str = DEFAULT_SYSTEM_PROMPT
@@ -242,6 +245,8 @@ class ScaleDownConfig(PreTrainedConfig):
                 raise ScaleDownError(f"{name}={value!r} must be a number of at least 0{remedy}.")
         if not isinstance(self.enable_reranking, bool):
             raise ScaleDownError(f"enable_reranking={self.enable_reranking!r} must be True or False.")
+        if self.reranking_trained not in (None, True, False):
+            raise ScaleDownError(f"reranking_trained={self.reranking_trained!r} must be True, False or None.")
         if self.lora_config is not None and not isinstance(self.lora_config, dict):
             raise ScaleDownError(
                 f"lora_config={self.lora_config!r} must be a dictionary of peft.LoraConfig arguments, or None."

@@ -574,6 +574,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             scores = document_scores(documents.reranking_scores, chunk_to_document, document_to_example.shape[0])
             reranking = reranking_loss(scores, reranking_labels, document_to_example, num_scored_examples)
             if self.config.reranking_loss_weight > 0:
+                if self.training and not self.config.reranking_trained:
+                    self.config.reranking_trained = True
                 weighted = self.config.reranking_loss_weight * reranking
                 loss = weighted if loss is None else loss + weighted
             reranking = reranking.detach()
@@ -1082,6 +1084,11 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
     def _require_reranking(self):
         if not self.config.enable_reranking:
             raise ScaleDownError("This model was built with enable_reranking=False and has no reranking scores.")
+        if self.config.reranking_trained is False:
+            logger.warning_once(
+                "The reranking head of this model has not learned: its scores order documents at random. Train it on "
+                "records with `reranking_scores` or `positives`."
+            )
 
     def _check_context(self, batch, max_new_tokens: int | None, first_question: int):
         limit = getattr(self.config.generator_config, "max_position_embeddings", None)
@@ -1307,6 +1314,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if compressor is not None:
             compressor_hub = pin_revision(compressor, {**hub, "revision": compressor_revision})
         config = cls._config_of_backbones(settings, generator, compressor, generator_hub, compressor_hub)
+        config.reranking_trained = False
 
         loading = {"attn_implementation": attn_implementation} if attn_implementation is not None else {}
         language_model, backbone = None, None

@@ -32,6 +32,7 @@ from errors_scaledown import ScaleDownError
 from .records import atomic_writer
 
 FORMAT = 1
+RECORD_FIELDS = ("id", "query", "answer", "gold_answers", "reranking_scores", "positives")
 INDEX_NAME = "index.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -262,9 +263,9 @@ def write_shard(folder: str | Path, plan: CachePlan, shard: Shard, tensors: dict
 class CachedDataset(torch.utils.data.Dataset):
     """Records with the states of their chunks, read from the shards as they are asked for.
 
-    Rows are dicts of the records' `id`, `query`, `answer`, `gold_answers` and `reranking_scores`, and `memory_states`
-    (num_slots, hidden), `rerank_states` (num_chunks, hidden) or `None`, `chunk_slots` and `chunk_documents`
-    (num_chunks,), and `document_slots`, the slots of each document.
+    Rows are dicts of the records' `id`, `query`, `answer`, `gold_answers`, `reranking_scores` and `positives`,
+    `memory_states` (num_slots, hidden), `rerank_states` (num_chunks, hidden) or `None`, `chunk_slots` and
+    `chunk_documents` (num_chunks,), and `document_slots`, the slots of each document.
 
     Args:
         folder: The cache.
@@ -314,7 +315,7 @@ class CachedDataset(torch.utils.data.Dataset):
         chunk_documents = tensors.get_slice("chunk_documents")[chunks].long()
         count = int(chunk_documents[-1]) + 1 if len(chunk_documents) else 0
         return {
-            **{name: record.get(name) for name in ("id", "query", "answer", "gold_answers", "reranking_scores")},
+            **{name: record.get(name) for name in RECORD_FIELDS},
             "memory_states": tensors.get_slice("memory_states")[slots],
             "rerank_states": tensors.get_slice("rerank_states")[chunks] if self.plan.has_rerank_states else None,
             "chunk_slots": chunk_slots,

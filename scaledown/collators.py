@@ -11,6 +11,8 @@ from processing_scaledown import IGNORE_INDEX, ScaleDownProcessor
 
 from .records import answers_of
 
+# Reranking scores of documents that are known to hold the answer, and of the others, where no teacher gave any.
+SCORE_OF_POSITIVE, SCORE_OF_OTHER = 2.0, -2.0
 # What the generator is asked in pretraining, in the place of a question.
 INSTRUCTIONS = {"autoencoding": "Repeat the background word for word.", "continuation": "Continue the background."}
 
@@ -26,11 +28,13 @@ class JointCollator:
         processor: The processor of the model that is trained, so that training sees the prompt of inference.
         max_answer_length: Answer tokens learned at most, end token included.
         with_answers: Whether there is something to learn; without, the batch is what `generate` takes.
+        scores_from_positives: Whether records without teacher scores get some by their `positives`.
     """
 
     processor: ScaleDownProcessor
     max_answer_length: int = 128
     with_answers: bool = True
+    scores_from_positives: bool = False
 
     def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Build one batch.
@@ -45,7 +49,7 @@ class JointCollator:
             ValueError: A record does not fit the generator's context, or the compressor's tokenizer leaves nothing of
                 a document.
         """
-        scores = [record.get("reranking_scores") for record in records]
+        scores = [_scores_to_learn(record, len(record["documents"]), self.scores_from_positives) for record in records]
         learned = {}
         if self.with_answers:
             learned["answers"] = [answers_of(record)[0] for record in records]
@@ -142,11 +146,13 @@ class GenerationCollator:
         processor: The processor of the model that is trained.
         max_answer_length: Answer tokens learned at most, end token included.
         with_answers: Whether there is something to learn; without, the batch is what `generate` takes.
+        scores_from_positives: As in `JointCollator`.
     """
 
     processor: ScaleDownProcessor
     max_answer_length: int = 128
     with_answers: bool = True
+    scores_from_positives: bool = False
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Build one batch.
@@ -187,7 +193,9 @@ class GenerationCollator:
         chunk_documents = [row["chunk_documents"] + offset for row, offset in zip(rows, offsets, strict=True)]
         batch["chunk_to_document"] = torch.cat(chunk_documents)
         batch["document_to_example"] = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
-        scores = [row["reranking_scores"] for row in rows]
+        scores = [
+            _scores_to_learn(row, count, self.scores_from_positives) for row, count in zip(rows, counts, strict=True)
+        ]
         if self.with_answers and any(row is not None for row in scores):
             unknown = [[float("nan")] * count for count in counts]
             listed = [known if known is not None else nan for known, nan in zip(scores, unknown, strict=True)]
@@ -206,6 +214,13 @@ def num_answer_positions(labels: torch.Tensor) -> int:
     """
     learned = (labels != IGNORE_INDEX).any(dim=0)  # (prompt_len,)
     return int(labels.shape[1] - learned.long().argmax()) + 1
+
+
+def _scores_to_learn(record: dict[str, Any], num_documents: int, from_positives: bool) -> list[float] | None:
+    scores, positives = record.get("reranking_scores"), record.get("positives")
+    if scores is not None or positives is None or not from_positives:
+        return scores
+    return [SCORE_OF_POSITIVE if index in positives else SCORE_OF_OTHER for index in range(num_documents)]
 
 
 def _ids(records: Sequence[dict[str, Any]]) -> str:

@@ -91,6 +91,44 @@ def keep_fitting(
     return kept
 
 
+def learns_from_positives(data: Mapping[str, datasets.Dataset], config: Any) -> bool:
+    """Decide what the reranking head learns from, and tell.
+
+    Args:
+        data: Records by split.
+        config: The model's configuration.
+
+    Returns:
+        Whether `positives` stand in for a teacher's scores: for a head that has not learned yet, where the training
+        data has none.
+    """
+    if not config.enable_reranking or config.reranking_loss_weight == 0:
+        return False
+    records = data["train"]
+    if any(scores is not None for scores in records["reranking_scores"]):
+        return False
+    told = sum(positives is not None for positives in records["positives"])
+    if config.reranking_trained is False and told:
+        logger.info(
+            "No record has reranking_scores; the reranking head learns from the positives of %d of %d records.",
+            told,
+            len(records),
+        )
+        return True
+    remedy = "prepare_data.py --reranker scores documents; enable_reranking=false makes a model without the head."
+    if config.reranking_trained is False:
+        logger.warning(
+            "No record has reranking_scores or positives, so the reranking head does not learn: rank and max_documents "
+            "order documents at random. %s",
+            remedy,
+        )
+    else:
+        logger.warning(
+            "No record has reranking_scores, so the reranking head stays as it is while the rest changes. %s", remedy
+        )
+    return False
+
+
 def doubtful_records(
     processor: ScaleDownProcessor, max_answer_length: int, whole_documents: bool = False
 ) -> Callable[[dict[str, Any]], bool]:

@@ -145,6 +145,8 @@ class ScaleDownTrainer(Trainer):
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(torch.tensor([count], device=device)).sum().item()
         self._num_scored_examples = count
+        if count and self.model.config.reranking_loss_weight > 0:  # also where another process saw them
+            self.model.config.reranking_trained = True
         self._sums["train"]["count"] += 1
         return batches, num_items
 

@@ -34,7 +34,7 @@ from .compression import cache_fingerprint, compress_records
 from .devices import is_quantized, load_model
 from .pretraining import load_pretraining_data
 from .reader import ReaderCollator, ReaderTrainer, add_reader_lora, start_lora_from
-from .record_checks import check_documents, doubtful_passages, doubtful_records, keep_fitting
+from .record_checks import check_documents, doubtful_passages, doubtful_records, keep_fitting, learns_from_positives
 from .records import atomic_writer, load_records
 from .trainer import ScaleDownTrainer
 
@@ -486,6 +486,8 @@ def _prepare(model_args, data_args, args, with_backbone):
     whole = build(model.processor, data_args.max_answer_length)
     doubtful = doubtful_records(model.processor, data_args.max_answer_length, args.stage == "reader")
     data = keep_fitting(data, whole, doubtful, data_args)
+    if args.stage != "reader":
+        whole.scores_from_positives = learns_from_positives(data, model.config)
     if args.stage in ("joint", "reader"):
         if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             data["train"] = data["train"].map(_length, desc="Measuring lengths")
@@ -498,7 +500,8 @@ def _prepare(model_args, data_args, args, with_backbone):
                 f"{folder} holds no cache; make one with --stage compress, or use --two_stage true."
             )
         data[name] = CachedDataset(folder, plan, records)
-    collator = GenerationCollator(model.processor, data_args.max_answer_length)
+    settings = (data_args.max_answer_length, True, whole.scores_from_positives)
+    collator = GenerationCollator(model.processor, *settings)
     return data["train"], data.get("eval"), collator, model
 
 

@@ -661,6 +661,7 @@ def test_card_says_what_is_not_known(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_snippet_of_the_card_runs(kind, weights_format, backbones, tmp_path, capsys):
     model = from_backbones(backbones[kind])
+    model.config.reranking_trained = True
     model.card_fields = {"repo_id": "me/tiny-scaledown", "revision": "0123abc"}
     model.save_pretrained(tmp_path, weights_format=weights_format)
     card = ModelCard.load(tmp_path / "README.md")
