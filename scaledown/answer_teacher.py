@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from errors_scaledown import ScaleDownError
 
-from .devices import load_model, pick_device, pick_dtype
+from .devices import load_model, pick_device, pick_dtype, refuse_missing
 from .journal import Journal, blocks, run_in_batches
 from .prompts import PromptEncoder
 
@@ -88,13 +88,15 @@ class LocalTeacher:
         device = pick_device()
         # Over several GPUs, where one does not hold the model.
         place = {"device_map": "auto"} if device == "cuda" else {}
-        self._model = load_model(
+        self._model, info = load_model(
             lambda: AutoModelForCausalLM.from_pretrained(
-                model_name_or_path, revision=revision, dtype=pick_dtype(dtype), **place
+                model_name_or_path, revision=revision, dtype=pick_dtype(dtype), output_loading_info=True, **place
             ),
             model_name_or_path,
             "--teacher",
-        ).eval()
+        )
+        refuse_missing(info, model_name_or_path, "--teacher")
+        self._model.eval()
         if not place:
             self._model.to(device)
         self._encode = PromptEncoder(self.tokenizer)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
+from weights_scaledown import load_complete
 
 from .choices import MEMORY_BASELINES, TEXT_BASELINES
 from .devices import is_quantized, load_model, pick_dtype
@@ -182,9 +183,7 @@ def _load_generator(
 ) -> PreTrainedModel:
     source = (arguments.generator, arguments.generator_revision)
     generator = load_model(
-        lambda: AutoModelForCausalLM.from_pretrained(
-            source[0], revision=source[1] or "main", dtype=dtype, use_safetensors=True
-        ),
+        lambda: load_complete(AutoModelForCausalLM, source[0], revision=source[1] or "main", dtype=dtype),
         source[0],
         "--generator",
     )

@@ -22,10 +22,11 @@ import numpy as np
 import scipy.sparse
 import Stemmer
 from tqdm.auto import tqdm
+from transformers.utils import cached_file
 
 from errors_scaledown import ScaleDownError
 
-from .devices import import_sentence_transformers, load_model, pick_dtype
+from .devices import check_head, import_sentence_transformers, load_model, pick_dtype
 from .journal import blocks
 from .records import atomic_writer
 from .retrieval import tokenize, top_indices
@@ -219,6 +220,7 @@ class EncodingIndex:
             model_name_or_path,
             "--retriever_name_or_path",
         )
+        check_head(self._model, model_name_or_path, "--retriever_name_or_path", revision)
         if self._model.similarity_fn_name not in ("dot", "cosine"):
             raise ScaleDownError(
                 f"--retriever_name_or_path names {model_name_or_path}, which compares by "
@@ -283,13 +285,30 @@ class EncodingIndex:
         raise NotImplementedError
 
 
+def _kind_of_encoder(name: str, revision: str | None) -> str | None:
+    """What sentence-transformers saved a model as; None where it did not."""
+    file = cached_file(
+        name,
+        "config_sentence_transformers.json",
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if file is None else json.loads(Path(file).read_text("utf-8")).get("model_type")
+
+
 class SpladeIndex(EncodingIndex):
     """Sparse encodings, by any `SparseEncoder`."""
 
     suffix = "npz"
 
     def _load(self, name: str, **settings: Any) -> Any:
-        return import_sentence_transformers().SparseEncoder(name, **settings)
+        encoder = import_sentence_transformers().SparseEncoder(name, **settings)
+        # Anything but a masked language model is made sparse by a layer of random weights, unless it was saved so.
+        made = any(type(module).__name__ == "SparseAutoEncoder" for module in encoder.modules())
+        if made and _kind_of_encoder(name, settings.get("revision")) != "SparseEncoder":
+            raise ScaleDownError("it is no sparse encoder and no masked language model, of which one can be made")
+        return encoder
 
     def _encode(self, texts: list[str], is_query: bool) -> scipy.sparse.csr_matrix:
         encode = self._model.encode_query if is_query else self._model.encode_document

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
-from weights_scaledown import absolute_name, weights_fingerprint
+from weights_scaledown import absolute_name, load_complete, weights_fingerprint
 
 from .command_line import parse_options, run_command
 from .devices import load_model
@@ -47,7 +47,9 @@ def replace_generator(model: ScaleDownModel, generator: str) -> None:
     """
     own = generator_weights(model)
     generator = absolute_name(generator)
-    other = AutoModelForCausalLM.from_pretrained(generator, dtype=model.dtype, use_safetensors=True)
+    other = load_model(
+        lambda: load_complete(AutoModelForCausalLM, generator, dtype=model.dtype), generator, "--generator"
+    )
     weights = other.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
     others = {name: tuple(tensor.shape) for name, tensor in weights.items()}

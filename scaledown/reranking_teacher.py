@@ -7,7 +7,7 @@ import torch
 
 from errors_scaledown import ScaleDownError
 
-from .devices import import_sentence_transformers, load_model, pick_dtype
+from .devices import check_head, import_sentence_transformers, load_model, pick_dtype
 
 # The DeBERTa-v3 reranker of the paper.
 
@@ -50,6 +50,7 @@ class RerankingTeacher:
             model_name_or_path,
             "--reranker",
         )
+        check_head(self._model, model_name_or_path, "--reranker", revision)
         if self._model.num_labels != 1:
             raise ScaleDownError(
                 f"--reranker names {model_name_or_path}, which has {self._model.num_labels} outputs; expected one, the "

@@ -1,12 +1,17 @@
 """The reranking teacher: raw scores, in the order of the documents, whatever the batch."""
 
+import datasets
 import pytest
 import torch
-from tiny_teachers import save_reranker
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from sentence_transformers import SentenceTransformer
+from tiny_teachers import save_dense, save_reranker, save_splade
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
+from scaledown import ScaleDownError
+from scaledown.answer_teacher import LocalTeacher
+from scaledown.indexes import DenseIndex, SpladeIndex
 from scaledown.reranking_teacher import RerankingTeacher
-from tiny import DOCUMENTS, QUESTIONS
+from tiny import DOCUMENTS, QUESTIONS, SHAPE, build_tokenizer
 
 RECORDS = [{"query": q, "documents": d} for q, d in zip(QUESTIONS, DOCUMENTS, strict=True)]
 RECORDS.insert(1, {"query": "Closed book?", "documents": []})
@@ -49,3 +54,22 @@ def test_models_that_do_not_fit_are_refused(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(teacher._model, "predict", lambda pairs, **_: torch.full((len(pairs),), torch.nan))
     with pytest.raises(ValueError, match="gave the score nan to the pair"):
         teacher.score(RECORDS)
+
+
+def test_a_model_of_another_kind_is_refused_wherever_a_head_is_needed(tmp_path):
+    dense, passages = save_dense(tmp_path / "dense"), datasets.Dataset.from_dict({"text": ["One.", "Two."]})
+    SentenceTransformer(dense).save(str(tmp_path / "encoder"))  # as sentence-transformers shares one
+    for name in (dense, str(tmp_path / "encoder")):
+        with pytest.raises(
+            ScaleDownError, match=r"--reranker names .*, which lacks 2 weights .*\(classifier.bias, …\)"
+        ):
+            RerankingTeacher(name)
+        with pytest.raises(ScaleDownError, match=r"--retriever_name_or_path names .*: it is no sparse encoder"):
+            SpladeIndex(tmp_path / "index", passages, name)
+    splade = save_splade(tmp_path / "splade")
+    DenseIndex(tmp_path / "other", passages, splade)  # without a pooler, which nothing reads
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**{**SHAPE, "tie_word_embeddings": False})).model
+    model.save_pretrained(tmp_path / "base")
+    build_tokenizer().save_pretrained(tmp_path / "base")
+    with pytest.raises(ScaleDownError, match=r"--teacher names .*base, which lacks 1 weights .*lm_head"):
+        LocalTeacher(str(tmp_path / "base"))
