@@ -23,6 +23,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 try:
+    from .configuration_scaledown import embedding_width
     from .errors_scaledown import ScaleDownError
     from .shortcuts_scaledown import (
         SharedPrefixes,
@@ -35,6 +36,7 @@ try:
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
+    from configuration_scaledown import embedding_width
     from errors_scaledown import ScaleDownError
     from shortcuts_scaledown import (
         SharedPrefixes,
@@ -127,8 +129,9 @@ class ScaleDownCompressor(nn.Module):
         self.memory_embeddings, self.rerank_embedding = None, None
         self.scores_relevance = config.enable_reranking
         if config.slot_pooling == "memory_tokens":
-            self.memory_embeddings = nn.Parameter(torch.zeros(config.num_memory_tokens, width))
-            self.rerank_embedding = nn.Parameter(torch.zeros(width)) if config.enable_reranking else None
+            read = embedding_width(config.compressor_config)
+            self.memory_embeddings = nn.Parameter(torch.zeros(config.num_memory_tokens, read))
+            self.rerank_embedding = nn.Parameter(torch.zeros(read)) if config.enable_reranking else None
         self.reranking_head = RerankingHead(width, 1) if config.enable_reranking else None
         self.projector = None
         if self.has_projector:

@@ -179,6 +179,12 @@ class ScaleDownConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         """As everywhere in transformers; fields among the arguments are checked like those of the constructor."""
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ScaleDownError(
+                f"This is a {kind} model, not a ScaleDown model. To build one on top of it, name it as the generator: "
+                "ScaleDownModel.from_backbones (train.py --generator_name_or_path)."
+            )
         own = cls.__annotations__.keys() & kwargs.keys() - cls.sub_configs.keys()
         return super().from_dict({**config_dict, **{name: kwargs.pop(name) for name in own}}, **kwargs)
 
@@ -266,6 +272,11 @@ class ScaleDownConfig(PreTrainedConfig):
             )
         for name in ("generator_config", "compressor_config"):
             backbone = getattr(self, name)
+            if getattr(backbone, "is_encoder_decoder", False):
+                raise ScaleDownError(
+                    f"{name}: {backbone.model_type} has an encoder and a decoder, and ScaleDown reads states of one "
+                    "stack; choose a causal language model, or an encoder as the compressor."
+                )
             if getattr(backbone, "hidden_size", None) is None:
                 raise ScaleDownError(
                     f"{name} of model_type={backbone.model_type!r} has no hidden_size of its own: it is made of "
@@ -276,6 +287,12 @@ class ScaleDownConfig(PreTrainedConfig):
                     f"{name}: {backbone.model_type} scales embeddings only where it looks them up itself, and reads "
                     "slots, which it does not, unscaled; choose another model."
                 )
+        width = embedding_width(self.generator_config)
+        if width != self.generator_config.hidden_size:
+            raise ScaleDownError(
+                f"generator_config: {self.generator_config.model_type} reads embeddings of {width} numbers and has "
+                f"hidden states of {self.generator_config.hidden_size}; slots need both alike."
+            )
         limit = getattr(self.compressor_config, "max_position_embeddings", None)
         if limit is not None and self.compressor_config.model_type in POSITIONS_AFTER_PADDING:
             limit -= self.compressor_config.pad_token_id + 1
@@ -395,6 +412,14 @@ def check_prompts(settings: object):
             f"user_prompt={settings.user_prompt!r} must name {{documents}} before {{question}}, so that a prompt can "
             "be continued from the documents' cache."
         )
+
+
+def embedding_width(config: PreTrainedConfig) -> int:
+    """Width of the embeddings a backbone reads, which ALBERT, ELECTRA and some others widen afterwards."""
+    for name in ("embedding_size", "word_embed_proj_dim"):
+        if isinstance(getattr(config, name, None), int):
+            return getattr(config, name)
+    return config.hidden_size
 
 
 def truncated_config(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:

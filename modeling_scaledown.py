@@ -55,6 +55,7 @@ try:
     from .compressor_scaledown import COMPRESSORS, CompressedDocuments, ScaleDownCompressor
     from .configuration_scaledown import WEIGHTS_FORMATS, ScaleDownConfig
     from .errors_scaledown import ScaleDownError
+    from .kinds_scaledown import check_compressor, check_generator, refuse_adapter
     from .processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor
     from .reranking_scaledown import check_limits, document_scores, reranking_loss, select_chunks, slots_by_document
     from .shortcuts_scaledown import CACHE_NAME
@@ -83,6 +84,7 @@ except ImportError:
     from compressor_scaledown import COMPRESSORS, CompressedDocuments, ScaleDownCompressor
     from configuration_scaledown import WEIGHTS_FORMATS, ScaleDownConfig
     from errors_scaledown import ScaleDownError
+    from kinds_scaledown import check_compressor, check_generator, refuse_adapter
     from processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor
     from reranking_scaledown import check_limits, document_scores, reranking_loss, select_chunks, slots_by_document
     from shortcuts_scaledown import CACHE_NAME
@@ -1313,6 +1315,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         compressor_hub = {}
         if compressor is not None:
             compressor_hub = pin_revision(compressor, {**hub, "revision": compressor_revision})
+        refuse_adapter(generator, generator_hub)
+        if compressor is not None:
+            refuse_adapter(compressor, compressor_hub)
         config = cls._config_of_backbones(settings, generator, compressor, generator_hub, compressor_hub)
         config.reranking_trained = False
 
@@ -1385,10 +1390,13 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         cls, settings: dict, generator: str, compressor: str | None, generator_hub: dict, compressor_hub: dict
     ) -> PreTrainedConfig:
         """The configuration with those of the backbones, and where the generator comes from."""
-        generator_config = AutoConfig.from_pretrained(generator, **generator_hub).get_text_config(decoder=True)
+        generator_config = AutoConfig.from_pretrained(generator, **generator_hub)
+        check_generator(generator, generator_config)
+        generator_config = generator_config.get_text_config(decoder=True)
         compressor_config = None
         if compressor is not None:
             compressor_config = AutoConfig.from_pretrained(compressor, **compressor_hub)
+            check_compressor(compressor, compressor_config)
         config = cls.config_class(
             **{**settings, "generator_config": generator_config, "compressor_config": compressor_config}
         )
@@ -1457,6 +1465,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if pretrained_model_name_or_path is not None:
             hub = pin_revision(pretrained_model_name_or_path, hub)
             kwargs["revision"] = hub["revision"]
+            refuse_adapter(pretrained_model_name_or_path, hub)
             is_delta = cls._is_delta(pretrained_model_name_or_path, config, hub)
             if config is not None:
                 overrides = cls._leave_out_saved(overrides, pretrained_model_name_or_path, hub)

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from configuration_scaledown import ScaleDownConfig
 from errors_scaledown import ScaleDownError
+from kinds_scaledown import check_compressor, check_generator
 from modeling_scaledown import CHUNK_INPUTS, ScaleDownModel
 from processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor
 
@@ -279,6 +280,8 @@ def _from_backbones(model_args: ModelArguments, settings: dict[str, Any]) -> tup
             "n_layers copies the generator's own layers and takes no compressor, the other types need one."
         )
     configs = [AutoConfig.from_pretrained(name, revision=revision) for name, revision in names]
+    for (name, _), config, check in zip(names, configs, (check_generator, check_compressor), strict=False):
+        check(name, config)
     tokenizers = [AutoTokenizer.from_pretrained(name, revision=revision) for name, revision in names]
     config = ScaleDownConfig(
         **settings,
