@@ -11,6 +11,7 @@ from transformers.integrations import get_available_reporting_integrations
 from errors_scaledown import ScaleDownError
 
 from .command_line import parse_with, split_names
+from .devices import check_processes, must_use_cpu, num_processes_started
 from .metrics import ANSWER_METRICS
 from .training_options import HELP_ALL, DataArguments, ModelArguments, OwnTrainingOptions
 
@@ -28,6 +29,7 @@ class ScaleDownTrainingArguments(OwnTrainingOptions, TrainingArguments):
     """
 
     def __post_init__(self):
+        self.use_cpu = self.use_cpu or must_use_cpu()
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         self.precision_is_set = self.bf16 is not None or self.fp16 is not None
         if on_gpu and not self.precision_is_set:
@@ -74,6 +76,8 @@ class ScaleDownTrainingArguments(OwnTrainingOptions, TrainingArguments):
                 "train_sampling_strategy=batch_rebalance does not work on a cache; use group_by_length."
             )
         super().__post_init__()
+        if num_processes_started() > 1:
+            check_processes(self.world_size)
         for name in set(self.report_to).intersection(TRACKERS).difference(get_available_reporting_integrations()):
             raise ScaleDownError(f"report_to={name} needs {name}, which is not installed: pip install {name}.")
         if self.predict_with_generate and self.stage == "reader":

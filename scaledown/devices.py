@@ -1,5 +1,6 @@
 """Where the teachers and encoders run, and in which precision."""
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -29,6 +30,34 @@ def find_device(name: str) -> torch.device:
         message = str(error).splitlines()[0]
         raise ScaleDownError(f"device is {name}, which is not here ({message}); correct --device.") from error
     return device
+
+
+def num_processes_started() -> int:
+    """How many processes a launcher such as torchrun started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def must_use_cpu() -> bool:
+    """Whether several processes were started where there are only CPUs, on which they meet when they are told so."""
+    return num_processes_started() > 1 and not torch.accelerator.is_available()
+
+
+def check_processes(number: int) -> None:
+    """Check that the processes of this run have found one another.
+
+    Args:
+        number: How many there are in this one's group.
+
+    Raises:
+        ScaleDownError: Others were started, which would do the same work and write into the same folder.
+    """
+    started = num_processes_started()
+    if number != started:
+        raise ScaleDownError(
+            f"{started} processes were started (WORLD_SIZE={started}), but this one is in a group of {number}: each "
+            "would do all the work by itself. Start one process, or launch as many as there are devices with "
+            "`accelerate launch` or `torchrun`."
+        )
 
 
 def wait_for(device: torch.device) -> None:

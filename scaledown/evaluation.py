@@ -22,7 +22,7 @@ from .answer_teacher import TeacherError
 from .answering import answer_all
 from .bootstrap import Bootstrap
 from .command_line import run_command
-from .devices import find_device
+from .devices import check_processes, find_device, must_use_cpu
 from .evaluation_arguments import EvaluationArguments, parse_arguments
 from .evaluation_card import check_card, update_card
 from .evaluation_data import Example, load_data
@@ -186,7 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _place(arguments: EvaluationArguments) -> tuple[PartialState, torch.device]:
     """The processes, and the device of this one."""
-    state = PartialState(cpu=arguments.device == "cpu")
+    state = PartialState(cpu=arguments.device == "cpu" or must_use_cpu())
+    check_processes(state.num_processes)
     if arguments.device in ("auto", "cpu"):
         return state, torch.device("cpu") if arguments.device == "cpu" else state.device
     if state.num_processes > 1:

@@ -12,6 +12,8 @@ from test_training import rows
 
 from folders import ROOT, TRAINING_SETTINGS, files, load_silently, options, outputs, save_backbones, write_rows
 from hub_standin import HubStandIn
+from scaledown import ScaleDownError
+from scaledown.devices import check_processes
 
 CONFIGS = ROOT / "recipes" / "accelerate"
 SETTINGS = {
@@ -127,3 +129,31 @@ def test_configurations_of_accelerate_are_understood(name):
 
     config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
     assert config.num_processes == 8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there are devices to share out")
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_processes_on_cpus_meet_without_being_told_that_these_are_cpus(folder, tmp_path, launcher):
+    settings = {name: value for name, value in SETTINGS.items() if name != "use_cpu"}
+    settings |= {"generator_name_or_path": folder / "generator", "train_file": folder / "train.jsonl"}
+    settings |= {"gradient_accumulation_steps": 1, "output_dir": tmp_path / "out"}
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    if launcher == "accelerate":
+        start = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "ddp.yaml"), "--num_processes", "2"]
+    evaluation = {"model": tmp_path / "out", "data": folder / "train.jsonl", "output_dir": tmp_path / "measured"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for script, arguments in (("train.py", settings), ("evaluate.py", {**evaluation, "max_new_tokens": 4})):
+        command = [sys.executable, *start, str(ROOT / script), *options(arguments)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr[-3000:]
+    state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["epoch"] == 4 / 5  # a step takes two records in each of two processes, of 18
+    assert json.loads((tmp_path / "measured" / "metrics.json").read_text())["hardware"]["processes"] == 2
+
+
+def test_processes_that_did_not_meet_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_processes(2)
+    with pytest.raises(ScaleDownError, match=r"WORLD_SIZE=2.* in a group of 1"):
+        check_processes(1)
