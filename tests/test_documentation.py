@@ -11,6 +11,8 @@ from transformers import set_seed
 import configuration_scaledown
 import modeling_scaledown
 import processing_scaledown
+from folders import save_generator, write_rows
+from scaledown import ScaleDownModel
 from scaledown.records import read_records
 from tiny import build_model
 
@@ -35,8 +37,8 @@ def test_examples_in_docstrings(module, folder):
 
 def test_python_in_the_readme(folder, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 3
-    code = "\n".join(blocks[1:]).replace('"your-name/your-scaledown"', repr(str(folder)))
+    assert len(blocks) == 4
+    code = "\n".join(blocks[1:3]).replace('"your-name/your-scaledown"', repr(str(folder)))
     assert "trust_remote_code=True" in code and 'revision="<commit>"' in code
     code = re.sub(r', revision="<commit>"', "", code).replace("max_new_tokens=32", "max_new_tokens=4")
     # The tiny model was built for chunks of 32 tokens, the README speaks of 128.
@@ -46,6 +48,18 @@ def test_python_in_the_readme(folder, capsys):
     exec(compile(code, "README.md", "exec"), names)  # the project's own README
     assert len(names["answers"]) == len(names["scores"]) == 2
     assert [len(row) for row in names["scores"]] == [2, 1]
+
+
+def test_the_training_script_in_the_readme(tmp_path, monkeypatch):
+    block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)[3]
+    generator = save_generator(tmp_path / "generator")
+    write_rows(tmp_path / "train.jsonl", [{"query": "Who?", "documents": ["A heron."], "answer": "A heron"}] * 4)
+    monkeypatch.chdir(tmp_path)
+    code = block.replace('"mistralai/Mistral-7B-Instruct-v0.2"', repr(str(generator)))
+    code = code.replace('    revision="<commit>",\n', "").replace("num_compressor_layers=8", "num_compressor_layers=2")
+    exec(compile(code, "README.md", "exec"), {})  # the project's own README
+    assert (tmp_path / "runs/mine/model.safetensors").is_file()
+    assert ScaleDownModel.from_pretrained(str(tmp_path / "runs/mine")).config.lora_config is None
 
 
 def test_the_embedded_model_in_the_readme(monkeypatch):

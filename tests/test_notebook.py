@@ -40,6 +40,14 @@ def test_the_notebook_is_valid_and_holds_no_output(notebook):
     assert sources(notebook)[0].startswith("DEMO = True")
 
 
+def test_the_address_to_clone_is_asked_for(notebook, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    install = next(source for source in sources(notebook) if "git clone" in source)
+    code = TransformerManager().transform_cell(install)
+    with pytest.raises(RuntimeError, match="Set REPOSITORY"):
+        exec(compile(code, "notebook", "exec"), {"REPOSITORY": "", "get_ipython": lambda: None})  # our own notebook
+
+
 def test_every_cell_compiles(notebook):
     for cell in notebook.cells:
         if cell.cell_type == "code":
