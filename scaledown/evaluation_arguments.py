@@ -37,8 +37,8 @@ class EvaluationArguments:
     generator: str | None = field(
         default=None,
         metadata={
-            "help": "The original generator, which reads whole documents. By default the model's own without its LoRA; "
-            "a model whose LoRA was merged has none to take off."
+            "help": "The generator that reads whole documents. By default the model's own without its LoRA or, where "
+            "that was merged, the original the model names; own: the model's own as it is."
         },
     )
     generator_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the generator."})

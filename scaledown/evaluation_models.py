@@ -18,6 +18,9 @@ from .evaluation_arguments import EvaluationArguments
 from .evaluation_data import Example
 from .systems import CompressedSystem, System, TextSystem, choose_donors
 
+# What --generator takes for the model's own, whatever was merged into it.
+OWN_GENERATOR = "own"
+
 
 @dataclass
 class Contestants:
@@ -158,18 +161,32 @@ def _find_generator(
     found: Contestants, arguments: EvaluationArguments, device: torch.device, dtype: torch.dtype
 ) -> None:
     model, config = found.model, found.model.config
-    if arguments.generator is not None:
-        found.generator = _load_generator(found, arguments, device, dtype)
+    original = config.generator_name_or_path
+    merged = config.lora_config is None and config.generator_fingerprint is None
+    if arguments.generator not in (None, OWN_GENERATOR):
+        source = (arguments.generator, arguments.generator_revision)
+        found.generator = _load_generator(found, source, device, dtype)
+    elif merged:
+        # A merged LoRA has learned to read slots, which may have cost it some of its skill at reading text.
+        failure = "it is not known where it came from"
+        if arguments.load_in_4bit:
+            failure = "with --load_in_4bit no second one is loaded"
+        elif original is not None and arguments.generator is None:
+            try:
+                found.generator = _load_generator(found, (original, config.generator_revision), device, dtype)
+                return
+            except ScaleDownError as error:
+                failure = f"the original could not be used: {error}"
+        elif arguments.generator == OWN_GENERATOR:
+            failure = "as --generator own asks"
+        found.generator = model.generator
+        found.notes.append(
+            "The baselines read text with the model's own generator, which may hold a merged LoRA "
+            f"({failure.rstrip('.')}); --generator names another."
+        )
     elif config.lora_config is None:
         found.generator = model.generator
-        if config.generator_fingerprint is None:
-            original = f" (--generator {config.generator_name_or_path})" if config.generator_name_or_path else ""
-            found.notes.append(
-                "The baselines read text with the model's own generator, which may hold a merged LoRA; name the "
-                f"original with --generator{original} for the generator as it was before training."
-            )
-        else:
-            found.notes.append("The baselines read text with the model's own generator, which has no LoRA.")
+        found.notes.append("The baselines read text with the model's own generator, which has no LoRA.")
     elif is_quantized(model):
         found.generator, found.adapters_off = model.generator, True
         found.notes.append("The baselines read text with the quantised generator, its LoRA passed over.")
@@ -179,9 +196,8 @@ def _find_generator(
 
 
 def _load_generator(
-    found: Contestants, arguments: EvaluationArguments, device: torch.device, dtype: torch.dtype
+    found: Contestants, source: tuple[str, str | None], device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
-    source = (arguments.generator, arguments.generator_revision)
     generator = load_model(
         lambda: load_complete(AutoModelForCausalLM, source[0], revision=source[1] or "main", dtype=dtype),
         source[0],
@@ -197,7 +213,8 @@ def _load_generator(
             f"model's ({len(own)}); name the generator the model was trained with."
         )
     name = Path(source[0]).resolve().name if Path(source[0]).exists() else source[0]
-    found.notes.append(f"The baselines read text with {name}.")
+    revision = f" at {source[1]}" if source[1] else ""
+    found.notes.append(f"The baselines read text with {name}{revision}.")
     return generator.to(device).eval()
 
 

@@ -4,6 +4,7 @@ import copy
 import datetime
 import json
 import math
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -240,12 +241,25 @@ def test_a_document_that_spells_a_special_token_is_text(folder):
     ("changes", "lora", "note"),
     [
         ({"model": "lora"}, False, "without the model's LoRA"),
-        ({"model": "merged"}, True, "may hold a merged LoRA"),
+        ({"model": "merged"}, False, "read text with generator"),
+        ({"model": "merged", "generator": "own"}, True, "may hold a merged LoRA (as --generator own asks)"),
+        (
+            {"model": "moved"},
+            True,
+            "may hold a merged LoRA (the original could not be used: --generator names /nothere",
+        ),
+        ({"model": "unnamed"}, True, "may hold a merged LoRA (it is not known where it came from)"),
         ({"model": "merged", "generator": "generator"}, False, "read text with generator"),
     ],
 )
-def test_which_generator_reads_the_text(folder, changes, lora, note):
-    changes = {name: str(folder / value) for name, value in changes.items()}
+def test_which_generator_reads_the_text(folder, tmp_path, changes, lora, note):
+    changes = {name: value if value == "own" else str(folder / value) for name, value in changes.items()}
+    for name, generator in (("moved", "/nothere"), ("unnamed", None)):
+        if changes["model"] == str(folder / name):
+            changes["model"] = shutil.copytree(folder / "merged", tmp_path / name)
+            config = json.loads((tmp_path / name / "config.json").read_text())
+            (tmp_path / name / "config.json").write_text(json.dumps({**config, "generator_name_or_path": generator}))
+            changes["model"] = str(tmp_path / name)
     found = load_contestants(settings(folder, **changes), CPU)
     original = AutoModelForCausalLM.from_pretrained(folder / "generator").state_dict()
     state = found.generator.state_dict()
