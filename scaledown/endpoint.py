@@ -134,6 +134,7 @@ class EndpointTeacher:
         self.on_pace = on_pace
         self._pause_until = 0.0
         self._last_sync = 0.0
+        self._told_failure = False
         self._jitter = random.Random(seed)
 
     def answer(self, record_at: Callable[[int], dict[str, Any]], count: int, journal: Journal) -> None:
@@ -200,7 +201,10 @@ class EndpointTeacher:
             except _RetryError as error:
                 run.last_failure = str(error)
                 run.failures_in_a_row += 1
-                if run.failures_in_a_row >= 10 + self.concurrency:
+                limit = 10 + self.concurrency
+                if run.failures_in_a_row == 1:
+                    logger.warning("a request was given up: %s. The run stops after %d in a row.", error, limit)
+                if run.failures_in_a_row >= limit:
                     raise TeacherError(
                         f"{run.failures_in_a_row} requests in a row failed, each {self.retries + 1} times, the last "
                         f"with: {error}. The {len(run.journal)} answers so far are kept in {run.journal.path}. Mend "
@@ -249,9 +253,27 @@ class EndpointTeacher:
                     # The limit is the server's, not that of one request. Some jitter, or all would come back at once.
                     wait = min(error.wait, MAX_RETRY_AFTER) + wait * self._jitter.random()
                     self._pause_until = max(self._pause_until, time.monotonic() + min(error.wait, MAX_RETRY_AFTER))
+                self._tell_first_failure(error)
                 logger.debug("trying again in %.1f s: %s", wait, error)
                 await asyncio.sleep(wait)
         raise AssertionError("unreachable")
+
+    def _tell_first_failure(self, error: _RetryError) -> None:
+        """Say that something is wrong, and for how long nothing else will be heard of it."""
+        if self._told_failure:
+            return
+        self._told_failure = True
+        pauses = sum(min(self.backoff * 2**attempt, MAX_BACKOFF) for attempt in range(self.retries))
+        logger.warning(
+            "a request to %s failed: %s. It is tried %d more times, over about %s, or %s if each try takes the whole "
+            "timeout of %g s; Ctrl-C stops, and the same command goes on.",
+            self.url,
+            error,
+            self.retries,
+            duration(pauses),
+            duration(pauses + self.retries * self.timeout),
+            self.timeout,
+        )
 
     async def _pause(self) -> None:
         while (wait := self._pause_until - time.monotonic()) > 0:

@@ -50,6 +50,16 @@ def test_every_record_is_asked_once_and_several_at_once(tmp_path):
     assert 0 < seconds < 1 and tokens == 3
 
 
+def test_the_first_failure_is_told_with_how_long_it_goes_on_trying(tmp_path, caplog):
+    with pytest.raises(TeacherError, match=r"127\.0\.0\.1:9"):
+        teacher = EndpointTeacher("http://127.0.0.1:9/v1", "tiny", backoff=0.01, retries=2, concurrency=2, timeout=60.0)
+        teacher.answer(RECORDS.__getitem__, 3, Journal(tmp_path / "j"))
+    (first,) = [record.getMessage() for record in caplog.records if "is tried" in record.getMessage()]
+    assert "http://127.0.0.1:9/v1 failed: the connection failed" in first
+    assert "2 more times, over about 0 s, or 2 min if each try takes the whole timeout of 60 s" in first
+    assert sum("given up" in record.getMessage() for record in caplog.records) == 1
+
+
 FAILURES = {
     "rate limit": Reply(429, {"error": {"message": "slow down"}}),
     "server error": Reply(500, "oops"),
