@@ -29,6 +29,10 @@ class ScaleDownTrainingArguments(OwnTrainingOptions, TrainingArguments):
     """
 
     def __post_init__(self):
+        for kind in ("", "_kwargs"):  # under the name that newer releases of transformers have for it
+            old, new = f"gradient_checkpointing{kind}", f"activation_checkpointing{kind}"
+            if hasattr(self, new) and getattr(self, new) is None:
+                setattr(self, new, getattr(self, old))
         self.use_cpu = self.use_cpu or must_use_cpu()
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         self.precision_is_set = self.bf16 is not None or self.fp16 is not None

@@ -23,15 +23,16 @@ OWN_LOGGER = logging.getLogger("scaledown")
 QUIET = ("bm25s", "datasets", "httpx")
 
 
-def run_command(command: Callable[[], str]) -> int:
+def run_command(command: Callable[[], str], interrupted: str = "") -> int:
     """Run a command and print what it returns.
 
     Args:
         command: Does the work and returns its report.
+        interrupted: What becomes of the work when Ctrl-C stops it.
 
     Returns:
-        The exit status: 0, or 2 after an error the user can mend, which is printed without a traceback unless the
-        options hold `--debug`. Any other exception is raised.
+        The exit status: 0, 130 after Ctrl-C, or 2 after an error the user can mend, which is printed without a
+        traceback unless the options hold `--debug`. Any other exception is raised.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     for name in QUIET:
@@ -46,6 +47,10 @@ def run_command(command: Callable[[], str]) -> int:
         logger.debug("the traceback of this error", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        logger.debug("where it was interrupted", exc_info=True)
+        print(f"interrupted. {interrupted}".rstrip(), file=sys.stderr)
+        return 130
     finally:
         OWN_LOGGER.setLevel(level)
     print(report)

@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return f"{report}\n\nasked no teacher; without --dry_run the same command goes on from here"
         return f"{report}\n\nwrote {arguments.output}, {arguments.report_path} and {arguments.card_path}"
 
-    return run_command(command)
+    return run_command(command, "What is done is kept beside the output; the same command goes on.")
 
 
 class _Preparation:

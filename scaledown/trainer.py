@@ -85,6 +85,7 @@ class ScaleDownTrainer(Trainer):
             self._check_every_record_has_documents()
         self._load_backbone = load_backbone
         self._num_scored_examples = None
+        self._rates_of_step: dict[str, float] = {}
         self._sides = []  # of the model, one for each group of the optimizer
         self._waited, self._logged_at = 0.0, time.perf_counter()
         self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
@@ -173,8 +174,8 @@ class ScaleDownTrainer(Trainer):
         """Log what the `Trainer` logs, and both parts of the loss, and the share of the time spent waiting for data."""
         if "loss" in logs:
             logs.update(self._drain("train"))
-            if "compressor" in (rates := self._learning_rates()):
-                logs["compressor_learning_rate"] = rates["compressor"]
+            if "compressor" in self._rates_of_step:
+                logs["compressor_learning_rate"] = self._rates_of_step["compressor"]
             now = time.perf_counter()
             logs["data_wait"] = self._waited / (now - self._logged_at)
             self._waited, self._logged_at = 0.0, now
@@ -240,8 +241,10 @@ class ScaleDownTrainer(Trainer):
         return super()._get_train_sampler(train_dataset)
 
     def _get_learning_rate(self) -> float:
-        # The Trainer's own takes that of the first group, which is the compressor's.
-        return self._learning_rates().get("generator", super()._get_learning_rate())
+        # The Trainer's own takes that of the first group, which is the compressor's. It asks before the scheduler moves
+        # on, and logs afterwards.
+        self._rates_of_step = self._learning_rates()
+        return self._rates_of_step.get("generator", super()._get_learning_rate())
 
     def _learning_rates(self) -> dict[str, float]:
         """The learning rate of each side, as it is now; of a side that learns nothing there is none."""
@@ -352,6 +355,8 @@ class ScaleDownTrainer(Trainer):
         if self.model.config.weights_format == "delta":
             missing = load_result.missing_keys
             missing[:] = [n for n in missing if not n.startswith("generator.") or "lora_" in n]
+        tied = getattr(self.model, "all_tied_weights_keys", {})  # saved once
+        load_result.missing_keys[:] = [n for n in load_result.missing_keys if n not in tied]
         if self._load_backbone is not None:
             unexpected = load_result.unexpected_keys
             unexpected[:] = [n for n in unexpected if not n.startswith("compressor.backbone.")]

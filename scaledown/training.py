@@ -460,7 +460,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         metrics = run(*arguments)
         return "\n".join(f"{name:<28} {metrics[name]:.6g}" for name in sorted(metrics))
 
-    return run_command(command)
+    return run_command(
+        command, "The same command goes on from the last checkpoint; save_steps decides how many there are."
+    )
 
 
 def _prepare(model_args, data_args, args, with_backbone):

@@ -65,6 +65,11 @@ def test_wrong_options_are_errors_of_users(argv, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_an_interrupted_run_says_what_becomes_of_the_work(capsys, caplog):
+    assert run_command(fail(KeyboardInterrupt()), "The same command goes on.") == 130
+    assert capsys.readouterr().err == "interrupted. The same command goes on.\n"
+
+
 def test_debug_shows_the_traceback_once(capsys, caplog):
     assert command(["--debug", "--size", "2"], fail(ScaleDownError("mend this"))) == 2
     assert "Traceback" in caplog.text

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,6 +183,30 @@ def test_log_shows_both_losses_and_their_weighted_sum(tmp_path):
         assert {name: line[name] for name in rates} == rates
         assert line["reranking_loss"] > 0
         assert line["loss"] == pytest.approx(line["generation_loss"] + 0.5 * line["reranking_loss"], rel=1e-3)
+
+
+def test_the_log_has_both_learning_rates_of_the_same_step(tmp_path):
+    rates = {"learning_rate": 4e-3, "compressor_learning_rate": 1e-3, "warmup_steps": 0}
+    trainer = build_trainer(build_model(lora=True), tmp_path, logging_steps=1, lr_scheduler_type="linear", **rates)
+    trainer.train()
+    logs = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["learning_rate"] for line in logs] == pytest.approx([4e-3, 3e-3, 2e-3, 1e-3])
+    assert [line["compressor_learning_rate"] for line in logs] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_a_head_that_is_tied_is_not_missing_from_a_checkpoint(tmp_path):
+    model = build_model(lora=True)
+    model.all_tied_weights_keys = {"generator.lm_head.weight": "generator.model.embed_tokens.weight"}
+    result = SimpleNamespace(missing_keys=["generator.lm_head.weight", "x"], unexpected_keys=[])
+    build_trainer(model, tmp_path)._issue_warnings_after_load(result)
+    assert result.missing_keys == ["x"]
+
+
+@pytest.mark.filterwarnings("error:.*gradient_checkpointing:FutureWarning")
+def test_checkpointing_is_asked_for_by_the_name_of_the_installed_transformers(tmp_path):
+    args = training_arguments(tmp_path, gradient_checkpointing=True)
+    assert args.gradient_checkpointing and getattr(args, "activation_checkpointing", True)
+    assert not training_arguments(tmp_path).gradient_checkpointing
 
 
 def test_evaluation_reports_both_losses(tmp_path):
