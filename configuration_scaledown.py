@@ -125,7 +125,7 @@ class ScaleDownConfig(PreTrainedConfig):
         weights_format (`str`, defaults to `"full"`):
             `"full"`: the checkpoint holds every weight. `"delta"`: the generator's own weights are read from
             `generator_name_or_path` at `generator_revision` and checked against `generator_fingerprint`.
-        generator_name_or_path, generator_revision, generator_fingerprint (`str`, *optional*):
+        generator_name_or_path, generator_revision, generator_gguf_file, generator_fingerprint (`str`, *optional*):
             Where the generator's weights came from; filled in by [`ScaleDownModel.from_backbones`].
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of freshly initialised projector, head and memory embeddings.
@@ -173,6 +173,7 @@ class ScaleDownConfig(PreTrainedConfig):
     weights_format: str = "full"
     generator_name_or_path: str | None = None
     generator_revision: str | None = None
+    generator_gguf_file: str | None = None
     generator_fingerprint: str | None = None
     initializer_range: float = 0.02
 

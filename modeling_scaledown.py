@@ -27,7 +27,6 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -55,6 +54,7 @@ try:
     from .compressor_scaledown import COMPRESSORS, CompressedDocuments, ScaleDownCompressor
     from .configuration_scaledown import WEIGHTS_FORMATS, ScaleDownConfig
     from .errors_scaledown import ScaleDownError
+    from .gguf_scaledown import first_layers_of, gguf_files, read_config, split_gguf
     from .kinds_scaledown import check_compressor, check_generator, refuse_adapter
     from .processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor
     from .reranking_scaledown import check_limits, document_scores, reranking_loss, select_chunks, slots_by_document
@@ -84,6 +84,7 @@ except ImportError:
     from compressor_scaledown import COMPRESSORS, CompressedDocuments, ScaleDownCompressor
     from configuration_scaledown import WEIGHTS_FORMATS, ScaleDownConfig
     from errors_scaledown import ScaleDownError
+    from gguf_scaledown import first_layers_of, gguf_files, read_config, split_gguf
     from kinds_scaledown import check_compressor, check_generator, refuse_adapter
     from processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor
     from reranking_scaledown import check_limits, document_scores, reranking_loss, select_chunks, slots_by_document
@@ -1261,6 +1262,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         config: PreTrainedConfig | None = None,
         revision: str | None = None,
         compressor_revision: str | None = None,
+        gguf_file: str | None = None,
+        compressor_gguf_file: str | None = None,
         load_in_4bit: bool = False,
         load_in_8bit: bool = False,
         dtype: torch.dtype | str = "auto",
@@ -1277,12 +1280,15 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         Builds a model from pretrained backbones.
 
         Args:
-            generator (`str`): Hub name or folder of a causal language model with safetensors weights.
+            generator (`str`):
+                Hub name or folder of a causal language model with safetensors weights, or the path of a GGUF file.
             compressor (`str`, *optional*):
                 Hub name or folder of the compressor's backbone; left out for `compressor_type="n_layers"`, which
-                reads the generator's first layers, and only the shards that hold them.
+                reads the generator's first layers, and only the shards that hold them. Or the path of a GGUF file.
             config (`ScaleDownConfig`, *optional*): Settings; its backbone configurations are filled in.
             revision, compressor_revision (`str`, *optional*): Branch, tag or commit of either repository.
+            gguf_file, compressor_gguf_file (`str`, *optional*):
+                GGUF file to read in either folder or repository; its weights are unpacked.
             load_in_4bit, load_in_8bit (`bool`, defaults to `False`): Quantise the generator with bitsandbytes.
             dtype (`torch.dtype` or `str`, defaults to `"auto"`): Of the weights; `"auto"` keeps the checkpoint's.
             device_map, attn_implementation, token, cache_dir, local_files_only: As in `from_pretrained`.
@@ -1308,16 +1314,20 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
 
         ```
         """
+        generator, gguf_file = split_gguf(generator, gguf_file)
+        if compressor is not None:
+            compressor, compressor_gguf_file = split_gguf(compressor, compressor_gguf_file)
         generator, compressor = absolute_name(generator), absolute_name(compressor)
         settings = cls._settings_for_backbones(compressor, config, config_kwargs)
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        generator_hub = pin_revision(generator, {**hub, "revision": revision})
+        generator_hub = pin_revision(generator, {**hub, "revision": revision, "gguf_file": gguf_file})
         compressor_hub = {}
         if compressor is not None:
-            compressor_hub = pin_revision(compressor, {**hub, "revision": compressor_revision})
-        refuse_adapter(generator, generator_hub)
-        if compressor is not None:
-            refuse_adapter(compressor, compressor_hub)
+            compressor_hub = {**hub, "revision": compressor_revision, "gguf_file": compressor_gguf_file}
+            compressor_hub = pin_revision(compressor, compressor_hub)
+        for name, where in ((generator, generator_hub), (compressor, compressor_hub)):
+            if name is not None and where["gguf_file"] is None:
+                refuse_adapter(name, {key: value for key, value in where.items() if key != "gguf_file"})
         config = cls._config_of_backbones(settings, generator, compressor, generator_hub, compressor_hub)
         config.reranking_trained = False
 
@@ -1336,7 +1346,12 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             )
         # A checkpoint has one type, and "auto" gives every part of the model the one it will be loaded in.
         loading["dtype"] = language_model.dtype if dtype == "auto" and with_generator else dtype
-        if with_backbone and compressor is None:
+        if with_backbone and compressor is None and gguf_file is not None:
+            whole = language_model
+            if whole is None:  # a GGUF file is read whole or not at all
+                whole = load_complete(AutoModelForCausalLM, generator, **loading, **generator_hub)
+            backbone = first_layers_of(whole, config.compressor_config)
+        elif with_backbone and compressor is None:
             backbone = load_first_layers(generator, config, loading, hub=generator_hub)
         elif with_backbone:
             backbone = load_complete(
@@ -1390,12 +1405,12 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         cls, settings: dict, generator: str, compressor: str | None, generator_hub: dict, compressor_hub: dict
     ) -> PreTrainedConfig:
         """The configuration with those of the backbones, and where the generator comes from."""
-        generator_config = AutoConfig.from_pretrained(generator, **generator_hub)
+        generator_config = read_config(generator, generator_hub)
         check_generator(generator, generator_config)
         generator_config = generator_config.get_text_config(decoder=True)
         compressor_config = None
         if compressor is not None:
-            compressor_config = AutoConfig.from_pretrained(compressor, **compressor_hub)
+            compressor_config = read_config(compressor, compressor_hub)
             check_compressor(compressor, compressor_config)
         config = cls.config_class(
             **{**settings, "generator_config": generator_config, "compressor_config": compressor_config}
@@ -1407,6 +1422,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             )
         config.generator_name_or_path = generator
         config.generator_revision = generator_hub["revision"]
+        config.generator_gguf_file = generator_hub["gguf_file"]
         config.generator_fingerprint = weights_fingerprint(generator, **generator_hub)
         return config
 
@@ -1450,6 +1466,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 not hold the LoRA weights its configuration asks for, or a quantisation cannot leave the compressor out.
             ImportError: quantisation without bitsandbytes, or unmerged LoRA without peft.
         """
+        _refuse_gguf(pretrained_model_name_or_path)
         # The processor and the card are read when they are needed, from wherever that is.
         pretrained_model_name_or_path = absolute_name(pretrained_model_name_or_path)
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
@@ -1510,7 +1527,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             config, kwargs = cls.config_class.from_pretrained(name_or_path, return_unused_kwargs=True, **kwargs)
             kwargs = {**hub, **kwargs}
         shared = {key: hub[key] for key in ("cache_dir", "local_files_only", "token") if key in hub}
-        source = {**shared, "revision": config.generator_revision}
+        if str(config.generator_name_or_path).endswith(".gguf"):  # where the caller says that it is now
+            config.generator_name_or_path, config.generator_gguf_file = split_gguf(config.generator_name_or_path, None)
+        source = {**shared, "revision": config.generator_revision, "gguf_file": config.generator_gguf_file}
         config.generator_name_or_path = absolute_name(config.generator_name_or_path)
         with_generator = kwargs.pop("with_generator", True)
         if with_generator:
@@ -1527,10 +1546,10 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if not with_generator:
             return model, info
         generator_kwargs.setdefault("dtype", model.dtype)
-        model.generator = AutoModelForCausalLM.from_pretrained(
+        model.generator = load_complete(
+            AutoModelForCausalLM,
             config.generator_name_or_path,
             config=model.config.generator_config,
-            use_safetensors=True,
             **generator_kwargs,
             **source,
         )
@@ -1840,6 +1859,19 @@ def _greedy(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerB
         pad_id = tokenizer.pad_token_id
         greedy.pad_token_id = tokenizer.eos_token_id if pad_id is None else pad_id
     return greedy
+
+
+def _refuse_gguf(name_or_path: str | None):
+    """A GGUF file holds a language model, and no ScaleDown model."""
+    if name_or_path is None:
+        return
+    found = [] if (Path(name_or_path) / CONFIG_NAME).is_file() else gguf_files(name_or_path)
+    if str(name_or_path).endswith(".gguf") or found:
+        file = str(Path(name_or_path) / found[0]) if found else str(name_or_path)
+        raise ScaleDownError(
+            f"{file} is a language model in GGUF, not a ScaleDown model. To build one on top of it: "
+            f"ScaleDownModel.from_backbones({file!r}); to train it: train.py --generator_name_or_path {file}."
+        )
 
 
 def _without_downloading_again(hub: dict) -> dict:

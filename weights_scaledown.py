@@ -38,12 +38,14 @@ try:
     from .card_scaledown import HUB_NAME
     from .compressor_scaledown import FINAL_NORM_NAMES
     from .errors_scaledown import ScaleDownError
+    from .gguf_scaledown import gguf_fingerprint, load_gguf
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
     from card_scaledown import HUB_NAME
     from compressor_scaledown import FINAL_NORM_NAMES
     from errors_scaledown import ScaleDownError
+    from gguf_scaledown import gguf_fingerprint, load_gguf
 
 NEVER_QUANTIZED = ("compressor", "lm_head", r".*\.lora_[AB]")
 FINGERPRINT_SAMPLES = 64
@@ -64,13 +66,16 @@ def pin_revision(name_or_path: str, hub: dict) -> dict:
 
     Args:
         name_or_path (`str`): Hub name or folder.
-        hub (`dict`): `revision`, `token`, `cache_dir`, `local_files_only` and the like.
+        hub (`dict`):
+            `revision`, `token`, `cache_dir`, `local_files_only` and the like, and `gguf_file` for a GGUF model.
 
     Returns:
         `dict`: The same with the commit; as they were for a folder.
     """
     hub = {"revision": None, **hub}
-    file = cached_file(name_or_path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    where = {name: value for name, value in hub.items() if name != "gguf_file"}
+    lies_there = hub.get("gguf_file") or CONFIG_NAME
+    file = cached_file(name_or_path, lies_there, _raise_exceptions_for_missing_entries=False, **where)
     commit = re.search(r"/snapshots/([0-9a-f]{40})/", Path(file).as_posix()) if file is not None else None
     return {**hub, "revision": commit.group(1)} if commit else hub
 
@@ -81,7 +86,7 @@ def weights_fingerprint(name_or_path: str, **hub) -> str:
 
     Args:
         name_or_path (`str`): Hub name or folder.
-        hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+        hub: `revision`, `token`, `cache_dir`, `local_files_only`, and `gguf_file` for a GGUF model.
 
     Returns:
         `str`: A SHA-256 in hexadecimal.
@@ -89,6 +94,9 @@ def weights_fingerprint(name_or_path: str, **hub) -> str:
     Raises:
         ValueError: there are no safetensors weights.
     """
+    gguf_file = hub.pop("gguf_file", None)
+    if gguf_file is not None:
+        return gguf_fingerprint(name_or_path, gguf_file, hub)
     weight_map = checkpoint_index(name_or_path, **hub)
     digest = hashlib.sha256()
     shard, opened = None, None
@@ -289,7 +297,7 @@ def load_complete(auto_class: type, name_or_path: str, **kwargs) -> PreTrainedMo
     Args:
         auto_class (`type`): `AutoModel` or `AutoModelForCausalLM`.
         name_or_path (`str`): Hub name or folder.
-        kwargs: As in `from_pretrained`.
+        kwargs: As in `from_pretrained`, `gguf_file` included.
 
     Returns:
         `PreTrainedModel`: The model.
@@ -297,6 +305,8 @@ def load_complete(auto_class: type, name_or_path: str, **kwargs) -> PreTrainedMo
     Raises:
         ValueError: the checkpoint lacks weights, which would be random.
     """
+    if kwargs.get("gguf_file") is not None:
+        return load_gguf(auto_class, name_or_path, **kwargs)
     model, info = auto_class.from_pretrained(name_or_path, use_safetensors=True, output_loading_info=True, **kwargs)
     _check_complete(name_or_path, info)
     return model

@@ -1,10 +1,11 @@
 """Models of published shapes, for benchmarks without weights and without a network."""
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from configuration_scaledown import ScaleDownConfig
 from errors_scaledown import ScaleDownError
+from gguf_scaledown import read_config, split_gguf
 
 from .shapes import SHAPES
 
@@ -25,7 +26,8 @@ def load_shape(name: str) -> PreTrainedConfig:
         shape = dict(SHAPES[name])
         return CONFIG_MAPPING[shape.pop("model_type")](**shape)
     try:
-        return AutoConfig.from_pretrained(name).get_text_config(decoder=True)
+        name, gguf_file = split_gguf(name, None)
+        return read_config(name, {"gguf_file": gguf_file}).get_text_config(decoder=True)
     except OSError as error:
         raise ScaleDownError(
             f"{name!r} is none of the shapes known here ({', '.join(SHAPES)}), and no folder or model on the Hub has "

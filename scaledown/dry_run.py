@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from configuration_scaledown import ScaleDownConfig
 from errors_scaledown import ScaleDownError
+from gguf_scaledown import read_config
 from kinds_scaledown import check_compressor, check_generator
 from modeling_scaledown import CHUNK_INPUTS, ScaleDownModel
 from processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor
@@ -270,19 +271,19 @@ def _trained(model_args: ModelArguments, settings: dict[str, Any]) -> tuple[Any,
 
 
 def _from_backbones(model_args: ModelArguments, settings: dict[str, Any]) -> tuple[Any, ScaleDownProcessor]:
-    names = [(model_args.generator_name_or_path, model_args.generator_revision)]
+    names = [model_args.backbone_source("generator")]
     if model_args.compressor_name_or_path is not None:
-        names.append((model_args.compressor_name_or_path, model_args.compressor_revision))
+        names.append(model_args.backbone_source("compressor"))
     kind = settings.get("compressor_type", "n_layers")
     if (len(names) == 1) != (kind == "n_layers"):
         raise ScaleDownError(
             f"compressor_name_or_path={model_args.compressor_name_or_path} does not go with compressor_type={kind}: "
             "n_layers copies the generator's own layers and takes no compressor, the other types need one."
         )
-    configs = [AutoConfig.from_pretrained(name, revision=revision) for name, revision in names]
+    configs = [read_config(name, where) for name, where in names]
     for (name, _), config, check in zip(names, configs, (check_generator, check_compressor), strict=False):
         check(name, config)
-    tokenizers = [AutoTokenizer.from_pretrained(name, revision=revision) for name, revision in names]
+    tokenizers = [AutoTokenizer.from_pretrained(name, **where) for name, where in names]
     config = ScaleDownConfig(
         **settings,
         generator_config=configs[0].get_text_config(decoder=True),

@@ -42,6 +42,13 @@ class EvaluationArguments:
         },
     )
     generator_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the generator."})
+    reader: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of what train.py --stage reader left: the baselines read text with the generator and that "
+            "LoRA, so that a trained model is compared with a trained reader."
+        },
+    )
 
     data: str | None = field(
         default=None,

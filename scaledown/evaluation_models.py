@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from errors_scaledown import ScaleDownError
+from gguf_scaledown import split_gguf
 from modeling_scaledown import ScaleDownModel
 from weights_scaledown import load_complete
 
@@ -16,6 +17,7 @@ from .choices import MEMORY_BASELINES, TEXT_BASELINES
 from .devices import is_quantized, load_model, pick_dtype
 from .evaluation_arguments import EvaluationArguments
 from .evaluation_data import Example
+from .reader import load_reader
 from .systems import CompressedSystem, System, TextSystem, choose_donors
 
 # What --generator takes for the model's own, whatever was merged into it.
@@ -93,6 +95,8 @@ def load_contestants(arguments: EvaluationArguments, device: torch.device) -> Co
         found.notes.append(f"From slots, the generator read the documents the model's scores select: {limits}.")
     if set(arguments.baseline_names) & set(TEXT_BASELINES):
         _find_generator(found, arguments, device, dtype)
+        if arguments.reader is not None:
+            _make_reader(found, arguments.reader)
     if config.lora_config is not None:
         if is_quantized(model):
             found.notes.append("The quantised generator keeps its LoRA unmerged, which makes the model slower.")
@@ -162,10 +166,11 @@ def _find_generator(
 ) -> None:
     model, config = found.model, found.model.config
     original = config.generator_name_or_path
+    where = {"revision": config.generator_revision, "gguf_file": config.generator_gguf_file}
     merged = config.lora_config is None and config.generator_fingerprint is None
     if arguments.generator not in (None, OWN_GENERATOR):
-        source = (arguments.generator, arguments.generator_revision)
-        found.generator = _load_generator(found, source, device, dtype)
+        named = {"revision": arguments.generator_revision}
+        found.generator = _load_generator(found, arguments.generator, named, device, dtype)
     elif merged:
         # A merged LoRA has learned to read slots, which may have cost it some of its skill at reading text.
         failure = "it is not known where it came from"
@@ -173,7 +178,7 @@ def _find_generator(
             failure = "with --load_in_4bit no second one is loaded"
         elif original is not None and arguments.generator is None:
             try:
-                found.generator = _load_generator(found, (original, config.generator_revision), device, dtype)
+                found.generator = _load_generator(found, original, where, device, dtype)
                 return
             except ScaleDownError as error:
                 failure = f"the original could not be used: {error}"
@@ -195,25 +200,39 @@ def _find_generator(
         found.notes.append("The baselines read text with the generator without the model's LoRA.")
 
 
+def _make_reader(found: Contestants, adapter: str) -> None:
+    """Put a reader's LoRA into the generator of the baselines, which must not be the model's own with its LoRA."""
+    if found.generator is found.model.generator:
+        if is_quantized(found.model) or found.model.config.generator_fingerprint is None:
+            raise ScaleDownError(
+                f"--reader {adapter} needs the generator as it was before training, and the model's own is "
+                f"{'quantised' if is_quantized(found.model) else 'changed'}; name the original with --generator."
+            )
+        found.generator = copy.deepcopy(found.generator)
+    found.generator = load_reader(found.generator, adapter)
+    found.notes[-1] = (
+        f"The baselines read text with the reader {Path(adapter).resolve().name}: the generator with a LoRA that was "
+        "trained on whole documents."
+    )
+
+
 def _load_generator(
-    found: Contestants, source: tuple[str, str | None], device: torch.device, dtype: torch.dtype
+    found: Contestants, source: str, where: dict[str, str | None], device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
+    source, gguf_file = split_gguf(source, where.get("gguf_file"))
+    named = {"revision": where["revision"] or "main", "gguf_file": gguf_file}
     generator = load_model(
-        lambda: load_complete(AutoModelForCausalLM, source[0], revision=source[1] or "main", dtype=dtype),
-        source[0],
-        "--generator",
+        lambda: load_complete(AutoModelForCausalLM, source, dtype=dtype, **named), source, "--generator"
     )
     own = found.model.processor.tokenizer
-    other = load_model(
-        lambda: AutoTokenizer.from_pretrained(source[0], revision=source[1] or "main"), source[0], "--generator"
-    )
+    other = load_model(lambda: AutoTokenizer.from_pretrained(source, **named), source, "--generator")
     if other.get_vocab() != own.get_vocab():
         raise ScaleDownError(
-            f"--generator names {source[0]}, whose tokenizer has another vocabulary ({len(other)} tokens) than the "
+            f"--generator names {source}, whose tokenizer has another vocabulary ({len(other)} tokens) than the "
             f"model's ({len(own)}); name the generator the model was trained with."
         )
-    name = Path(source[0]).resolve().name if Path(source[0]).exists() else source[0]
-    revision = f" at {source[1]}" if source[1] else ""
+    name = Path(source).resolve().name if Path(source).exists() else source
+    revision = f" at {where['revision']}" if where["revision"] else ""
     found.notes.append(f"The baselines read text with {name}{revision}.")
     return generator.to(device).eval()
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import load_peft_weights
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from errors_scaledown import ScaleDownError
 from modeling_scaledown import LORA_DEFAULTS, ScaleDownModel
@@ -108,11 +108,7 @@ def start_lora_from(model: ScaleDownModel, folder: str) -> None:
     Raises:
         ScaleDownError: The folder holds no LoRA adapter, or one of another generator or with other settings.
     """
-    if not (Path(folder) / ADAPTER_CONFIG).is_file():
-        raise ScaleDownError(
-            f"{folder} holds no {ADAPTER_CONFIG}; name the folder of a PEFT adapter, such as train.py --stage reader "
-            "saves."
-        )
+    _check_is_adapter(folder)
     saved = LoraConfig.from_pretrained(folder)
     shape = {"r": saved.r, "lora_alpha": saved.lora_alpha, "target_modules": sorted(saved.target_modules)}
     if model.config.lora_config is None:
@@ -133,6 +129,37 @@ def start_lora_from(model: ScaleDownModel, folder: str) -> None:
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(found[name])
+
+
+def load_reader(generator: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """Merge a reader's LoRA into its generator.
+
+    Args:
+        generator: The generator the reader was trained on; it is changed.
+        folder: What the stage `reader` saved.
+
+    Returns:
+        The generator, which reads whole documents as it was taught.
+
+    Raises:
+        ScaleDownError: The folder holds no LoRA adapter, or one of another generator.
+    """
+    _check_is_adapter(folder)
+    try:
+        return PeftModel.from_pretrained(generator, folder).merge_and_unload()
+    except (RuntimeError, ValueError) as error:  # of another shape, or none of its modules is there
+        raise ScaleDownError(
+            f"The adapter in {folder} does not fit the generator ({str(error).splitlines()[0]}). Name the reader that "
+            "was trained on this generator."
+        ) from error
+
+
+def _check_is_adapter(folder: str) -> None:
+    if not (Path(folder) / ADAPTER_CONFIG).is_file():
+        raise ScaleDownError(
+            f"{folder} holds no {ADAPTER_CONFIG}; name the folder of a PEFT adapter, such as train.py --stage reader "
+            "saves."
+        )
 
 
 class ReaderTrainer(Trainer):

@@ -292,6 +292,8 @@ def _from_backbones(model_args: ModelArguments, settings: dict[str, Any]) -> Sca
             model_args.compressor_name_or_path,
             revision=model_args.generator_revision,
             compressor_revision=model_args.compressor_revision,
+            gguf_file=model_args.generator_gguf_file,
+            compressor_gguf_file=model_args.compressor_gguf_file,
             **settings,
         )
     except ScaleDownError:
@@ -552,18 +554,16 @@ def _cache_folder(data_args: DataArguments, args: ScaleDownTrainingArguments) ->
 
 
 def _fingerprint(model: ScaleDownModel, records: datasets.Dataset, model_args, data_args) -> dict[str, Any]:
-    source = _backbone_source(model_args)
-    weights = weights_fingerprint(source[0], revision=source[1])
+    name, where = _backbone_source(model_args)
+    weights = weights_fingerprint(name, **where)
     return cache_fingerprint(records, model.processor, model.config, weights, data_args.cache_dtype)
 
 
-def _backbone_source(model_args: ModelArguments) -> tuple[str, str | None]:
-    """Repository and revision the compressor's backbone comes from."""
+def _backbone_source(model_args: ModelArguments) -> tuple[str, dict[str, str | None]]:
+    """Repository the compressor's backbone comes from, with its revision and file."""
     if model_args.model_name_or_path is not None:
-        return model_args.model_name_or_path, model_args.revision
-    if model_args.compressor_name_or_path is not None:
-        return model_args.compressor_name_or_path, model_args.compressor_revision
-    return model_args.generator_name_or_path, model_args.generator_revision
+        return model_args.model_name_or_path, {"revision": model_args.revision}
+    return model_args.backbone_source("generator" if model_args.compressor_name_or_path is None else "compressor")
 
 
 def choose_slot_pooling(model_args: ModelArguments, args: ScaleDownTrainingArguments) -> str:

@@ -27,9 +27,16 @@ class ModelArguments:
     generator_name_or_path: str | None = field(
         default=None, metadata={"help": "Causal language model that answers: a Hub name or a folder."}
     )
+    generator_gguf_file: str | None = field(
+        default=None,
+        metadata={"help": "GGUF file in the generator's folder or repository; or name a path that ends in .gguf."},
+    )
     generator_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the generator."})
     compressor_name_or_path: str | None = field(
         default=None, metadata={"help": "Backbone of a modernbert or llm compressor; n_layers takes none."}
+    )
+    compressor_gguf_file: str | None = field(
+        default=None, metadata={"help": "GGUF file in the compressor's folder or repository."}
     )
     compressor_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the compressor."})
     compressor_type: Literal["n_layers", "modernbert", "llm"] | None = field(
@@ -105,9 +112,10 @@ class ModelArguments:
         begins, unread = "generator_name_or_path", ["revision"]
         if self.model_name_or_path is not None:
             begins = "model_name_or_path"
-            unread = ["generator_revision", "compressor_name_or_path", "compressor_revision"]
+            unread = ["generator_revision", "generator_gguf_file"]
+            unread += ["compressor_name_or_path", "compressor_revision", "compressor_gguf_file"]
         elif self.compressor_name_or_path is None:
-            unread.append("compressor_revision")
+            unread += ["compressor_revision", "compressor_gguf_file"]
         for name, least in (("lora_r", 0), ("lora_alpha", 1), ("lora_dropout", 0)):
             value = getattr(self, name)
             if value is not None and (value < least or (name == "lora_dropout" and value >= 1)):
@@ -120,6 +128,23 @@ class ModelArguments:
                     "with model_name_or_path, generator_revision with generator_name_or_path, and compressor_revision "
                     "with compressor_name_or_path; a trained model brings its backbones. Leave it out."
                 )
+
+    def backbone_source(self, part: str) -> tuple[str, dict[str, str | None]]:
+        """Say where a backbone is read from.
+
+        Args:
+            part: generator or compressor.
+
+        Returns:
+            Folder or repository, and what `from_pretrained` is told besides: `revision` and `gguf_file`.
+
+        Raises:
+            ScaleDownError: There is no such GGUF file.
+        """
+        from gguf_scaledown import split_gguf  # which needs torch
+
+        name, gguf_file = split_gguf(getattr(self, f"{part}_name_or_path"), getattr(self, f"{part}_gguf_file"))
+        return name, {"revision": getattr(self, f"{part}_revision"), "gguf_file": gguf_file}
 
 
 @dataclass

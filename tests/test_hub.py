@@ -24,6 +24,7 @@ CODE = {
     "compressor_scaledown.py",
     "configuration_scaledown.py",
     "errors_scaledown.py",
+    "gguf_scaledown.py",
     "kinds_scaledown.py",
     "modeling_scaledown.py",
     "processing_scaledown.py",

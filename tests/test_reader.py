@@ -7,13 +7,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from errors_scaledown import ScaleDownError
-from folders import write_rows
+from folders import SETTINGS, write_rows
+from scaledown import ScaleDownModel
 from scaledown.arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments
+from scaledown.evaluation_arguments import EvaluationArguments
 from scaledown.evaluation_data import Example
+from scaledown.evaluation_models import load_contestants
 from scaledown.reader import ReaderCollator, start_lora_from
 from scaledown.systems import TextSystem
 from scaledown.training import run, train
-from tiny import ANSWERS, DOCUMENTS, GENERATORS, QUESTIONS, build_model, build_tokenizer
+from tiny import ANSWERS, DOCUMENTS, GENERATORS, QUESTIONS, build_model, build_tokenizer, randomize_lora
 
 
 def rows() -> list[dict]:
@@ -138,3 +141,24 @@ def test_a_reader_writes_no_answers_while_it_learns(tmp_path):
             DataArguments(train_file="y"),
             arguments(tmp_path, stage="reader", two_stage=True),
         )
+
+
+def test_evaluation_lets_the_reader_read_the_text(reader, generator, tmp_path):
+    torch.manual_seed(0)
+    model = ScaleDownModel.from_backbones(str(generator), **SETTINGS)
+    model.add_lora(r=4)
+    randomize_lora(model)
+    data = write_rows(tmp_path / "data.jsonl", rows()[:2])
+    settings = {"data": str(data), "baselines": "full_text", "reader": str(reader), "device": "cpu"}
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(generator), reader).merge_and_unload()
+    ids = torch.arange(20).unsqueeze(0)
+    for weights_format in ("delta", "full"):
+        model.save_pretrained(tmp_path / weights_format, weights_format=weights_format)
+        arguments = EvaluationArguments(model=str(tmp_path / weights_format), **settings)
+        found = load_contestants(arguments, torch.device("cpu"))
+        torch.testing.assert_close(found.generator(ids).logits, expected(ids).logits)
+        assert not torch.allclose(found.model.generator(ids).logits, expected(ids).logits, atol=1e-3)
+        assert any("reader adapter" in note for note in found.notes)
+    with pytest.raises(ScaleDownError, match=r"holds no adapter_config\.json"):
+        arguments.reader = str(tmp_path)
+        load_contestants(arguments, torch.device("cpu"))
