@@ -23,9 +23,10 @@ from processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor
 
 from .arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments
 from .cache import format_size
+from .devices import load_model
 from .protocol import Reading, read_sample
 from .tracing import QUANTIZED_BYTES, inference_peak, storage_bytes, training_peak
-from .training import CHANGEABLE, CONFIG_ARGUMENTS, add_lora, check_exists, check_settings, choose_slot_pooling
+from .training import CHANGEABLE, CONFIG_ARGUMENTS, add_lora, check_exist, check_settings, choose_slot_pooling
 
 PARTS = ("compressor backbone", "memory embeddings", "projector", "reranking head", "generator", "LoRA")
 # Compared with where there is no GPU.
@@ -209,6 +210,7 @@ def build_on_meta(
         OSError: There is no such model.
         ValueError: Settings that contradict each other.
     """
+    check_exist(model_args)
     settings = {name: getattr(model_args, name) for name in CONFIG_ARGUMENTS}
     settings = {name: value for name, value in settings.items() if value is not None}
     if model_args.model_name_or_path is not None:
@@ -257,13 +259,16 @@ def _dtype(args: ScaleDownTrainingArguments) -> tuple[torch.dtype, list[str]]:
     return torch.bfloat16, ["there is no GPU here; the figures are those of mixed precision on one"]
 
 
+READ = "configuration and tokenizer are all that a dry run reads"
+
+
 def _trained(model_args: ModelArguments, settings: dict[str, Any]) -> tuple[Any, ScaleDownProcessor]:
     name, revision = model_args.model_name_or_path, model_args.revision
-    check_exists(name)
     changes = {key: settings[key] for key in CHANGEABLE if key in settings}
-    config = ScaleDownConfig.from_pretrained(name, revision=revision, **changes)
+    option = f"--model_name_or_path, whose {READ},"
+    config = load_model(lambda: ScaleDownConfig.from_pretrained(name, revision=revision, **changes), name, option)
     check_settings(settings, config, name)
-    processor = ScaleDownProcessor.from_pretrained(name, revision=revision)
+    processor = load_model(lambda: ScaleDownProcessor.from_pretrained(name, revision=revision), name, option)
     for key in PROCESSOR_FIELDS:
         if key in changes:
             setattr(processor, key, changes[key])
@@ -280,10 +285,17 @@ def _from_backbones(model_args: ModelArguments, settings: dict[str, Any]) -> tup
             f"compressor_name_or_path={model_args.compressor_name_or_path} does not go with compressor_type={kind}: "
             "n_layers copies the generator's own layers and takes no compressor, the other types need one."
         )
-    configs = [read_config(name, where) for name, where in names]
+    options = [f"--{part}_name_or_path, whose {READ}," for part in ("generator", "compressor")]
+    configs = [
+        load_model(partial(read_config, name, where), name, option)
+        for (name, where), option in zip(names, options, strict=False)
+    ]
     for (name, _), config, check in zip(names, configs, (check_generator, check_compressor), strict=False):
         check(name, config)
-    tokenizers = [AutoTokenizer.from_pretrained(name, **where) for name, where in names]
+    tokenizers = [
+        load_model(partial(AutoTokenizer.from_pretrained, name, **where), name, option)
+        for (name, where), option in zip(names, options, strict=False)
+    ]
     config = ScaleDownConfig(
         **settings,
         generator_config=configs[0].get_text_config(decoder=True),

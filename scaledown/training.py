@@ -259,7 +259,7 @@ def build_model(
     if args.stage == "reader":  # which has no compressor; any generator has a first layer
         settings = {name: value for name, value in settings.items() if name == "system_prompt"}
         settings["num_compressor_layers"] = 1
-    check_exists(model_args.model_name_or_path)
+    check_exist(model_args)
     unset_hf_deepspeed_config()  # so that weights are spread when all are there: LoRA and memory embeddings read them
     if model_args.model_name_or_path is not None:
         changes = {name: settings[name] for name in CHANGEABLE if name in settings and name != "weights_format"}
@@ -307,21 +307,25 @@ def _from_backbones(model_args: ModelArguments, settings: dict[str, Any]) -> Sca
         ) from error
 
 
-def check_exists(model_name_or_path: str | None) -> None:
-    """Check that a model that an earlier run should have left is there, before anybody's of that name is looked up.
+def check_exist(model_args: ModelArguments) -> None:
+    """Check that models meant as folders are there, before anybody's of that name is looked up on the Hub.
 
     Args:
-        model_name_or_path: A Hub name or a folder.
+        model_args: Names them.
 
     Raises:
-        FileNotFoundError: It is a folder of a run, and there is none.
+        FileNotFoundError: One of them can only be a folder, and there is none.
     """
-    name = model_name_or_path or ""
-    if name.startswith(("runs/", "./", "../", "/", "~")) and not Path(name).is_dir():
-        raise FileNotFoundError(
-            f"model_name_or_path={name} is not a folder (looked from {Path.cwd()}); run the recipe that makes it "
-            "first, or name another model."
-        )
+    for option in ("model_name_or_path", "generator_name_or_path", "compressor_name_or_path", "lora_name_or_path"):
+        name = getattr(model_args, option) or ""
+        # A name on the Hub is `name` or `owner/name`.
+        meant = name.startswith(("runs/", ".", "/", "~")) or name.count("/") > 1
+        if meant and not Path(name).is_dir():
+            made = "run the recipe that makes it first, or " if name.startswith("runs/") else ""
+            raise FileNotFoundError(
+                f"{option}={name} is not a folder (looked from {Path.cwd()}); {made}name another. A dry run needs it "
+                "too: it reads configuration and tokenizer."
+            )
 
 
 def check_settings(settings: dict[str, Any], config: Any, name_or_path: str) -> None:

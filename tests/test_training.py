@@ -1,6 +1,7 @@
 """Joint training: what is learned, how it is logged, how a run goes on after it was stopped."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -588,6 +589,27 @@ def test_a_model_that_no_run_has_left_yet_is_not_looked_up(train_file, tmp_path,
     argv = [str(ROOT / "recipes" / "mistral-7b-modernbert.yaml"), "--train_file", str(train_file), "--use_cpu", "true"]
     assert main([*argv, "--dry_run", str(dry_run)]) == 2
     assert "runs/mistral-7b-modernbert-pretrain is not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--generator_name_or_path", "runs/nothere"], "generator_name_or_path=runs/nothere is not a folder"),
+        (["--generator_name_or_path", "/no/such"], "generator_name_or_path=/no/such is not a folder"),
+        (["--generator_name_or_path", "nobody/nothing"], "generator_name_or_path.* nobody/nothing.*cannot be loaded"),
+    ],
+)
+def test_a_name_or_folder_that_is_not_there_is_named_with_its_option(
+    train_file, tmp_path, monkeypatch, capsys, options, message, dry_run
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    argv = ["--train_file", str(train_file), "--use_cpu", "true", "--report_to", "none", *options]
+    assert main([*argv, "--dry_run", str(dry_run)]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error.replace("generator_name_or_path=nobody", "generator_name_or_path nobody"))
+    assert not dry_run or "configuration and tokenizer" in error
 
 
 def test_the_branch_asked_for_is_pushed_to(tmp_path, monkeypatch):
