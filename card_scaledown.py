@@ -75,10 +75,10 @@ def write_card(folder: Path, template: Path, facts: dict, card_fields: dict):
         library_name="transformers",
         license=fields.get("license"),
         language=fields.get("language"),
-        pipeline_tag="question-answering",
         base_model=fields.get("base_model", fields["generator_name"] if fields["generator_on_hub"] else None),
         datasets=fields.get("datasets"),
-        tags=["scaledown", "rag", "context-compression", "reranking"],
+        # No pipeline_tag: no pipeline of transformers gives a model documents.
+        tags=["scaledown", "question-answering", "rag", "context-compression", "reranking"],
         model_name=fields.get("repo_id", folder.resolve().name).split("/")[-1] if results else None,
         eval_results=results or None,
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 LEVEL = (2.5, 97.5)
+Z = 1.959964  # of the normal distribution, between which and its opposite 95 % lie
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,13 @@ class Bootstrap:
     resamples: int = 1000
     seed: int = 0
 
-    def mean(self, values: Sequence[float]) -> Estimate:
+    def mean(self, values: Sequence[float], share: bool = False) -> Estimate:
         """Estimate a mean.
 
         Args:
             values: One value per question; NaN is left out.
+            share: Whether values lie between 0 and 1. Where all are 0 or all are 1, resampling finds nothing else, and
+                the interval is that of Wilson (1927).
 
         Returns:
             The mean with its interval.
@@ -49,19 +52,30 @@ class Bootstrap:
         column = column[~np.isnan(column)]
         if len(column) == 0:
             return Estimate(None)
-        return _estimate(column.mean(), self._sums(column[:, None])[:, 0] / len(column), len(column))
+        found = _estimate(column.mean(), self._sums(column[:, None])[:, 0] / len(column), len(column))
+        if share and len(column) > 1 and (column == column[0]).all() and column[0] in (0, 1):
+            room = _wilson_room(len(column))
+            return Estimate(found.value, max(found.value - room, 0.0), min(found.value + room, 1.0))
+        return found
 
-    def difference(self, values: Sequence[float], reference: Sequence[float]) -> Estimate:
+    def difference(self, values: Sequence[float], reference: Sequence[float], share: bool = False) -> Estimate:
         """Estimate how much higher a mean is than another.
 
         Args:
             values, reference: One value per question; questions where either is NaN are left out.
+            share: Whether values lie between 0 and 1. Where no question differs, or each by 1, the interval has the
+                width of `mean`'s.
 
         Returns:
             The difference of the means with its paired interval.
         """
         pairs = _pairs(values, reference)
-        return self.mean(pairs[:, 0] - pairs[:, 1])
+        differences = pairs[:, 0] - pairs[:, 1]
+        found = self.mean(differences)
+        if share and len(differences) > 1 and (differences == differences[0]).all() and differences[0] in (-1, 0, 1):
+            room = _wilson_room(len(differences))
+            return Estimate(found.value, max(found.value - room, -1.0), min(found.value + room, 1.0))
+        return found
 
     def ratio(
         self, values: Sequence[float], reference: Sequence[float], clusters: Sequence[int] | None = None
@@ -102,6 +116,11 @@ class Bootstrap:
         n = len(columns)
         counts = (np.bincount(generator.integers(n, size=n), minlength=n) for _ in range(self.resamples))
         return np.stack([count @ columns for count in counts])
+
+
+def _wilson_room(n: int) -> float:
+    """How far from 0, or from 1, a share may be that was found to be so in n of n questions."""
+    return Z**2 / (n + Z**2)
 
 
 def _pairs(values: Sequence[float], reference: Sequence[float]) -> np.ndarray:

@@ -284,7 +284,7 @@ def _judge(run: Run, judge: Judge, arguments: EvaluationArguments, folder: Path)
             values = compare_answers(judge, cache, run.examples, run.texts[MODEL], run.texts[other])
             decided = [value for value in values if not math.isnan(value)]
             found["pairs"][other] = {
-                "win_rate": asdict(bootstrap.mean(values)),
+                "win_rate": asdict(bootstrap.mean(values, share=True)),
                 "wins": sum(value > 0.5 for value in decided),
                 "ties": decided.count(0.5),
                 "losses": sum(value < 0.5 for value in decided),

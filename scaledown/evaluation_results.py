@@ -52,7 +52,10 @@ def summarize_systems(columns: Columns, bootstrap: Bootstrap) -> dict[str, dict[
     """
     summary = {}
     for system, values in columns.items():
-        summary[system] = {name: asdict(bootstrap.mean(values[name])) for name in _present(values, QUALITY + COUNTS)}
+        summary[system] = {
+            name: asdict(bootstrap.mean(values[name], share=name in QUALITY))
+            for name in _present(values, QUALITY + COUNTS)
+        }
         # Questions of a batch were timed together.
         summary[system]["seconds"] = asdict(bootstrap.clustered_mean(values["seconds"], values["batch"]))
     return summary
@@ -79,7 +82,7 @@ def compare_systems(columns: Columns, bootstrap: Bootstrap) -> dict[str, dict[st
         comparison: dict[str, Any] = {}
         for name in _present(values, QUALITY):
             comparison[name] = {
-                "difference": asdict(bootstrap.difference(values[name], reference[name])),
+                "difference": asdict(bootstrap.difference(values[name], reference[name], share=True)),
                 "ratio": asdict(bootstrap.ratio(values[name], reference[name])),
             }
         comparison["tokens_in"] = {"ratio": asdict(bootstrap.ratio(values["tokens_in"], reference["tokens_in"]))}
@@ -115,7 +118,7 @@ def break_down(
                 "num_questions": len(places),
                 "systems": {
                     system: {
-                        name: asdict(bootstrap.mean([values[name][place] for place in places]))
+                        name: asdict(bootstrap.mean([values[name][place] for place in places], share=True))
                         for name in _present(values, QUALITY)
                     }
                     for system, values in columns.items()
@@ -164,7 +167,7 @@ def rank_documents(
     results: dict[str, Any] = {"num_questions": len(pairs)}
     for name, rows in rankings.items():
         values = load_metric("ranking").compute(predictions=rows, references=positives, per_question=True)
-        results[name] = {metric: asdict(bootstrap.mean(column)) for metric, column in values.items()}
+        results[name] = {metric: asdict(bootstrap.mean(column, share=True)) for metric, column in values.items()}
     note = None
     if len(pairs) < len(examples):
         note = f"Reranking was measured on {len(pairs)} of {len(examples)} questions; the others have no `positives`."

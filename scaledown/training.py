@@ -699,6 +699,7 @@ def _recorded_settings(*arguments: Any) -> dict[str, Any]:
         "hub_token",
         "run_name",
         "resume_from_checkpoint",
+        "disable_tqdm",
     }
     settings = {}
     for group in arguments:

@@ -149,6 +149,20 @@ class TestBootstrap:
         assert found.low == pytest.approx(found.value - 1.96 * error, abs=0.15 * error)
         assert found.high == pytest.approx(found.value + 1.96 * error, abs=0.15 * error)
 
+    def test_intervals_do_not_vanish_at_0_and_1(self):
+        # Wilson's of 20 of 20, as statsmodels' proportion_confint(20, 20, method="wilson") gives it.
+        found = Bootstrap().mean([1.0] * 20, share=True)
+        assert (found.value, found.high) == (1.0, 1.0) and found.low == pytest.approx(0.838875, abs=1e-5)
+        found = Bootstrap().mean([0.0] * 20, share=True)
+        assert (found.value, found.low) == (0.0, 0.0) and found.high == pytest.approx(0.161125, abs=1e-5)
+        found = Bootstrap().difference([1.0] * 20, [1.0] * 20, share=True)
+        assert (found.low, found.high) == (pytest.approx(-0.161125, abs=1e-5), pytest.approx(0.161125, abs=1e-5))
+        found = Bootstrap().difference([1.0] * 20, [0.0] * 20, share=True)
+        assert (found.low, found.high) == (pytest.approx(0.838875, abs=1e-5), 1.0)
+        # Counts are no shares.
+        assert Bootstrap().mean([1.0] * 20).low == 1.0
+        assert Bootstrap().mean([1.0, math.nan], share=True).low is None
+
     def test_equal_seeds_give_equal_intervals(self):
         values = [0.03, 1.7, 0.41, 2.9, 0.77, 5.1]
         assert Bootstrap(200, 3).mean(values) == Bootstrap(200, 3).mean(values)

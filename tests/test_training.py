@@ -20,8 +20,8 @@ from scaledown.arguments import DataArguments, ModelArguments, ScaleDownTraining
 from scaledown.collators import CompressionCollator, GenerationCollator, JointCollator
 from scaledown.records import write_records
 from scaledown.trainer import ScaleDownTrainer
+from scaledown.training import _recorded_settings, main, run, train
 from scaledown.training import build_model as build_model_for_training
-from scaledown.training import main, run, train
 from tiny import (
     ANSWERS,
     DOCUMENTS,
@@ -946,3 +946,9 @@ def test_precision_is_read_from_the_command_line():
     *_, args = parse_arguments([*argv, "--bf16", "false", "--fp16", "no"])
     assert args.precision_is_set and args.generator_dtype == torch.float32
     assert not parse_arguments(argv)[-1].precision_is_set
+
+
+def test_the_card_lists_no_setting_that_the_trainer_fills_in(tmp_path):
+    args = training_arguments(tmp_path, bf16=None, fp16=None)
+    assert not {"disable_tqdm", "bf16", "fp16", "output_dir"} & _recorded_settings(args).keys()
+    assert _recorded_settings(args)["max_steps"] == args.max_steps
