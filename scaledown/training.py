@@ -318,13 +318,14 @@ def check_exist(model_args: ModelArguments) -> None:
     """
     for option in ("model_name_or_path", "generator_name_or_path", "compressor_name_or_path", "lora_name_or_path"):
         name = getattr(model_args, option) or ""
-        # A name on the Hub is `name` or `owner/name`.
-        meant = name.startswith(("runs/", ".", "/", "~")) or name.count("/") > 1
-        if meant and not Path(name).is_dir():
+        # A name on the Hub is `name` or `owner/name`, and of a GGUF file `owner/name/file.gguf`.
+        is_file = name.endswith(".gguf")
+        meant = name.startswith(("runs/", ".", "/", "~")) or name.count("/") > 1 + is_file
+        if meant and not (Path(name).is_file() if is_file else Path(name).is_dir()):
             made = "run the recipe that makes it first, or " if name.startswith("runs/") else ""
             raise FileNotFoundError(
-                f"{option}={name} is not a folder (looked from {Path.cwd()}); {made}name another. A dry run needs it "
-                "too: it reads configuration and tokenizer."
+                f"{option}={name} is not a {'file' if is_file else 'folder'} (looked from {Path.cwd()}); {made}name "
+                "another. A dry run needs it too: it reads configuration and tokenizer."
             )
 
 
