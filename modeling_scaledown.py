@@ -30,6 +30,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BatchFeature,
     BitsAndBytesConfig,
     GenerationConfig,
     GenerationMixin,
@@ -50,9 +51,11 @@ from transformers.utils import (
 )
 
 try:
+    from .answering_scaledown import AnswerOutput
     from .card_scaledown import CARD_NAME, CARD_TEMPLATE_NAME, HUB_NAME, is_rendered, read_card_fields, write_card
     from .compressor_scaledown import COMPRESSORS, CompressedDocuments, ScaleDownCompressor
     from .configuration_scaledown import WEIGHTS_FORMATS, ScaleDownConfig
+    from .conversation_scaledown import Conversation, is_conversation, listed
     from .errors_scaledown import ScaleDownError
     from .gguf_scaledown import first_layers_of, gguf_files, read_config, split_gguf
     from .kinds_scaledown import check_compressor, check_generator, refuse_adapter
@@ -80,9 +83,11 @@ try:
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
+    from answering_scaledown import AnswerOutput
     from card_scaledown import CARD_NAME, CARD_TEMPLATE_NAME, HUB_NAME, is_rendered, read_card_fields, write_card
     from compressor_scaledown import COMPRESSORS, CompressedDocuments, ScaleDownCompressor
     from configuration_scaledown import WEIGHTS_FORMATS, ScaleDownConfig
+    from conversation_scaledown import Conversation, is_conversation, listed
     from errors_scaledown import ScaleDownError
     from gguf_scaledown import first_layers_of, gguf_files, read_config, split_gguf
     from kinds_scaledown import check_compressor, check_generator, refuse_adapter
@@ -687,9 +692,23 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 mask = kwargs.get("attention_mask")
                 read = 0 if mask is None else max(mask.shape[1] - input_ids.shape[1], 0)
                 kwargs["prompt_embeds"] = nn.functional.pad(filled, (0, 0, read, 0))
+        settings = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
+        if not {"prompt_embeds", "inputs_embeds", "past_key_values", "cache"} & kwargs.keys() and slot_mask is None:
+            self._refuse_plain_ids(settings)
+        if _asked(kwargs, settings, "stop_strings") is not None and self._has_processor():
+            kwargs.setdefault("tokenizer", self.processor.tokenizer)
         if self.compiles_decoding:
             kwargs = self._with_static_cache(kwargs)
         return super().generate(inputs, *args, **kwargs)
+
+    def _refuse_plain_ids(self, settings: GenerationConfig):
+        """Ids of somebody else's making, such as a pipeline's, hold no documents and no prompt of this model."""
+        if not getattr(settings, "is_assistant", False):
+            raise ScaleDownError(
+                "These token ids were not made by the model's processor, so that no document would be read: pipelines "
+                "of transformers do so. Use model.answer(question, documents), or model.generate(**processor(question, "
+                "documents)); model.generator.generate asks the language model alone."
+            )
 
     def _with_static_cache(self, kwargs: dict) -> dict:
         """Arguments of `generate` with a static cache, unless they ask for what does not go with one."""
@@ -818,18 +837,21 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         min_reranking_score: float | None = None,
         max_documents: int | None = None,
         max_slots: int | None = None,
+        system_prompt: str | None = None,
         **generation_kwargs,
-    ) -> str | list[str] | tuple:
+    ) -> str | list[str] | AnswerOutput:
         """
         Answers questions from compressed documents.
 
         Args:
-            questions (`str` or `list[str]`): One question, or several.
+            questions (`str` or `list[str]`):
+                One question, or several. A question may be a list of messages of `role` and `content`: the last is the
+                question, earlier ones are shown to the generator, and a system message stands in place of the model's.
             documents (`list[str]` or `list[list[str]]`, *optional*):
                 Its documents, or one list per question; none asks the generator alone.
             compression_rate, num_memory_tokens (`int`, *optional*): Overrides for this call.
             return_reranking_scores (`bool`, defaults to `False`):
-                Also return the documents' relevance, from the same pass.
+                Also return the documents' relevance, from the same pass, which documents were read, and tokens.
             batch_size (`int`, defaults to 16): Questions answered at a time.
             min_reranking_score (`float`, *optional*):
                 Leave out documents that score lower, before the generator reads them. With this and the next two, a
@@ -838,51 +860,133 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             max_slots (`int`, *optional*):
                 Keep the best documents that fit into so many memory embeddings; one that does not makes way to the
                 next.
+            system_prompt (`str`, *optional*): In place of the model's own, for this call.
             generation_kwargs: Passed on to `generate`; `max_new_tokens` is that of
                 `model.generation_config`, or 128, unless a length is given.
 
         Returns:
-            `str` for one question, `list[str]` for a list; with `return_reranking_scores` a pair of that and the
-            scores, one per document.
+            `str` for one question, `list[str]` for a list; with `return_reranking_scores` an `AnswerOutput`, which is
+            a pair of that and the scores, one per document, with fields for what else is known.
 
         Raises:
             ValueError, TypeError: see `ScaleDownProcessor`; a prompt that leaves no room for the answer.
         """
-        single = isinstance(questions, str)
-        questions, documents = self.processor.check_texts(questions, documents)
+        given = listed(questions)
+        single = isinstance(given, str) or is_conversation(given)
+        questions, documents = self.processor.check_texts(given, documents)
+        conversations = self.processor.conversations(given, system_prompt)
         limits = (min_reranking_score, max_documents, max_slots)
-        selects = any(limit is not None for limit in limits)
-        if return_reranking_scores or selects:
-            self._require_reranking()
         check_limits(min_reranking_score, max_documents=max_documents, max_slots=max_slots)
         generation_kwargs, max_new_tokens = _with_length(generation_kwargs, self.generation_config)
         _check_batch_size(batch_size)
-        answers, scores = [], []
+        columns = [[] for _ in range(5)]
         for start in range(0, len(questions), batch_size):
-            asked, given = questions[start : start + batch_size], documents[start : start + batch_size]
-            chunks = self.processor.encode_documents(asked, given, compression_rate, num_memory_tokens)
-            slots = slots_by_document(chunks, given)
-            if not selects:  # a prompt that is too long is told before the work
-                batch = self._build_prompts(asked, slots, max_new_tokens, start)
-            compressed, found = {}, [[] for _ in given]
+            part = slice(start, start + batch_size)
+            batch, compressed, scores, read = self._fill_prompts(
+                questions[part],
+                documents[part],
+                conversations[part],
+                start,
+                compression_rate,
+                num_memory_tokens,
+                limits,
+                max_new_tokens,
+                return_reranking_scores,
+            )
+            sequences = _sequences(self.generate(**batch, **compressed, **generation_kwargs))
+            start_of_answers = batch["input_ids"].shape[1]
+            answers = self.processor.decode_answers(sequences, start_of_answers)
+            lengths = _answer_lengths(sequences[:, start_of_answers:], generation_kwargs, self.generation_config)
+            per_question = len(answers) // len(scores)  # as many as sequences were asked for
+            prompts = batch["attention_mask"].sum(dim=1).tolist()
+            prompts = [length for length in prompts for _ in range(per_question)]
+            for column, values in zip(columns, (answers, scores, read, prompts, lengths), strict=True):
+                column += values
+        if single:
+            several = len(columns[0]) > 1
+            columns = [column if several and len(column) > 1 else column[0] for column in columns]
+        return AnswerOutput(*columns) if return_reranking_scores else columns[0]
+
+    def _fill_prompts(
+        self,
+        questions: list[str],
+        documents: list[list[str]],
+        conversations: list[Conversation],
+        first_question: int,
+        compression_rate: int | None,
+        num_memory_tokens: int | None,
+        limits: tuple[float | int | None, ...],
+        max_new_tokens: int | None,
+        wants_scores: bool,
+    ) -> tuple[BatchFeature, dict[str, torch.Tensor], list[list[float]], list[list[int]]]:
+        """The prompts of some questions, what fills them, and of each question's documents scores and those read."""
+        selects = any(limit is not None for limit in limits)
+        if wants_scores or selects:
+            self._require_reranking()
+        chunks = self.processor.encode_documents(questions, documents, compression_rate, num_memory_tokens)
+        slots = slots_by_document(chunks, documents)
+        context = (conversations, max_new_tokens, first_question)
+        if not selects:  # a prompt that is too long is told before the work
+            batch = self._build_prompts(questions, slots, *context)
+        read = [list(range(len(row))) for row in documents]
+        compressed, scores = {}, [[] for _ in documents]
+        if chunks:
+            memory = self._compress_chunks(chunks, self.chunks_per_pass)
+            compressed = {"memory_embeddings": memory.memory_embeddings, "memory_mask": memory.memory_mask}
+            if wants_scores or selects:
+                scores = self._scores_by_example(memory.reranking_scores, chunks, documents)
+        if selects:
+            slots, stays = select_chunks(scores, slots, chunks, *limits)
             if chunks:
-                memory = self._compress_chunks(chunks, self.chunks_per_pass)
-                compressed = {"memory_embeddings": memory.memory_embeddings, "memory_mask": memory.memory_mask}
-                if return_reranking_scores or selects:
-                    found = self._scores_by_example(memory.reranking_scores, chunks, given)
-            scores += found
-            if selects:
-                slots, stays = select_chunks(found, slots, chunks, *limits)
-                batch = self._build_prompts(asked, slots, max_new_tokens, start)
-                if chunks:
-                    compressed["memory_mask"] = memory.memory_mask & stays.to(memory.memory_mask.device).unsqueeze(1)
-            sequences = self.generate(**batch, **compressed, **generation_kwargs)
-            answers += self.processor.decode_answers(_sequences(sequences), batch["input_ids"].shape[1])
-        if single and len(answers) == 1:
-            answers = answers[0]
-        if return_reranking_scores:
-            return answers, scores[0] if single else scores
-        return answers
+                compressed["memory_mask"] = memory.memory_mask & stays.to(memory.memory_mask.device).unsqueeze(1)
+                kept, places = set(chunks["chunk_to_document"][stays].tolist()), itertools.count()
+                read = [[i for i in range(len(row)) if next(places) in kept] for row in documents]
+            for i, (row, left) in enumerate(zip(documents, read, strict=True)):
+                if row and not left:
+                    logger.warning_once(
+                        f"questions[{first_question + i}] is answered without documents: none of its {len(row)} is "
+                        "left by min_reranking_score, max_documents and max_slots. return_reranking_scores=True "
+                        "returns which documents were read."
+                    )
+            batch = self._build_prompts(questions, slots, *context)
+        return batch, compressed, scores, read
+
+    @torch.no_grad()
+    def prompt_embeddings(
+        self,
+        questions: str | list[str],
+        documents: list[str] | list[list[str]] | None = None,
+        compression_rate: int | None = None,
+        num_memory_tokens: int | None = None,
+        min_reranking_score: float | None = None,
+        max_documents: int | None = None,
+        max_slots: int | None = None,
+        system_prompt: str | None = None,
+    ) -> tuple[torch.FloatTensor, torch.LongTensor]:
+        """
+        Builds the prompts that `answer` would give to the generator, for an engine that reads embeddings.
+
+        Args:
+            questions, documents, compression_rate, num_memory_tokens, min_reranking_score, max_documents, max_slots,
+            system_prompt: As in `answer`.
+
+        Returns:
+            `tuple`: embeddings `(batch, prompt_len, hidden)`, slots filled, and their mask `(batch, prompt_len)`, 0 on
+            padding, which is at the left.
+
+        Raises:
+            ValueError, TypeError: as in `answer`.
+        """
+        given = listed(questions)
+        questions, documents = self.processor.check_texts(given, documents)
+        conversations = self.processor.conversations(given, system_prompt)
+        check_limits(min_reranking_score, max_documents=max_documents, max_slots=max_slots)
+        limits = (min_reranking_score, max_documents, max_slots)
+        batch, compressed, _, _ = self._fill_prompts(
+            questions, documents, conversations, 0, compression_rate, num_memory_tokens, limits, 0, False
+        )
+        documents = CompressedDocuments(**compressed)
+        return self._embed_prompt(batch["input_ids"], batch["slot_mask"], documents), batch["attention_mask"]
 
     @torch.no_grad()
     def rank(
@@ -913,11 +1017,11 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         if not isinstance(question, str):
             raise TypeError(f"question must be one string, got {type(question).__name__}; call rank once per question.")
         check_limits(top_k=top_k)
-        questions, listed = self.processor.check_texts(question, documents)
-        if not listed[0]:
+        questions, (documents,) = self.processor.check_texts(question, documents)
+        if not documents:
             return []
-        chunks = self._compress_texts(questions, listed, None, None, batch_size)
-        scores = document_scores(chunks.reranking_scores, chunks.chunk_to_document, len(listed[0])).tolist()
+        chunks = self._compress_texts(questions, [documents], None, None, batch_size)
+        scores = document_scores(chunks.reranking_scores, chunks.chunk_to_document, len(documents)).tolist()
         ranking = sorted(range(len(scores)), key=lambda i: -scores[i])[:top_k]
         results = [{"corpus_id": i, "score": scores[i]} for i in ranking]
         if return_documents:
@@ -962,6 +1066,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         """
         if isinstance(documents, str) or isinstance(questions, str):
             raise TypeError("documents and questions must be lists of strings, one question per document.")
+        documents, questions = listed(documents), listed(questions)
         if questions is not None and len(questions) != len(documents):
             raise ScaleDownError(f"{len(documents)} documents but {len(questions)} questions; pass one question each.")
         if not documents:
@@ -998,6 +1103,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         """
         if isinstance(questions, str):
             raise TypeError("questions must be a list of strings.")
+        questions = listed(questions)
         if questions:
             self.processor.check_texts(questions, None)
         memory = torch.as_tensor(compressed_documents)
@@ -1074,8 +1180,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         """Chunks `answer` compresses at a time."""
         return CHUNKS_PER_PASS.get(self.device.type, CHUNKS_PER_PASS_ELSEWHERE)
 
-    def _build_prompts(self, questions, slots, max_new_tokens, first_question: int):
-        batch = self.processor.build_prompts(questions, slots)
+    def _build_prompts(self, questions, slots, conversations, max_new_tokens, first_question: int):
+        batch = self.processor.build_prompts(questions, slots, conversations=conversations)
         self._check_context(batch, max_new_tokens, first_question)
         return batch.to(self.device)
 
@@ -1904,6 +2010,14 @@ def _with_length(kwargs: dict, own: GenerationConfig) -> tuple[dict, int | None]
     return _with_setting(kwargs, "max_new_tokens", DEFAULT_MAX_NEW_TOKENS), DEFAULT_MAX_NEW_TOKENS
 
 
+def _answer_lengths(new: torch.LongTensor, kwargs: dict, own: GenerationConfig) -> list[int]:
+    """Tokens in front of the first end token of each row `(num_sequences, new_tokens)`."""
+    ends = _asked(kwargs, kwargs.get("generation_config"), "eos_token_id")
+    ends = own.eos_token_id if ends is None else ends
+    ends = torch.as_tensor([] if ends is None else ends, dtype=new.dtype, device=new.device)
+    return torch.isin(new, ends).cumsum(dim=1).eq(0).sum(dim=1).tolist()
+
+
 def _check_batch_size(batch_size: int):
     if batch_size < 1:
         raise ScaleDownError(f"batch_size={batch_size} must be at least 1.")
@@ -1919,4 +2033,4 @@ if not IS_REMOTE_CODE:  # two models in one process may come with different code
     AutoModelForCausalLM.register(ScaleDownConfig, ScaleDownModel, exist_ok=True)
 ScaleDownModel.register_for_auto_class("AutoModel")
 
-__all__ = ["CompressedDocuments", "CompressionCache", "ScaleDownModel", "ScaleDownOutput"]
+__all__ = ["AnswerOutput", "CompressedDocuments", "CompressionCache", "ScaleDownModel", "ScaleDownOutput"]

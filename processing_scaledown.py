@@ -20,7 +20,6 @@ import json
 import math
 import re
 import threading
-from collections.abc import Sequence
 from numbers import Integral, Real
 
 import torch
@@ -37,6 +36,7 @@ try:
         check_sizes,
         fill_compression_settings,
     )
+    from .conversation_scaledown import Conversation, is_conversation, listed, read_question
     from .errors_scaledown import ScaleDownError
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
@@ -50,6 +50,7 @@ except ImportError:
         check_sizes,
         fill_compression_settings,
     )
+    from conversation_scaledown import Conversation, is_conversation, listed, read_question
     from errors_scaledown import ScaleDownError
 
 logger = logging.get_logger(__name__)
@@ -58,6 +59,7 @@ logger = logging.get_logger(__name__)
 # through the template.
 _DOCUMENTS_MARK = "SCALEDOWN-DOCUMENTS-GO-HERE"
 _QUESTION_MARK = "SCALEDOWN-QUESTION-GOES-HERE"
+_TURN_MARK = "SCALEDOWN-TURN-{}-GOES-HERE"
 
 # How a chat template asks for today's date, as a format of `strftime`.
 _ASKS_FOR_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
@@ -221,13 +223,17 @@ class ScaleDownProcessor(ProcessorMixin):
         compression_rate: int | None = None,
         num_memory_tokens: int | None = None,
         max_answer_length: int = 128,
+        system_prompt: str | None = None,
         return_tensors: str = "pt",
     ) -> BatchFeature:
         r"""
         Builds one batch from questions, their documents and, for training, answers and teacher scores.
 
         Args:
-            questions (`str` or `list[str]`): One question, or one per example.
+            questions (`str` or `list[str]`):
+                One question, or one per example. A question may be a list of messages of `role` and `content`, of which
+                the last is the question, the one before are shown to the generator, and a system message stands in
+                place of the model's own.
             documents (`list[str]` or `list[list[str]]`, *optional*):
                 The documents of the one question, or one list per question; lists may differ in length. An empty list
                 (or `None`) gives the closed-book prompt.
@@ -237,6 +243,7 @@ class ScaleDownProcessor(ProcessorMixin):
             compression_rate (`int`, *optional*): Document tokens per slot, for this call.
             num_memory_tokens (`int`, *optional*): Slots per chunk at most, for this call.
             max_answer_length (`int`, defaults to 128): Longer answers are cut (OSCAR, table 7).
+            system_prompt (`str`, *optional*): In place of the model's own, for this call.
             return_tensors (`str`, defaults to `"pt"`): Only PyTorch tensors are built.
 
         Returns:
@@ -264,18 +271,20 @@ class ScaleDownProcessor(ProcessorMixin):
             raise ScaleDownError(
                 f"return_tensors={return_tensors!r} is not supported: ScaleDown builds PyTorch tensors."
             )
-        questions, documents = self.check_texts(questions, documents)
+        given = listed(questions)
+        questions, documents = self.check_texts(given, documents)
+        conversations = self.conversations(given, system_prompt)
         batch = self.encode_documents(
             questions, documents, compression_rate=compression_rate, num_memory_tokens=num_memory_tokens
         )
-        slots = [[0] * len(listed) for listed in documents]
+        slots = [[0] * len(row) for row in documents]
         if batch:
             per_document = torch.zeros_like(batch["document_to_example"])
             per_document.index_add_(0, batch["chunk_to_document"], batch["chunk_slots"])
-            slots = [part.tolist() for part in per_document.split([len(listed) for listed in documents])]
+            slots = [part.tolist() for part in per_document.split([len(row) for row in documents])]
         if answers is not None:
             answers = _check_answers(answers, len(questions))
-        batch = {**self.build_prompts(questions, slots, answers, max_answer_length), **batch}
+        batch = {**self.build_prompts(questions, slots, answers, max_answer_length, conversations), **batch}
         if reranking_scores is not None:
             labels = _reranking_labels(reranking_scores, documents)
             if "chunk_slots" in batch:
@@ -289,7 +298,9 @@ class ScaleDownProcessor(ProcessorMixin):
         Brings questions and documents into list form and refuses what is not text.
 
         Args:
-            questions (`str` or `list[str]`): One question, or several.
+            questions (`str` or `list[str]`):
+                One question, or several, in whatever lists them (arrays, generators, columns). A list of messages of
+                `role` and `content` is a question too: that of its last message.
             documents (`list[str]`, `list[list[str]]` or `None`): Their documents.
 
         Returns:
@@ -301,9 +312,11 @@ class ScaleDownProcessor(ProcessorMixin):
         """
         if isinstance(documents, str):
             raise TypeError(f"documents is one string ({documents[:40]!r}…); pass a list of documents.")
-        questions, documents = _listed(questions), _listed(documents)
+        questions, documents = listed(questions), listed(documents)
         if documents is not None and not isinstance(documents, list):
             raise TypeError(f"documents must be a list, got {type(documents).__name__}; pass list(documents).")
+        if is_conversation(questions):
+            questions = read_question(questions, "questions").question
         if isinstance(questions, str):
             if documents and isinstance(documents[0], (list, tuple)):
                 raise TypeError(
@@ -318,6 +331,7 @@ class ScaleDownProcessor(ProcessorMixin):
             )
         if len(questions) == 0:
             raise ScaleDownError("questions is empty; pass at least one question.")
+        questions = [read_question(question, f"questions[{i}]").question for i, question in enumerate(questions)]
         if documents is None:
             documents = [[] for _ in questions]
         if len(documents) != len(questions):
@@ -331,21 +345,48 @@ class ScaleDownProcessor(ProcessorMixin):
             if not question.strip():
                 raise ScaleDownError(f"questions[{i}] is empty; pass the question's text.")
             _check_encodable(question, f"questions[{i}]")
-        for i, listed in enumerate(documents):
-            if isinstance(listed, str):
+        documents = [listed(row) for row in documents]
+        for i, row in enumerate(documents):
+            if isinstance(row, str):
                 raise TypeError(
-                    f"documents[{i}] is a string ({listed[:40]!r}…), expected a list of strings: with a list of "
+                    f"documents[{i}] is a string ({row[:40]!r}…), expected a list of strings: with a list of "
                     "questions, documents holds one list per question."
                 )
-            if not isinstance(listed, (list, tuple)):
-                raise TypeError(f"documents[{i}] is {type(listed).__name__}, expected a list of strings.")
-            for j, document in enumerate(listed):
+            if not isinstance(row, list):
+                raise TypeError(f"documents[{i}] is {type(row).__name__}, expected a list of strings.")
+            for j, document in enumerate(row):
                 if not isinstance(document, str):
                     raise TypeError(f"documents[{i}][{j}] is {type(document).__name__}, expected a string.")
                 if not document.strip():
                     raise ScaleDownError(f"documents[{i}][{j}] is empty; leave it out or pass its text.")
                 _check_encodable(document, f"documents[{i}][{j}]")
-        return questions, [list(listed) for listed in documents]
+        return questions, documents
+
+    def conversations(self, questions: str | list, system_prompt: str | None = None) -> list[Conversation]:
+        """
+        Reads what stands before each question.
+
+        Args:
+            questions (`str` or `list`): One question, or several; texts or lists of messages.
+            system_prompt (`str`, *optional*): For those that bring none of their own.
+
+        Returns:
+            `list[Conversation]`: One per question.
+
+        Raises:
+            ScaleDownError: as in `read_question`; a system prompt that is no text, or spells a special token.
+        """
+        if isinstance(questions, str) or is_conversation(questions):
+            questions = [questions]
+        found = [read_question(question, f"questions[{i}]", system_prompt) for i, question in enumerate(questions)]
+        for prompt in {conversation.system_prompt for conversation in found} - {None}:
+            if not isinstance(prompt, str):
+                raise ScaleDownError(f"system_prompt={prompt!r} must be a string.")
+            ids = _tokenize(self.tokenizer, prompt, add_special_tokens=False)["input_ids"]
+            control = [self.tokenizer.convert_ids_to_tokens(i) for i in ids if i in _control_ids(self.tokenizer)]
+            if control:
+                raise ScaleDownError(f"The system prompt {prompt!r} spells the special token {control[0]}; remove it.")
+        return found
 
     def encode_documents(
         self,
@@ -370,7 +411,7 @@ class ScaleDownProcessor(ProcessorMixin):
             ValueError: an override out of range, or a document without a single token.
         """
         rate, max_slots = self._compression_settings(compression_rate, num_memory_tokens)
-        texts = [document for listed in documents for document in listed]
+        texts = [document for row in documents for document in row]
         if not texts:
             return {}
         tokenizer = self.compressor_tokenizer
@@ -379,9 +420,9 @@ class ScaleDownProcessor(ProcessorMixin):
         _warn_of_unknown(tokenizer, [*questions, *texts], [*asked, *encoded])
         queries = [self._cut_query(ids) for ids in asked]
         rows, own, slots, chunk_to_document, document_to_example = [], [], [], [], []
-        for i, listed in enumerate(documents):
+        for i, row in enumerate(documents):
             start = prefix + (queries[i] + middle if queries[i] else [])
-            for j in range(len(listed)):
+            for j in range(len(row)):
                 ids = encoded[len(document_to_example)]
                 if not ids:
                     raise ScaleDownError(
@@ -465,6 +506,7 @@ class ScaleDownProcessor(ProcessorMixin):
         document_slots: list[list[int]],
         answers: list[str] | None = None,
         max_answer_length: int = 128,
+        conversations: list[Conversation] | None = None,
     ) -> BatchFeature:
         """
         Builds the generator's side of a batch.
@@ -474,6 +516,7 @@ class ScaleDownProcessor(ProcessorMixin):
             document_slots (`list[list[int]]`): For each question, the slots of each of its documents.
             answers (`list[str]`, *optional*): Answers to learn.
             max_answer_length (`int`, defaults to 128): Longer answers are cut.
+            conversations (`list[Conversation]`, *optional*): What stands before each question.
 
         Returns:
             `BatchFeature`: `input_ids`, `attention_mask`, `slot_mask` and, with answers, `labels`, as in `__call__`.
@@ -487,13 +530,15 @@ class ScaleDownProcessor(ProcessorMixin):
             learned = self._encode_answers(answers, max_answer_length)
         separator = _encode_continuations(self.tokenizer, [self.document_separator])[0]
         filler = self._slot_filler_id()
-        frames = {closed_book: self.prompt_frame(closed_book) for closed_book in {not row for row in document_slots}}
-        leads = [frames[not row][3] for row in document_slots]
+        said = [(c.system_prompt, c.turns) for c in conversations or [Conversation(text) for text in questions]]
+        kinds = [(not row, *before) for row, before in zip(document_slots, said, strict=True)]
+        frames = {kind: self.prompt_frame(*kind) for kind in dict.fromkeys(kinds)}
+        leads = [frames[kind][3] for kind in kinds]
         asked = [lead + text for lead, text in zip(leads, questions, strict=True)]
         encoded = _encode_continuations(self.tokenizer, asked)
         prompts = []
         for i, row in enumerate(document_slots):
-            before, between, after, _ = frames[not row]
+            before, between, after, _ = frames[kinds[i]]
             ids, is_slot = list(before), [False] * len(before)
             for j, num_slots in enumerate(row):
                 if j > 0:
@@ -526,58 +571,86 @@ class ScaleDownProcessor(ProcessorMixin):
         end = [self.tokenizer.eos_token_id]
         return [(ids + end)[:max_answer_length] for ids in _encode_as_text(self.tokenizer, answers)]
 
-    def prompt_frame(self, closed_book: bool) -> tuple[list[int], list[int], list[int], str]:
+    def prompt_frame(
+        self, closed_book: bool, system_prompt: str | None = None, turns: tuple[tuple[str, str], ...] = ()
+    ) -> tuple[list[int], list[int], list[int], str]:
         """The prompt without documents and question.
 
         Args:
             closed_book: The prompt for a question without documents.
+            system_prompt: In place of the model's own.
+            turns: Role and text of earlier turns.
 
         Returns:
             Token ids before the documents, between documents and question, and after the question; and the white space
             that belongs in front of the question's text.
 
         Raises:
-            ValueError: the chat template does not repeat the user's message once.
+            ValueError: the chat template does not repeat the user's message once, or refuses the turns.
         """
-        text = self._render_prompt(closed_book)
-        before, rest = ("", text) if closed_book else text.split(_DOCUMENTS_MARK)
-        between, after = rest.split(_QUESTION_MARK)
-        # " Who" is one token for most vocabularies, " " and "Who" are two: the space goes with the question.
-        stripped = between.rstrip(" ")
-        lead = between[len(stripped) :]
-        parts = (before, stripped, after)
-        segments = _encode_continuations(self.tokenizer, parts, as_text=False)
-        start = 1 if closed_book else 0  # nothing goes before it, so it continues nothing
-        segments[start] = _tokenize(self.tokenizer, parts[start], add_special_tokens=False)["input_ids"]
+        marks = [_TURN_MARK.format(i) for i in range(len(turns))] + [_DOCUMENTS_MARK] * (not closed_book)
+        rest, pieces = self._render_prompt(closed_book, system_prompt, turns), []
+        for mark in (*marks, _QUESTION_MARK):
+            piece, rest = rest.split(mark)
+            pieces.append(piece)
+        # " Who" is one token for most vocabularies, " " and "Who" are two: the space goes with what is said.
+        stripped = [piece.rstrip(" ") for piece in pieces]
+        leads = [piece[len(short) :] for piece, short in zip(pieces, stripped, strict=True)]
+        if not closed_book:  # slots are no text
+            stripped[-2], leads[-2] = pieces[-2], ""
+        segments = _encode_continuations(self.tokenizer, [*stripped, rest], as_text=False)
+        # Nothing goes before the first, so it continues nothing.
+        segments[0] = _tokenize(self.tokenizer, stripped[0], add_special_tokens=False)["input_ids"]
         if self.tokenizer.chat_template is None:
-            segments[start][:0] = _first_special_ids(self.tokenizer)
-        return (*segments, lead)
+            segments[0][:0] = _first_special_ids(self.tokenizer)
+        said = [lead + text for lead, (_, text) in zip(leads, turns, strict=False)]
+        said = _encode_continuations(self.tokenizer, said) if said else []
+        *before, after = segments
+        between = before.pop() if not closed_book else []
+        ids = list(itertools.chain.from_iterable(itertools.chain(*pair) for pair in zip(before, said, strict=False)))
+        ids += before[-1] if len(before) > len(said) else []
+        return (ids, between, after, leads[-1]) if not closed_book else ([], ids, after, leads[-1])
 
-    def _render_prompt(self, closed_book: bool) -> str:
+    def _render_prompt(
+        self, closed_book: bool, system_prompt: str | None = None, turns: tuple[tuple[str, str], ...] = ()
+    ) -> str:
         check_prompts(self)  # which may have been assigned
+        system = self.system_prompt if system_prompt is None else system_prompt
         user = self.closed_book_prompt if closed_book else self.user_prompt
         user = user.replace("{documents}", _DOCUMENTS_MARK).replace("{question}", _QUESTION_MARK)
+        said = [{"role": role, "content": _TURN_MARK.format(i)} for i, (role, _) in enumerate(turns)]
+        said.append({"role": "user", "content": user})
         if self.tokenizer.chat_template is None:
-            return f"{self.system_prompt}\n\n{user}\n\nAnswer:\n"
-        messages = [{"role": "system", "content": self.system_prompt}, {"role": "user", "content": user}]
+            ends = {"user": "\n\nAnswer:\n", "assistant": "\n\n"}
+            return f"{system}\n\n" + "".join(turn["content"] + ends[turn["role"]] for turn in said)
         settings = {**(self.chat_template_kwargs or {}), "tokenize": False, "add_generation_prompt": True}
         if self.prompt_date is not None:
             settings["chat_template"] = _with_date(self.tokenizer.get_chat_template(), self.prompt_date)
         try:
-            text = self.tokenizer.apply_chat_template(messages, **settings)
-            refusal = None if self.system_prompt.strip() in text else "it leaves it out"
+            text = self.tokenizer.apply_chat_template([{"role": "system", "content": system}, *said], **settings)
+            refusal = None if system.strip() in text else "it leaves it out"
         except Exception as error:  # templates without a system role raise errors of their own choosing
             refusal = error
         if refusal is not None:
+            first = {**said[0], "content": f"{system}\n\n{said[0]['content']}"}
+            try:
+                text = self.tokenizer.apply_chat_template([first, *said[1:]], **settings)
+            except Exception as error:
+                if not turns:
+                    raise
+                roles = ", ".join(turn["role"] for turn in said)
+                raise ScaleDownError(f"The chat template refuses the turns {roles}: {error}") from error
             logger.warning_once(f"The chat template takes no system message ({refusal}); it goes into the user's.")
-            messages = [{"role": "user", "content": f"{self.system_prompt}\n\n{user}"}]
-            text = self.tokenizer.apply_chat_template(messages, **settings)
         marks = [_QUESTION_MARK] if closed_book else [_DOCUMENTS_MARK, _QUESTION_MARK]
         if any(text.count(mark) != 1 for mark in marks):
             raise ScaleDownError(
                 "The tokenizer's chat template does not repeat the user's message exactly once, so documents and "
                 "question cannot be placed. Set tokenizer.chat_template to one that does."
             )
+        turn_marks = [_TURN_MARK.format(i) for i in range(len(turns))]
+        places = [text.find(mark) for mark in turn_marks]
+        if places != sorted(places) or any(text.count(mark) != 1 for mark in turn_marks):
+            raise ScaleDownError("The chat template does not repeat earlier turns once and in order; leave them out.")
         return text
 
     def _slot_filler_id(self) -> int:
@@ -728,11 +801,6 @@ def _pad(rows: list[list], value: int | bool, side: str) -> tuple[torch.Tensor, 
     return torch.tensor([a + b for a, b in padded]), torch.tensor([a + b for a, b in mask])
 
 
-def _listed(values):
-    """A sequence of any kind, such as a column of a data set, as a list; anything else as it is."""
-    return list(values) if isinstance(values, Sequence) and not isinstance(values, (str, bytes)) else values
-
-
 def _check_encodable(text: str, name: str):
     try:
         text.encode("utf-8")
@@ -744,7 +812,7 @@ def _check_encodable(text: str, name: str):
 
 
 def _check_answers(answers: str | list[str], num_questions: int) -> list[str]:
-    answers = [answers] if isinstance(answers, str) else answers
+    answers = [answers] if isinstance(answers, str) else listed(answers)
     if not isinstance(answers, (list, tuple)):
         raise TypeError(f"answers must be a string or a list of strings, got {type(answers).__name__}.")
     if len(answers) != num_questions:
@@ -757,21 +825,21 @@ def _check_answers(answers: str | list[str], num_questions: int) -> list[str]:
 
 def _reranking_labels(scores: list, documents: list[list[str]]) -> torch.Tensor:
     """Teacher scores of all documents in a row, NaN for a question without any."""
-    scores = scores.tolist() if hasattr(scores, "tolist") else list(scores)  # a teacher returns arrays
+    scores = listed(scores)  # a teacher returns arrays
     if len(documents) == 1 and any(isinstance(score, Real) for score in scores):
         scores = [scores]
     if len(scores) != len(documents):
         raise ScaleDownError(f"{len(documents)} questions but {len(scores)} lists of reranking_scores; pass one each.")
     labels = []
-    for i, (listed, row) in enumerate(zip(documents, scores, strict=True)):
+    for i, (texts, row) in enumerate(zip(documents, scores, strict=True)):
         try:
-            row = [math.nan] * len(listed) if row is None else [float(score) for score in row]
+            row = [math.nan] * len(texts) if row is None else [float(score) for score in row]
         except (TypeError, ValueError):
             raise TypeError(
                 f"reranking_scores[{i}] is {row!r}, expected a list of numbers, one per document, or None."
             ) from None
-        if len(row) != len(listed):
-            raise ScaleDownError(f"reranking_scores[{i}] has {len(row)} scores for {len(listed)} documents.")
+        if len(row) != len(texts):
+            raise ScaleDownError(f"reranking_scores[{i}] has {len(row)} scores for {len(texts)} documents.")
         labels += row
     return torch.tensor(labels)
 

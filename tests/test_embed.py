@@ -15,9 +15,11 @@ from scaledown.world import World
 from tiny import build_model
 
 CODE = (
+    "answering_scaledown.py",
     "card_scaledown.py",
     "compressor_scaledown.py",
     "configuration_scaledown.py",
+    "conversation_scaledown.py",
     "errors_scaledown.py",
     "gguf_scaledown.py",
     "kinds_scaledown.py",

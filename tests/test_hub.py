@@ -20,9 +20,11 @@ from hub_standin import HubStandIn
 from tiny import DOCUMENTS, QUESTIONS, build_model
 
 CODE = {
+    "answering_scaledown.py",
     "card_scaledown.py",
     "compressor_scaledown.py",
     "configuration_scaledown.py",
+    "conversation_scaledown.py",
     "errors_scaledown.py",
     "gguf_scaledown.py",
     "kinds_scaledown.py",

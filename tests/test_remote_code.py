@@ -18,9 +18,11 @@ from folders import ISOLATION_CHECK, ROOT, from_backbones, outputs, save_backbon
 from tiny import DOCUMENTS, QUESTIONS, build_model, randomize_lora
 
 CODE = (
+    "answering_scaledown.py",
     "card_scaledown.py",
     "compressor_scaledown.py",
     "configuration_scaledown.py",
+    "conversation_scaledown.py",
     "errors_scaledown.py",
     "gguf_scaledown.py",
     "kinds_scaledown.py",

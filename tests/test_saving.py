@@ -31,9 +31,11 @@ from tiny import ANSWERS, DOCUMENTS, ENCODERS, GENERATORS, QUESTIONS, build_mode
 
 KINDS = ("n_layers", "modernbert", "llm")
 CODE = {
+    "answering_scaledown.py",
     "card_scaledown.py",
     "compressor_scaledown.py",
     "configuration_scaledown.py",
+    "conversation_scaledown.py",
     "errors_scaledown.py",
     "gguf_scaledown.py",
     "kinds_scaledown.py",
