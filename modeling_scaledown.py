@@ -70,6 +70,7 @@ try:
         checkpoint_index,
         execution_device,
         is_offloaded,
+        is_slow_on_cpu,
         load_complete,
         load_first_layers,
         pin_revision,
@@ -102,6 +103,7 @@ except ImportError:
         checkpoint_index,
         execution_device,
         is_offloaded,
+        is_slow_on_cpu,
         load_complete,
         load_first_layers,
         pin_revision,
@@ -380,6 +382,33 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         """The generator without its head."""
         return self.generator.get_decoder()
 
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        """
+        Resizes the generator's vocabulary, and that of a compressor that reads with the generator's tokenizer.
+
+        Args:
+            args, kwargs: As in transformers.
+
+        Returns:
+            `nn.Module`: The generator's token embeddings.
+        """
+        old = self.config.vocab_size
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        backbone = self.compressor.backbone
+        if self.config.compressor_type == "n_layers" and backbone is not None:
+            own = backbone.resize_token_embeddings(*args, **kwargs)
+            with torch.no_grad():  # the new tokens are the generator's
+                own.weight[old:] = embeddings.weight[old : own.weight.shape[0]].to(own.weight.device, own.weight.dtype)
+            self.config.compressor_config.vocab_size = own.weight.shape[0]
+        return embeddings
+
+    def _warn_of_slow_type(self):
+        if self.device.type == "cpu" and is_slow_on_cpu(self.dtype):
+            logger.warning_once(
+                f"The model is in {str(self.dtype).removeprefix('torch.')} on a CPU without instructions for it, which "
+                "makes it several times slower than in 32 bits: load it with dtype=torch.float32 or call float()."
+            )
+
     # -- forward and generate ------------------------------------------------------------------------------------------
 
     def get_memory_embeddings(
@@ -411,6 +440,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: no chunk at all, or one that asks for more slots than the model has, or for none.
         """
+        self._warn_of_slow_type()
         if compressor_attention_mask is None:
             compressor_attention_mask = torch.ones_like(compressor_input_ids)
         limit = self.config.num_memory_tokens
@@ -532,6 +562,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             raise ScaleDownError(
                 "labels need logits at the positions in front of them; pass logits_to_keep as a number."
             )
+        self._warn_of_slow_type()
         documents = self._compress_inputs(
             compressor_input_ids=compressor_input_ids,
             compressor_attention_mask=compressor_attention_mask,
@@ -709,6 +740,14 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 "of transformers do so. Use model.answer(question, documents), or model.generate(**processor(question, "
                 "documents)); model.generator.generate asks the language model alone."
             )
+
+    def _get_candidate_generator(self, *args, **kwargs):
+        """A plain language model as the assistant reads the ids of the prompt; documents are then in the target alone."""
+        assistant = kwargs.get("assistant_model")
+        if assistant is not None and assistant.config.model_type != self.config.model_type:
+            kept = kwargs["model_kwargs"].items()
+            kwargs["model_kwargs"] = {name: value for name, value in kept if name != "prompt_embeds"}
+        return super()._get_candidate_generator(*args, **kwargs)
 
     def _with_static_cache(self, kwargs: dict) -> dict:
         """Arguments of `generate` with a static cache, unless they ask for what does not go with one."""

@@ -18,6 +18,7 @@ import datetime
 import itertools
 import json
 import math
+import os
 import re
 import threading
 from numbers import Integral, Real
@@ -66,6 +67,11 @@ _ASKS_FOR_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 # How a tokenizer splits special tokens is its state, not the call's: two threads must not tokenize at once.
 _TOKENIZING = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    # A process forked in between would inherit a lock that nobody releases, and a tokenizer in the midst of its work.
+    os.register_at_fork(
+        before=_TOKENIZING.acquire, after_in_parent=_TOKENIZING.release, after_in_child=_TOKENIZING.release
+    )
 
 IGNORE_INDEX = -100
 # Fields of the configuration that the processor shares.

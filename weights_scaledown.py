@@ -16,6 +16,7 @@
 import copy
 import hashlib
 import json
+import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -370,6 +371,18 @@ def execution_device(model: nn.Module) -> torch.device:
             if device is not None and torch.device(device).type != "meta":
                 return torch.device(device)
     return torch.device("cpu") if first is None else first.device
+
+
+def is_slow_on_cpu(dtype: torch.dtype) -> bool:
+    """Whether this CPU has no instructions for a type of 16 bits, and computes it several times more slowly than 32."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    asked = {
+        torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+        torch.float16: ("_is_amx_fp16_supported",),
+    }
+    names = [name for name in asked.get(dtype, ()) if hasattr(torch.cpu, name)]
+    return bool(names) and not any(getattr(torch.cpu, name)() for name in names)
 
 
 def is_offloaded(model: nn.Module) -> bool:

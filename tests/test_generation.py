@@ -1,6 +1,8 @@
 """Every way transformers decodes, on compressed documents, and the plain-text calls on top of it."""
 
 import json
+import os
+import signal
 import threading
 
 import pytest
@@ -550,3 +552,35 @@ def test_documents_fill_slots_of_embeddings_that_are_given(any_generator):
     torch.testing.assert_close(logits, any_generator(input_ids=ids, **batch).logits)
     with pytest.raises(ValueError, match="The prompt has 0 slots but the documents"):
         any_generator.generate(**{**batch, "slot_mask": None}, inputs_embeds=embeds, **GREEDY)
+
+
+def test_an_assistant_may_be_a_plain_language_model(any_model):
+    batch = batch_of(any_model, QUESTIONS[0], DOCUMENTS[0])
+    expected = new_tokens(any_model, batch, **GREEDY)
+    for assistant in (any_model.generator, build_model("n_layers", seed=5).generator):
+        assert torch.equal(new_tokens(any_model, batch, **GREEDY, assistant_model=assistant), expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot fork here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_process_forked_while_another_thread_tokenizes_goes_on(model):
+    processor = model.processor
+    stop = threading.Event()
+
+    def tokenize():
+        while not stop.is_set():
+            processor(QUESTIONS[0], DOCUMENTS[0])
+
+    thread = threading.Thread(target=tokenize)
+    thread.start()
+    try:
+        for _ in range(10):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(20)  # ends it where it hangs
+                processor(QUESTIONS[1], DOCUMENTS[1])
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        stop.set()
+        thread.join()

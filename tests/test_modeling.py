@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import pad
 
+import modeling_scaledown
 from reranking_scaledown import document_scores, reranking_loss
 from scaledown import ScaleDownConfig, ScaleDownModel, ScaleDownProcessor
 from shortcuts_scaledown import CACHE_NAME
@@ -22,6 +23,7 @@ from tiny import (
     only,
     randomize_lora,
 )
+from weights_scaledown import is_slow_on_cpu
 
 PROMPT = ("input_ids", "attention_mask", "slot_mask")
 CHUNKS = ("compressor_input_ids", "compressor_attention_mask", "chunk_slots")
@@ -497,3 +499,41 @@ def test_a_processor_that_asks_for_more_memory_than_there_is_is_refused(model):
     processor = ScaleDownProcessor(build_tokenizer(), num_memory_tokens=5)
     with pytest.raises(ValueError, match="allows 5 slots per chunk, the model has 4"):
         model.processor = processor
+
+
+@pytest.mark.parametrize("kind", ["n_layers", "modernbert"])
+def test_new_tokens_reach_a_compressor_with_the_same_tokenizer(kind, tmp_path):
+    model = build_model(kind)
+    before = model.compressor.backbone.get_input_embeddings().weight.shape[0]
+    model.processor.tokenizer.add_tokens(["wheatear"])
+    if kind == "n_layers":
+        model.processor.compressor_tokenizer.add_tokens(["wheatear"])
+    size = len(model.processor.tokenizer)
+    model.resize_token_embeddings(size)
+    own = model.compressor.backbone.get_input_embeddings().weight
+    assert own.shape[0] == (size if kind == "n_layers" else before)
+    if kind == "n_layers":
+        assert torch.equal(own[400:], model.get_input_embeddings().weight[400:])
+    expected = model.rank("What is a wheatear?", ["A wheatear is a bird.", "A crane lifts."])
+    model.save_pretrained(tmp_path)
+    loaded = ScaleDownModel.from_pretrained(tmp_path)
+    assert loaded.rank("What is a wheatear?", ["A wheatear is a bird.", "A crane lifts."]) == expected
+
+
+def test_sixteen_bits_on_a_cpu_that_has_none_are_told(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(modeling_scaledown.logger, "warning_once", warnings.append)
+    for slow in (False, True):
+        monkeypatch.setattr(modeling_scaledown, "is_slow_on_cpu", lambda dtype, slow=slow: slow)
+        model = build_model("n_layers").to(torch.bfloat16)
+        model(**model.processor(QUESTIONS, DOCUMENTS))
+        model.rank(QUESTIONS[0], DOCUMENTS[0])
+        assert all("bfloat16 on a CPU" in warning for warning in warnings)
+        assert bool(warnings) == slow
+    monkeypatch.setattr("weights_scaledown.platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    assert is_slow_on_cpu(torch.bfloat16)
+    assert not is_slow_on_cpu(torch.float32)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
+    assert not is_slow_on_cpu(torch.bfloat16)
