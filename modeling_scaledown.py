@@ -742,7 +742,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             )
 
     def _get_candidate_generator(self, *args, **kwargs):
-        """A plain language model as the assistant reads the ids of the prompt; documents are then in the target alone."""
+        """A plain language model that assists reads the ids of the prompt; documents are then in the target alone."""
         assistant = kwargs.get("assistant_model")
         if assistant is not None and assistant.config.model_type != self.config.model_type:
             kept = kwargs["model_kwargs"].items()
