@@ -16,7 +16,9 @@
 import json
 from pathlib import Path
 
+import transformers
 from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -53,6 +55,26 @@ def refuse_adapter(name_or_path: str, hub: dict):
         raise ScaleDownError(
             f"{name_or_path!r} holds an adapter for {base!r} and no model. Name {base!r} as the generator, or merge "
             "the adapter into it (peft: merge_and_unload), save the result and name that."
+        )
+
+
+def refuse_unknown(name_or_path: str, hub: dict):
+    """
+    Refuses a model that is no model of transformers, but of code in its repository.
+
+    Args:
+        name_or_path (`str`): Hub name or folder.
+        hub (`dict`): As in `refuse_adapter`.
+
+    Raises:
+        ScaleDownError: transformers has no such model.
+    """
+    kind = PreTrainedConfig.get_config_dict(name_or_path, **hub)[0].get("model_type")
+    if kind is not None and kind not in CONFIG_MAPPING:
+        raise ScaleDownError(
+            f"{name_or_path!r} has model_type={kind!r}, which transformers {transformers.__version__} has no model "
+            "for. Code of the repository is not run for backbones, since a saved ScaleDown model could not bring it; "
+            "upgrade transformers, or choose a model it has."
         )
 
 

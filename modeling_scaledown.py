@@ -49,6 +49,7 @@ from transformers.utils import (
     can_return_tuple,
     logging,
 )
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 try:
     from .answering_scaledown import AnswerOutput
@@ -58,7 +59,7 @@ try:
     from .conversation_scaledown import Conversation, is_conversation, listed
     from .errors_scaledown import ScaleDownError
     from .gguf_scaledown import first_layers_of, gguf_files, read_config, split_gguf
-    from .kinds_scaledown import check_compressor, check_generator, refuse_adapter
+    from .kinds_scaledown import check_compressor, check_generator, refuse_adapter, refuse_unknown
     from .processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor
     from .reranking_scaledown import check_limits, document_scores, reranking_loss, select_chunks, slots_by_document
     from .shortcuts_scaledown import CACHE_NAME
@@ -77,6 +78,7 @@ try:
         read_tensors,
         remove_stale_weights,
         spare_compressor,
+        spare_compressor_if_possible,
         split_device_map,
         weight_samples,
         weights_fingerprint,
@@ -91,7 +93,7 @@ except ImportError:
     from conversation_scaledown import Conversation, is_conversation, listed
     from errors_scaledown import ScaleDownError
     from gguf_scaledown import first_layers_of, gguf_files, read_config, split_gguf
-    from kinds_scaledown import check_compressor, check_generator, refuse_adapter
+    from kinds_scaledown import check_compressor, check_generator, refuse_adapter, refuse_unknown
     from processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor
     from reranking_scaledown import check_limits, document_scores, reranking_loss, select_chunks, slots_by_document
     from shortcuts_scaledown import CACHE_NAME
@@ -110,6 +112,7 @@ except ImportError:
         read_tensors,
         remove_stale_weights,
         spare_compressor,
+        spare_compressor_if_possible,
         split_device_map,
         weight_samples,
         weights_fingerprint,
@@ -1412,8 +1415,14 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         load_in_4bit: bool = False,
         load_in_8bit: bool = False,
         dtype: torch.dtype | str = "auto",
+        torch_dtype: torch.dtype | str | None = None,
+        quantization_config: QuantizationConfigMixin | dict | None = None,
         device_map: str | dict | None = None,
+        max_memory: dict | None = None,
+        offload_folder: str | None = None,
+        offload_buffers: bool | None = None,
         attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
         token: str | bool | None = None,
         cache_dir: str | None = None,
         local_files_only: bool = False,
@@ -1436,7 +1445,12 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 GGUF file to read in either folder or repository; its weights are unpacked.
             load_in_4bit, load_in_8bit (`bool`, defaults to `False`): Quantise the generator with bitsandbytes.
             dtype (`torch.dtype` or `str`, defaults to `"auto"`): Of the weights; `"auto"` keeps the checkpoint's.
-            device_map, attn_implementation, token, cache_dir, local_files_only: As in `from_pretrained`.
+            torch_dtype: Older name of `dtype`.
+            quantization_config: As in `from_pretrained`, for the generator.
+            device_map, max_memory, offload_folder, offload_buffers: As in `from_pretrained`, for the generator.
+            attn_implementation, token, cache_dir, local_files_only: As in `from_pretrained`.
+            trust_remote_code (`bool`, defaults to `False`):
+                Let tokenizers run code of their repositories. Models are those of transformers.
             with_generator, with_backbone (`bool`, defaults to `True`):
                 `False` loads only the other side, as either stage of two-stage training does.
             config_kwargs: Fields of `ScaleDownConfig`, when no `config` is given.
@@ -1462,6 +1476,16 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         generator, gguf_file = split_gguf(generator, gguf_file)
         if compressor is not None:
             compressor, compressor_gguf_file = split_gguf(compressor, compressor_gguf_file)
+        if torch_dtype is not None and dtype != "auto":
+            raise ScaleDownError(f"dtype={dtype} and torch_dtype={torch_dtype} are two names of one thing; pass dtype.")
+        dtype = dtype if torch_dtype is None else torch_dtype
+        quantization = bitsandbytes_config(load_in_4bit, load_in_8bit, dtype)
+        if quantization_config is not None and quantization is not None:
+            raise ScaleDownError("quantization_config and load_in_4bit or load_in_8bit exclude each other; choose one.")
+        if quantization_config is not None:
+            quantization = spare_compressor_if_possible(quantization_config)
+        placing = {"max_memory": max_memory, "offload_folder": offload_folder, "offload_buffers": offload_buffers}
+        placing = {name: value for name, value in placing.items() if value is not None}
         generator, compressor = absolute_name(generator), absolute_name(compressor)
         settings = cls._settings_for_backbones(compressor, config, config_kwargs)
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
@@ -1472,7 +1496,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             compressor_hub = pin_revision(compressor, compressor_hub)
         for name, where in ((generator, generator_hub), (compressor, compressor_hub)):
             if name is not None and where["gguf_file"] is None:
-                refuse_adapter(name, {key: value for key, value in where.items() if key != "gguf_file"})
+                place = {key: value for key, value in where.items() if key != "gguf_file"}
+                refuse_adapter(name, place)
+                refuse_unknown(name, place)
         config = cls._config_of_backbones(settings, generator, compressor, generator_hub, compressor_hub)
         config.reranking_trained = False
 
@@ -1484,8 +1510,9 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 generator,
                 config=config.generator_config,
                 device_map=device_map,
-                quantization_config=bitsandbytes_config(load_in_4bit, load_in_8bit, dtype),
+                quantization_config=quantization,
                 dtype=dtype,
+                **placing,
                 **loading,
                 **generator_hub,
             )
@@ -1512,13 +1539,14 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         model._share_quantizer()
         model.remember_generator()
         model._fit_compressor(language_model, backbone)
-        tokenizer = AutoTokenizer.from_pretrained(generator, **generator_hub)
+        code = {"trust_remote_code": trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(generator, **code, **generator_hub)
         if with_generator:
             model.generation_config = _greedy(language_model.generation_config, tokenizer)
         model.processor = ScaleDownProcessor.from_config(
             config,
             tokenizer,
-            AutoTokenizer.from_pretrained(compressor, **compressor_hub) if compressor is not None else None,
+            AutoTokenizer.from_pretrained(compressor, **code, **compressor_hub) if compressor is not None else None,
         )
         return model.eval()
 

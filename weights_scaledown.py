@@ -446,6 +446,14 @@ def bitsandbytes_config(
     )
 
 
+def spare_compressor_if_possible(settings: QuantizationConfigMixin | dict) -> QuantizationConfigMixin | dict:
+    """Settings for a generator that is loaded by itself: those that can name the compressor do, for a later load."""
+    try:
+        return spare_compressor(settings)
+    except ScaleDownError:
+        return settings
+
+
 def spare_compressor(settings: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:
     """
     Restricts a quantisation to the generator's linear layers.

@@ -1,6 +1,7 @@
 """The wrong kind of checkpoint is refused with the call that is meant; encoders with narrow embeddings run."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -95,3 +96,21 @@ def test_a_generator_with_narrow_embeddings_is_refused():
     with pytest.raises(ValueError, match=r"opt reads embeddings of 16 numbers .* states of 32"):
         ScaleDownConfig(generator_config=config, num_compressor_layers=1)
     assert ScaleDownConfig(generator_config=GENERATORS["llama"](), num_compressor_layers=1)
+
+
+def test_a_model_of_code_of_its_own_is_refused(folders, tmp_path):
+    folder = shutil.copytree(folders / "generator", tmp_path / "own")
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"model_type": "ownlm", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"has model_type='ownlm', which transformers .* has no model for"):
+        from_backbones((folder, None), trust_remote_code=True)
+    assert from_backbones((folders / "generator", None), trust_remote_code=True).config.hidden_size == 32
+
+
+def test_types_by_either_name(folders):
+    pair = (folders / "generator", None)
+    for given in ({"dtype": torch.float16}, {"torch_dtype": "float16"}):
+        assert {parameter.dtype for parameter in from_backbones(pair, **given).parameters()} == {torch.float16}
+    with pytest.raises(ValueError, match="two names of one thing"):
+        from_backbones(pair, dtype="float16", torch_dtype="float32")

@@ -82,3 +82,12 @@ def test_a_delta_loaded_with_parts_on_disk(placed, tmp_path):
     )
     assert any(parameter.is_meta for parameter in loaded.parameters())
     assert_same(loaded, results(model))
+
+
+def test_backbones_with_a_generator_on_disk(tmp_path):
+    folder = save_generator(tmp_path)
+    torch.manual_seed(0)
+    expected = results(from_backbones((folder, None)))
+    torch.manual_seed(0)
+    model = from_backbones((folder, None), device_map={"": "disk"}, offload_folder=tmp_path / "offloaded")
+    assert_same(model, expected)

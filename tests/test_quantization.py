@@ -272,3 +272,13 @@ def test_four_bits_are_multiplied_in_the_type_asked_for(name, generator, tmp_pat
     built(generator).save_pretrained(tmp_path)
     model = ScaleDownModel.from_pretrained(tmp_path, load_in_4bit=True, **{name: torch.float16})
     assert model.config.quantization_config.bnb_4bit_compute_dtype == torch.float16
+
+
+def test_backbones_are_quantised_by_a_configuration_too(generator, bits, tmp_path):
+    config = BitsAndBytesConfig(**quantized(bits))
+    model = from_backbones((generator, None), quantization_config=config)
+    assert_quantized(model, bits)
+    model.save_pretrained(tmp_path)
+    assert_quantized(ScaleDownModel.from_pretrained(tmp_path), bits)
+    with pytest.raises(ValueError, match="exclude each other"):
+        from_backbones((generator, None), quantization_config=config, **quantized(bits))
