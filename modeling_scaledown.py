@@ -22,6 +22,13 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
+try:  # first, since it says which transformers is needed
+    from .configuration_scaledown import WEIGHTS_FORMATS, ScaleDownConfig
+except ImportError:
+    if __package__:  # loaded as remote code: the failure is real
+        raise
+    from configuration_scaledown import WEIGHTS_FORMATS, ScaleDownConfig
+
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -55,7 +62,6 @@ try:
     from .answering_scaledown import AnswerOutput
     from .card_scaledown import CARD_NAME, CARD_TEMPLATE_NAME, HUB_NAME, is_rendered, read_card_fields, write_card
     from .compressor_scaledown import COMPRESSORS, CompressedDocuments, ScaleDownCompressor
-    from .configuration_scaledown import WEIGHTS_FORMATS, ScaleDownConfig
     from .conversation_scaledown import Conversation, is_conversation, listed
     from .errors_scaledown import ScaleDownError
     from .gguf_scaledown import first_layers_of, gguf_files, read_config, split_gguf
@@ -89,7 +95,6 @@ except ImportError:
     from answering_scaledown import AnswerOutput
     from card_scaledown import CARD_NAME, CARD_TEMPLATE_NAME, HUB_NAME, is_rendered, read_card_fields, write_card
     from compressor_scaledown import COMPRESSORS, CompressedDocuments, ScaleDownCompressor
-    from configuration_scaledown import WEIGHTS_FORMATS, ScaleDownConfig
     from conversation_scaledown import Conversation, is_conversation, listed
     from errors_scaledown import ScaleDownError
     from gguf_scaledown import first_layers_of, gguf_files, read_config, split_gguf

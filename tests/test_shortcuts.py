@@ -77,11 +77,17 @@ def test_the_output_names_its_cache_as_transformers_does():
     assert output.to_tuple()[0] is output.logits
 
 
-def test_an_old_transformers_is_told_by_its_version(tmp_path):
+@pytest.mark.parametrize(
+    "statement",
+    ["from scaledown import ScaleDownModel", "import modeling_scaledown", "import processing_scaledown"],
+)
+def test_an_old_transformers_is_told_by_its_version(statement, tmp_path):
     (tmp_path / "transformers").mkdir()
-    (tmp_path / "transformers" / "__init__.py").write_text('__version__ = "4.57.0"\nclass AutoConfig: ...\n')
+    names = "AutoConfig = AutoProcessor = BatchFeature = PreTrainedTokenizerBase = ProcessorMixin = object"
+    (tmp_path / "transformers" / "__init__.py").write_text(f'__version__ = "4.57.0"\n{names}\n')
+    (tmp_path / "transformers" / "utils.py").write_text("import logging\nlogging.get_logger = logging.getLogger\n")
     run = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; import scaledown"],
+        [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; {statement}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
