@@ -261,6 +261,9 @@ class _Preparation:
                 pool = ""
             advice = "adapt --num_documents, name the passages' column with --documents_column, retrieve from a "
             advice += "--corpus, or check the source."
+            if set(self.dropped) == {"no_answer"}:
+                pool, advice = "", "Name the answers' column with --answer_column, or pass --keep_unanswered true "
+                advice += "where a teacher is to write them."
             raise ScaleDownError(f"found no usable question ({reasons}), expected at least one. {pool}{advice}")
         return usable
 

@@ -58,6 +58,7 @@ def read_table(path: Path, delimiter: str, mappings: bool = True) -> Iterator[tu
             continue
         if names is None:
             names = fields
+            _check_separator(names, delimiter, location)
             continue
         if len(fields) != len(names):
             raise SourceError(
@@ -88,13 +89,17 @@ def decode_cell(text: str, location: str, mappings: bool = True) -> Any:
         SourceError: The text begins like a list or an object of texts and cannot be decoded.
     """
     stripped = text.strip()
+    if stripped.startswith("(") and stripped.endswith(")"):
+        value = _as_lists(_python_value(stripped, location))
+        # Numbers in parentheses are rather an answer, such as a date or a place on a map.
+        return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else text
     if not stripped.startswith(("[", "{") if mappings else "["):
         return text
     if stripped.endswith(("]", "}")):
         try:
             value = json.loads(stripped)
         except (ValueError, RecursionError):
-            value = _python_value(stripped, location)
+            value = _as_lists(_python_value(stripped, location))
         if isinstance(value, (list, dict) if mappings else list):
             return text if _is_matrix(value) else value
     if MEANT.match(stripped) and _end_of_value(stripped) in (None, len(stripped)):
@@ -230,6 +235,25 @@ def _without_numpy(tokens: list[tokenize.TokenInfo], text: str, location: str) -
 
 def _ends_element(string: str) -> bool:
     return string in ("]", "}", ")") or string[0].isalnum() or string[-1] in "\"'."
+
+
+def _as_lists(value: Any) -> Any:
+    """A value with lists in the place of its tuples, which JSON does not have."""
+    if isinstance(value, list | tuple):
+        return [_as_lists(item) for item in value]
+    return {name: _as_lists(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+def _check_separator(names: list[str], delimiter: str, location: str) -> None:
+    """Raise SourceError for a first line that another separator would divide, as spreadsheets may write it."""
+    other = next((mark for mark in ("\t", ";", "|", ",") if mark != delimiter and mark in names[0]), None)
+    if len(names) == 1 and other is not None:
+        spelt = {"\t": "a tab", ",": "a comma"}
+        raise SourceError(
+            f"{location}: found one column, {names[0].strip()[:60]!r}, which looks separated by "
+            f"{spelt.get(other, repr(other))}; expected {spelt[delimiter]} between columns. Save the table with commas "
+            f"as .csv, or with tabs as .tsv."
+        )
 
 
 def _is_matrix(value: Any) -> bool:

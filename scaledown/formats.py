@@ -17,6 +17,7 @@
 | `records`  | the project's own                                                                                      |
 """
 
+import math
 from typing import Any
 
 from .choices import FORMATS, Columns
@@ -145,7 +146,11 @@ def add_element(
         SourceError: The element does not fit the format.
         RecordError: A record breaks the project's format.
     """
-    element = as_mapping(element, location)
+    # What pandas has in the place of a missing value.
+    element = {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in as_mapping(element, location).items()
+    }
     collector.location = location
     format = collector.source.format
     if format == "columns":

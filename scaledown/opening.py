@@ -47,7 +47,8 @@ def open_binary(path: str | os.PathLike) -> BinaryIO:
         if start.startswith(magic):
             raise ScaleDownError(f"{path} is {kind}, which is not read here; {remedy}, and name the result.")
     if start.startswith(ZIP_MAGIC):
-        return zipfile.ZipFile(path).open(archived_name(path))
+        name = archived_name(path)  # which says what is wrong with a damaged archive
+        return zipfile.ZipFile(path).open(name)
     opener = next((opener for magic, opener in OPENERS.items() if start.startswith(magic)), open)
     return opener(path, "rb")
 

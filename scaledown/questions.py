@@ -10,7 +10,10 @@ from errors_scaledown import ScaleDownError
 from .records import half_of_a_pair, is_blank
 
 # What an object calls the text of a passage.
-PASSAGE_TEXTS = ("text", "passage_text", "paragraph_text", "contents", "content", "passage", "document", "contexts")
+PASSAGE_TEXTS = (
+    *("text", "passage_text", "paragraph_text", "contents", "content", "page_content", "passage", "document"),
+    *("contexts", "body", "snippet"),
+)
 # Takes a title, perhaps empty, and a long text, and returns passages.
 Splitter = Callable[[str, str], list[str]]
 

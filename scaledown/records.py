@@ -34,6 +34,7 @@ from .opening import DAMAGED, open_binary
 
 PARQUET_MAGIC = b"PAR1"
 # The two forms of Arrow's files.
+CONVERT = "have prepare_data.py make records of the file (--source)"
 ARROW_MAGIC = b"ARROW1"
 ARROW_STREAM_MAGIC = b"\xff\xff\xff\xff"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -360,11 +361,12 @@ def normalize_record(record: Any, location: str, default_id: str, require_answer
             location,
             _describe(record),
             'an object like {"query": ..., "documents": [...], "answer": ...}',
-            "Write one object per line.",
+            f"Write one object per line, or {CONVERT}.",
         )
     for name in ("query", "documents"):
         if name not in record:
-            raise _record_error(location, f"the keys {_keys(record)}", f'a key "{name}"', "Add the field.")
+            found = f"the keys {_keys(record)}"
+            raise _record_error(location, found, f'a key "{name}"', f"Add the field, or {CONVERT}.")
     documents = _texts(record["documents"], "documents", location)
     identifier = record.get("id")
     return {
@@ -458,7 +460,7 @@ def _parse_json(text: str, location: str) -> Any:
             location,
             f"{_shorten(text)} ({problem})",
             "one complete JSON object per line",
-            "Write each record on a line of its own, with json.dumps for example.",
+            f"Write each record on a line of its own, with json.dumps for example, or {CONVERT}.",
         ) from error
 
 

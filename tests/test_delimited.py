@@ -108,6 +108,12 @@ def test_a_truth_value_in_a_cell_is_one(tmp_path, spelt, kept):
         ("[0.5 -0.25]", [0.5, -0.25]),
         ("[np.str_('a'), np.float64(1.5)]", ["a", 1.5]),
         ("[{'t': 'x'} {'t': 'y'}]", [{"t": "x"}, {"t": "y"}]),
+        ("('a', \"b's\")", ["a", "b's"]),
+        ("('a',)", ["a"]),
+        ("[('a', 'b')]", [["a", "b"]]),
+        ("('a')", "('a')"),
+        ("(1, 2)", "(1, 2)"),
+        ("(unclear) 'a', 'b')", "(unclear) 'a', 'b')"),
         ("[[1, 2], [3, 4]]", "[[1, 2], [3, 4]]"),
         ('{"name": 1} is JSON.', '{"name": 1} is JSON.'),
         ("{1, 2}", "{1, 2}"),
@@ -207,7 +213,30 @@ def test_archives_that_are_not_read_say_so(tmp_path, names, message):
         read_source(str(path))
 
 
+@pytest.mark.parametrize(("name", "separator"), [("a.csv", ";"), ("a.csv", "\t"), ("a.csv", "|"), ("a.tsv", ",")])
+def test_another_separator_is_told(tmp_path, name, separator):
+    path = tmp_path / name
+    path.write_text("".join(separator.join(row) + "\n" for row in (["question", "answer"], ["q", "a"])), "utf-8")
+    with pytest.raises(SourceError, match=r"line 1: found one column, .*looks separated by .*Save the table"):
+        read_source(str(path))
+
+
+def test_what_pandas_has_for_a_missing_value_is_none(tmp_path):
+    path = tmp_path / "in.jsonl"
+    rows = [{"question": "q", "answer": value, "context": ["d"], "id": float("nan")} for value in (float("nan"), "a")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    source = read_source(str(path))
+    assert [(question.id, question.answers) for question in source.questions] == [("1", ["a"])]
+    assert source.dropped == {"no_answer": ["0"]}
+
+
 def test_damaged_files_are_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.jsonl", "x" * 99)
+    (tmp_path / "a.zip").write_bytes((tmp_path / "a.zip").read_bytes()[:-30])
+    for reader in (read_source, read_records):
+        with pytest.raises(ValueError, match=r"a\.zip is a damaged zip archive"):
+            list(reader(str(tmp_path / "a.zip")))
     (tmp_path / "a.bz2").write_bytes(bz2.compress(b'{"question": "q", "answer": "a"}\n' * 9)[:-9])
     with pytest.raises(RecordError, match="damaged compressed data"):
         read_source(str(tmp_path / "a.bz2"))
