@@ -201,7 +201,7 @@ class ScaleDownConfig(PreTrainedConfig):
             if self.compressor_type == "n_layers":
                 saved = self.compressor_config
                 self.compressor_config = truncated_config(self.generator_config, self.num_compressor_layers)
-                if saved is not None:  # resize_token_embeddings changes the generator's vocabulary alone
+                if saved is not None:  # whose vocabulary may have been resized alone
                     self.compressor_config.vocab_size = saved.vocab_size
             self._validate_backbones()
         super().__post_init__(**kwargs)
