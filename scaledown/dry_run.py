@@ -26,7 +26,15 @@ from .cache import format_size
 from .devices import load_model
 from .protocol import Reading, read_sample
 from .tracing import QUANTIZED_BYTES, inference_peak, storage_bytes, training_peak
-from .training import CHANGEABLE, CONFIG_ARGUMENTS, add_lora, check_exist, check_settings, choose_slot_pooling
+from .training import (
+    CHANGEABLE,
+    CONFIG_ARGUMENTS,
+    add_lora,
+    check_exist,
+    check_settings,
+    choose_slot_pooling,
+    keep_token_embeddings,
+)
 
 PARTS = ("compressor backbone", "memory embeddings", "projector", "reranking head", "generator", "LoRA")
 # Compared with where there is no GPU.
@@ -223,6 +231,7 @@ def build_on_meta(
         part._attn_implementation = "eager" if model_args.attn_implementation == "eager" else "sdpa"
     with torch.device("meta"):
         model = ScaleDownModel(config, with_generator=with_generator, with_backbone=with_backbone)
+        keep_token_embeddings(model, model_args)
         if with_generator:
             add_lora(model, model_args)
     for parameter in model.parameters():

@@ -278,6 +278,7 @@ def build_model(
     else:
         settings["slot_pooling"] = choose_slot_pooling(model_args, args)
         model = _from_backbones(model_args, {**settings, **loading})
+    keep_token_embeddings(model, model_args)
     if with_generator and args.stage != "reader":  # whose LoRA is an adapter of its own
         add_lora(model, model_args)
     if args.deepspeed_plugin is not None:
@@ -305,6 +306,17 @@ def _from_backbones(model_args: ModelArguments, settings: dict[str, Any]) -> Sca
             f"{named} cannot be loaded ({type(error).__name__}: {error}). Expected folders or names on the Hub; check "
             "the names, their kind and the connection."
         ) from error
+
+
+def keep_token_embeddings(model: ScaleDownModel, model_args: ModelArguments) -> None:
+    """Keep the token embeddings of the compressor's backbone from learning, where that is asked for.
+
+    Args:
+        model: The model; it is changed.
+        model_args: Say whether they learn.
+    """
+    if model.compressor.backbone is not None and not model_args.train_token_embeddings:
+        model.compressor.backbone.get_input_embeddings().requires_grad_(False)
 
 
 def check_exist(model_args: ModelArguments) -> None:

@@ -80,6 +80,12 @@ class ModelArguments:
     system_prompt: str | None = field(
         default=None, metadata={"help": "System prompt of the generator; the paper's by default."}
     )
+    train_token_embeddings: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the token embeddings of the compressor's backbone learn; false keeps them as they are."
+        },
+    )
     lora_r: int | None = field(
         default=None, metadata={"help": "Rank of the generator's LoRA, 16 by default; 0 leaves the generator alone."}
     )

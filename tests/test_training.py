@@ -140,6 +140,17 @@ def any_model_kind(request):
     return request.param
 
 
+def test_token_embeddings_learn_unless_they_are_to_be_kept(backbones, train_file, tmp_path):
+    generator = str(backbones / "generator")
+    original = AutoModelForCausalLM.from_pretrained(generator).get_input_embeddings().weight
+    for learns in (True, False):
+        settings = {key: value for key, value in TRAINING_SETTINGS.items() if key != "lora_target_modules"}
+        model_args = ModelArguments(generator_name_or_path=generator, train_token_embeddings=learns, **settings)
+        arguments = training_arguments(tmp_path / str(learns), compressor_learning_rate=1e-2)
+        model, _ = train(model_args, DataArguments(train_file=str(train_file)), arguments)
+        assert torch.equal(model.compressor.backbone.get_input_embeddings().weight, original) is not learns
+
+
 def test_each_side_has_its_learning_rate_and_embeddings_do_not_decay(tmp_path):
     model = build_model(lora=True)
     trainer = build_trainer(model, tmp_path, learning_rate=3e-4, compressor_learning_rate=7e-5, weight_decay=0.1)
