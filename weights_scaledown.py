@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModel, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
@@ -104,7 +104,7 @@ def weights_fingerprint(name_or_path: str, **hub) -> str:
     entries = {}
     for name, file in sorted(weight_map.items(), key=lambda item: (item[1], item[0])):
         if file != shard:
-            shard, opened = file, safe_open(cached_file(name_or_path, file, **hub), framework="pt")
+            shard, opened = file, _open_weights(cached_file(name_or_path, file, **hub))
         tensor = opened.get_tensor(name)
         step = max(1, tensor.numel() // FINGERPRINT_SAMPLES)
         sample = tensor.reshape(-1)[::step].contiguous().view(torch.uint8)
@@ -185,6 +185,13 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
     return values.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
 
 
+def _open_weights(path: str):
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ScaleDownError(f"{path} is damaged ({error}); copy or download it again.") from error
+
+
 def checkpoint_index(name_or_path: str, **hub) -> dict[str, str]:
     """
     Lists the tensors of a safetensors checkpoint, sharded or not; where both are, transformers reads the one file.
@@ -201,7 +208,7 @@ def checkpoint_index(name_or_path: str, **hub) -> dict[str, str]:
     """
     single = cached_file(name_or_path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **hub)
     if single is not None:
-        with safe_open(single, framework="pt") as file:
+        with _open_weights(single) as file:
             return dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
     index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
     if index is None:
@@ -232,7 +239,7 @@ def read_tensors(name_or_path: str, weight_map: dict[str, str], hub: dict) -> di
     """
     tensors = {}
     for shard in sorted(set(weight_map.values())):
-        with safe_open(cached_file(name_or_path, shard, **hub), framework="pt") as file:
+        with _open_weights(cached_file(name_or_path, shard, **hub)) as file:
             tensors.update({name: file.get_tensor(name) for name, where in weight_map.items() if where == shard})
     return tensors
 

@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from errors_scaledown import ScaleDownError
@@ -115,11 +117,18 @@ def load_model(load: Callable[[], Model], name: str, option: str) -> Model:
     Raises:
         ValueError: The model cannot be loaded.
     """
+    # A name on the Hub is `name` or `owner/name`, which is asked for long where there is no connection.
+    meant = str(name).startswith(("runs/", ".", "/", "~")) or str(name).count("/") > 1
+    if meant and not Path(name).exists():
+        raise ScaleDownError(
+            f"{option} names {name}, which cannot be loaded: there is no such folder (looked from {Path.cwd()}). Name "
+            f"another."
+        )
     try:
         return load()
     except ScaleDownError as error:
         raise ScaleDownError(f"{option} names {name}: {error}") from error
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ScaleDownError(
             f"{option} names {name}, which cannot be loaded ({type(error).__name__}: {error}). Expected a folder or a "
             f"name on the Hub; check the name, its kind and the connection."

@@ -5,6 +5,7 @@ comparison does not set a trained model beside an untrained one. It is saved as 
 joint training may start (`--lora_name_or_path`).
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,11 @@ def add_reader_lora(model: ScaleDownModel, settings: dict[str, Any], adapter: st
     if adapter is not None:
         reader = PeftModel.from_pretrained(model.generator, adapter, is_trainable=True)
     else:
-        reader = get_peft_model(model.generator, LoraConfig(**{**LORA_DEFAULTS, **settings}, task_type="CAUSAL_LM"))
+        settings = {**LORA_DEFAULTS, **settings}
+        with warnings.catch_warnings():
+            # PEFT asks for checkpointing by the name that transformers 5.23 replaces.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            reader = get_peft_model(model.generator, LoraConfig(**settings, task_type="CAUSAL_LM"))
     reader.config.use_cache = False
     return reader
 

@@ -299,7 +299,7 @@ def _from_backbones(model_args: ModelArguments, settings: dict[str, Any]) -> Sca
         )
     except ScaleDownError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         names = [("generator", model_args.generator_name_or_path), ("compressor", model_args.compressor_name_or_path)]
         named = " and ".join(f"{part}_name_or_path={name}" for part, name in names if name is not None)
         raise ScaleDownError(

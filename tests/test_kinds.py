@@ -9,6 +9,7 @@ from transformers import AlbertConfig, AutoModel, ElectraConfig, OPTConfig, T5Co
 
 from folders import from_backbones, outputs, save_encoder, save_generator
 from scaledown import ScaleDownConfig, ScaleDownModel
+from scaledown.devices import load_model
 from tiny import ANSWERS, DOCUMENTS, ENCODER_SHAPE, GENERATORS, QUESTIONS, build_model, build_tokenizer
 
 
@@ -114,3 +115,21 @@ def test_types_by_either_name(folders):
         assert {parameter.dtype for parameter in from_backbones(pair, **given).parameters()} == {torch.float16}
     with pytest.raises(ValueError, match="two names of one thing"):
         from_backbones(pair, dtype="float16", torch_dtype="float32")
+
+
+@pytest.mark.parametrize("name", ["runs/nothere", "/no/such", "./nothere", "a/b/c"])
+def test_a_folder_that_is_not_there_is_told_without_asking_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"--model names .*, which cannot be loaded: there is no such folder"):
+        load_model(lambda: pytest.fail("loaded"), name, "--model")
+
+
+def test_damaged_weights_are_named(folders, tmp_path):
+    for kind in ("generator", "scaledown"):
+        path = shutil.copytree(folders / kind, tmp_path / kind) / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-99])
+    with pytest.raises(ValueError, match=r"generator/model.safetensors is damaged .*download it again"):
+        ScaleDownModel.from_backbones(str(tmp_path / "generator"), num_compressor_layers=2)
+    model = str(tmp_path / "scaledown")
+    with pytest.raises(ValueError, match=r"--model names .*scaledown, which cannot be loaded"):
+        load_model(lambda: ScaleDownModel.from_pretrained(model), model, "--model")
