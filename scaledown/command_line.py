@@ -115,7 +115,12 @@ def parse_with(parser: HfArgumentParser, argv: Sequence[str] | None = None) -> t
             break
     argv = expand_recipe(parser, argv)
     try:
-        return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            args=argv, look_for_args_file=False, return_remaining_strings=True
+        )
+        if unknown:
+            raise ScaleDownError(f"there is no option {' '.join(unknown)}; --help lists the options.")
+        return tuple(parsed)
     except ScaleDownError:
         raise
     except ValueError as error:  # the parser's own, or that of transformers' arguments

@@ -713,6 +713,8 @@ def _recorded_settings(*arguments: Any) -> dict[str, Any]:
         "run_name",
         "resume_from_checkpoint",
         "disable_tqdm",
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
     }
     settings = {}
     for group in arguments:

@@ -106,6 +106,7 @@ def test_the_models_own_errors_are_of_the_same_class():
     ("options", "message"),
     [
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0 must be at least 1"),
+        (["--nosuch", "1"], "there is no option --nosuch 1; --help lists the options"),
         (["--lora_dropout", "2"], "lora_dropout=2.0 must be from 0 to below 1"),
         (["--lora_target_modules", "nosuch"], "LoRA layers cannot be made: Target modules {'nosuch'} not found"),
         (["--lr_scheduler_type", "cosine_with_min_lr"], "lr_scheduler_type=cosine_with_min_lr: One of min_lr"),

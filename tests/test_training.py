@@ -961,5 +961,6 @@ def test_precision_is_read_from_the_command_line():
 
 def test_the_card_lists_no_setting_that_the_trainer_fills_in(tmp_path):
     args = training_arguments(tmp_path, bf16=None, fp16=None)
-    assert not {"disable_tqdm", "bf16", "fp16", "output_dir"} & _recorded_settings(args).keys()
+    loader = {"dataloader_num_workers", "dataloader_pin_memory"}
+    assert not {"disable_tqdm", "bf16", "fp16", "output_dir", *loader} & _recorded_settings(args).keys()
     assert _recorded_settings(args)["max_steps"] == args.max_steps
