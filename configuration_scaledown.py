@@ -17,6 +17,7 @@ import copy
 import datetime
 import json
 import math
+import os
 
 try:
     from transformers import AutoConfig, PreTrainedConfig
@@ -180,6 +181,8 @@ class ScaleDownConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         """As everywhere in transformers; fields among the arguments are checked like those of the constructor."""
+        # A folder may be a `Path`, which JSON does not know.
+        kwargs = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in kwargs.items()}
         kind = config_dict.get("model_type", cls.model_type)
         if kind != cls.model_type:
             raise ScaleDownError(

@@ -198,7 +198,8 @@ class CompressionCache:
     Bounded memory of compressed chunks, each with its question: what was used last stays.
 
     It belongs to weights that do not change: it is emptied when the model is put into training mode, and at the next
-    use after weights were changed in place, loaded, or given another type or device.
+    use after weights were changed in place, loaded, or given another type or device. A change through `.data` leaves no
+    trace in torch: call `clear` after one.
 
     Args:
         max_entries (`int`): Chunks to keep; one takes `slots · hidden_size` numbers on the model's device.
@@ -736,6 +737,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             self._refuse_plain_ids(settings)
         if _asked(kwargs, settings, "stop_strings") is not None and self._has_processor():
             kwargs.setdefault("tokenizer", self.processor.tokenizer)
+        self._check_assistant(kwargs, settings)
         if self.compiles_decoding:
             kwargs = self._with_static_cache(kwargs)
         return super().generate(inputs, *args, **kwargs)
@@ -747,6 +749,20 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 "These token ids were not made by the model's processor, so that no document would be read: pipelines "
                 "of transformers do so. Use model.answer(question, documents), or model.generate(**processor(question, "
                 "documents)); model.generator.generate asks the language model alone."
+            )
+
+    def _check_assistant(self, kwargs: dict, settings: GenerationConfig):
+        """Of what transformers offers for drafts of tokens, models and the prompt itself can be used."""
+        assistant = kwargs.get("assistant_model")
+        if assistant is not None and not isinstance(assistant, PreTrainedModel):
+            raise ScaleDownError(
+                f"assistant_model={assistant!r} must be a loaded model, such as "
+                "AutoModelForCausalLM.from_pretrained(name)."
+            )
+        if _asked(kwargs, settings, "assistant_early_exit") is not None:
+            raise ScaleDownError(
+                "assistant_early_exit is not possible here: the layers are the generator's. Pass a small language "
+                "model as assistant_model, or prompt_lookup_num_tokens."
             )
 
     def _get_candidate_generator(self, *args, **kwargs):
@@ -908,8 +924,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
                 Keep the best documents that fit into so many memory embeddings; one that does not makes way to the
                 next.
             system_prompt (`str`, *optional*): In place of the model's own, for this call.
-            generation_kwargs: Passed on to `generate`; `max_new_tokens` is that of
-                `model.generation_config`, or 128, unless a length is given.
+            generation_kwargs: Passed on to `generate`; the length is that of `model.generation_config`, or 128 new
+                tokens, unless one is given.
 
         Returns:
             `str` for one question, `list[str]` for a list; with `return_reranking_scores` an `AnswerOutput`, which is
@@ -1048,7 +1064,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
         Ranks documents by relevance, in the return form of `sentence_transformers.CrossEncoder.rank`.
 
         Args:
-            question (`str`): The question.
+            question (`str`): The question; of a list of messages, the last.
             documents (`list[str]`): Documents to rank; one of several chunks counts as its best chunk.
             top_k (`int`, *optional*): Return only the best.
             return_documents (`bool`, defaults to `False`): Add each document's text.
@@ -1061,7 +1077,7 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
             ValueError, TypeError: see `ScaleDownProcessor`; the model was built without reranking.
         """
         self._require_reranking()
-        if not isinstance(question, str):
+        if not isinstance(question, str) and not is_conversation(question):
             raise TypeError(f"question must be one string, got {type(question).__name__}; call rank once per question.")
         check_limits(top_k=top_k)
         questions, (documents,) = self.processor.check_texts(question, documents)
@@ -2029,7 +2045,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
 def _greedy(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """A chat model's settings without its sampling: an answer from documents is not a matter of chance."""
     greedy = copy.deepcopy(generation_config)
-    greedy.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+    # A published generator's max_length is its context, not a wish for answers of that length.
+    greedy.update(do_sample=False, temperature=None, top_p=None, top_k=None, max_length=None)
     # Answers are learned with the tokenizer's end token, which a configuration need not name.
     ends = greedy.eos_token_id if isinstance(greedy.eos_token_id, list) else [greedy.eos_token_id]
     greedy.eos_token_id = list(dict.fromkeys([*(end for end in ends if end is not None), tokenizer.eos_token_id]))
@@ -2077,6 +2094,8 @@ def _with_length(kwargs: dict, own: GenerationConfig) -> tuple[dict, int | None]
     max_new_tokens, max_length = (_asked(kwargs, settings, name) for name in ("max_new_tokens", "max_length"))
     if max_new_tokens is not None or max_length is not None:
         return kwargs, max_new_tokens
+    if own.max_new_tokens is None and own.max_length is not None:
+        return kwargs, None
     if own.max_new_tokens is not None:
         return _with_setting(kwargs, "max_new_tokens", own.max_new_tokens), own.max_new_tokens
     return _with_setting(kwargs, "max_new_tokens", DEFAULT_MAX_NEW_TOKENS), DEFAULT_MAX_NEW_TOKENS

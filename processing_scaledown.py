@@ -385,9 +385,12 @@ class ScaleDownProcessor(ProcessorMixin):
         if isinstance(questions, str) or is_conversation(questions):
             questions = [questions]
         found = [read_question(question, f"questions[{i}]", system_prompt) for i, question in enumerate(questions)]
+        if system_prompt is not None and not isinstance(system_prompt, str):
+            raise ScaleDownError(
+                f"system_prompt={system_prompt!r} must be a string. A question with one of its own is a list of "
+                'messages, the first with the role "system".'
+            )
         for prompt in {conversation.system_prompt for conversation in found} - {None}:
-            if not isinstance(prompt, str):
-                raise ScaleDownError(f"system_prompt={prompt!r} must be a string.")
             ids = _tokenize(self.tokenizer, prompt, add_special_tokens=False)["input_ids"]
             control = [self.tokenizer.convert_ids_to_tokens(i) for i in ids if i in _control_ids(self.tokenizer)]
             if control:

@@ -50,8 +50,10 @@ except ImportError:
 
 NEVER_QUANTIZED = ("compressor", "lm_head", r".*\.lora_[AB]")
 FINGERPRINT_SAMPLES = 64
-# Values summed at once: a sum in 64 bits takes a copy in 64 bits.
-CHECKSUM_BLOCK = 1 << 22
+# Values summed at once, in a copy in 64 bits that stays in a processor's cache.
+CHECKSUM_BLOCK = 1 << 18
+# Odd and without pattern, so that products tell places apart and lose nothing in 64 bits.
+CHECKSUM_FACTOR = 0x1E3779B97F4A7C15
 
 
 def absolute_name(name_or_path: str | None) -> str | None:
@@ -122,7 +124,7 @@ class WeightSample:
     Args:
         shape (`torch.Size`): Its shape.
         values (`torch.Tensor`): Some of its values, in its type.
-        checksum (`torch.Tensor` of shape `()`): Sum of all its bits, read as whole numbers.
+        checksum (`torch.Tensor` of shape `()`): Of all its bits, in their order.
     """
 
     shape: torch.Size
@@ -154,10 +156,7 @@ def weight_samples(model: nn.Module) -> dict[str, WeightSample]:
             continue
         values = parameter.detach().reshape(-1)
         some = values[:: max(1, values.numel() // FINGERPRINT_SAMPLES)].clone().cpu()  # no view of what may change
-        checksum = sum(part.sum(dtype=torch.int64) for part in _bits(values).split(CHECKSUM_BLOCK))
-        samples[name.replace(".base_layer.", ".")] = WeightSample(
-            parameter.shape, some, torch.as_tensor(checksum).cpu()
-        )
+        samples[name.replace(".base_layer.", ".")] = WeightSample(parameter.shape, some, _checksum(values))
     return samples
 
 
@@ -179,6 +178,16 @@ def changed_weights(then: dict[str, WeightSample], model: nn.Module) -> list[str
     away = {name.replace(".base_layer.", ".") for name, p in model.named_parameters() if p.is_meta}
     names = (now.keys() | then.keys()) - away
     return sorted(n for n in names if n not in now or (n not in then or not then[n].is_same(now[n])))
+
+
+def _checksum(values: torch.Tensor) -> torch.Tensor:
+    """Sum of a vector's bits, read as whole numbers, each times a factor of its place; it wraps around at 64 bits."""
+    places = torch.arange(min(CHECKSUM_BLOCK, values.numel()), device=values.device) * CHECKSUM_FACTOR
+    factors = (places ^ (places >> 29)) | 1
+    checksum = torch.zeros((), dtype=torch.int64, device=values.device)
+    for block in _bits(values).split(CHECKSUM_BLOCK):
+        checksum = checksum * CHECKSUM_FACTOR + (block * factors[: len(block)]).sum()
+    return checksum.cpu()
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
@@ -263,12 +272,18 @@ def check_generator_folder(name_or_path: str, config: PreTrainedConfig):
         config (`ScaleDownConfig`): Its configuration, which names the generator.
 
     Raises:
-        ScaleDownError: there is no such folder.
+        ScaleDownError: there is no such folder, or not the GGUF file in it.
     """
     generator = str(config.generator_name_or_path)
-    if (Path(generator).is_absolute() or not HUB_NAME.fullmatch(generator)) and not Path(generator).is_dir():
+    is_folder = Path(generator).is_dir()
+    missing = not is_folder and (Path(generator).is_absolute() or not HUB_NAME.fullmatch(generator))
+    what = f"folder {generator}"
+    if is_folder and config.generator_gguf_file is not None:
+        file = Path(generator) / config.generator_gguf_file
+        missing, what = not file.is_file(), f"file {file}"
+    if missing:
         raise ScaleDownError(
-            f"{name_or_path} is a delta: it holds no generator, and reads that from the folder {generator}, which is "
+            f"{name_or_path} is a delta: it holds no generator, and reads that from the {what}, which is "
             "not there. Say where the generator is now: from_pretrained(…, generator_name_or_path=folder or name on "
             'the Hub), or ask for the model saved with weights_format="full".'
         )
@@ -458,6 +473,8 @@ def spare_compressor_if_possible(settings: QuantizationConfigMixin | dict) -> Qu
     try:
         return spare_compressor(settings)
     except ScaleDownError:
+        if not isinstance(settings, dict | QuantizationConfigMixin):
+            raise
         return settings
 
 
@@ -474,6 +491,11 @@ def spare_compressor(settings: QuantizationConfigMixin | dict) -> QuantizationCo
     Raises:
         ValueError: this kind of quantisation cannot leave modules out.
     """
+    if not isinstance(settings, dict | QuantizationConfigMixin):
+        raise ScaleDownError(
+            f"quantization_config={settings!r} must be settings of a quantisation, such as "
+            "BitsAndBytesConfig(load_in_4bit=True)."
+        )
     settings = AutoQuantizationConfig.from_dict(settings) if isinstance(settings, dict) else copy.deepcopy(settings)
     for name in ("modules_to_not_convert", "llm_int8_skip_modules"):
         if hasattr(settings, name):

@@ -110,6 +110,12 @@ def test_what_is_no_conversation_is_refused(question, message, model):
         model.answer(question, DOCUMENTS[0])
 
 
+@pytest.mark.parametrize("prompt", [3, ["Be brief."], {"role": "system"}])
+def test_a_system_prompt_is_one_text(prompt, model):
+    with pytest.raises(ValueError, match=r"system_prompt=.* must be a string\. A question with one of its own"):
+        model.answer(QUESTIONS, DOCUMENTS, system_prompt=prompt)
+
+
 def test_a_template_that_refuses_turns_says_so():
     config = build_config("n_layers")
     tokenizer = build_tokenizer()

@@ -11,7 +11,7 @@ from transformers import set_seed
 import configuration_scaledown
 import modeling_scaledown
 import processing_scaledown
-from folders import save_generator, write_rows
+from folders import from_backbones, save_generator, write_rows
 from scaledown import ScaleDownModel
 from scaledown.records import read_records
 from tiny import build_model
@@ -60,6 +60,24 @@ def test_the_training_script_in_the_readme(tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), {})  # the project's own README
     assert (tmp_path / "runs/mine/model.safetensors").is_file()
     assert ScaleDownModel.from_pretrained(str(tmp_path / "runs/mine")).config.lora_config is None
+
+
+def test_python_in_the_page_on_use(folder, tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/use.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == 5
+    generator = save_generator(tmp_path / "generator")
+    monkeypatch.chdir(tmp_path)
+    model = from_backbones((generator, None))
+    model.generation_config.max_new_tokens = 4
+    generator = str(generator.rename(tmp_path / "elsewhere"))
+    model.config.generator_name_or_path = generator
+    documents = ["Ivanhoe is a novel by Walter Scott.", "A heron is a bird."]
+    names = {"model": model, "documents": documents, "generator": generator}
+    exec(compile("\n".join(blocks), "use.md", "exec"), names)  # the project's own page
+    assert len(names["output"].documents_read) == 1
+    assert names["answer"] == names["output"].answers
+    assert names["embeddings"].shape[:2] == names["mask"].shape == (1, names["mask"].shape[1])
+    assert names["model"].config.generator_name_or_path == generator
 
 
 def test_the_embedded_model_in_the_readme(monkeypatch):

@@ -390,6 +390,8 @@ def test_rank_has_the_form_of_a_cross_encoders(any_model):
     assert any_model.rank(QUESTIONS[2], documents, top_k=2) == ranking[:2]
     texts = any_model.rank(QUESTIONS[2], documents, top_k=3, return_documents=True)
     assert texts == [{**result, "text": documents[result["corpus_id"]]} for result in ranking[:3]]
+    messages = [{"role": "assistant", "content": "Ask."}, {"role": "user", "content": QUESTIONS[2]}]
+    assert any_model.rank(messages, documents) == ranking
     sizes = any_model.rank(QUESTIONS[2], documents, batch_size=2)
     assert [result["corpus_id"] for result in sizes] == [result["corpus_id"] for result in ranking]
 
@@ -559,6 +561,15 @@ def test_an_assistant_may_be_a_plain_language_model(any_model):
     expected = new_tokens(any_model, batch, **GREEDY)
     for assistant in (any_model.generator, build_model("n_layers", seed=5).generator):
         assert torch.equal(new_tokens(any_model, batch, **GREEDY, assistant_model=assistant), expected)
+
+
+def test_what_cannot_assist_is_refused():
+    model = build_model("n_layers")
+    batch = batch_of(model, QUESTIONS[0], DOCUMENTS[0])
+    with pytest.raises(ValueError, match="assistant_model='org/name' must be a loaded model"):
+        model.generate(**batch, **GREEDY, assistant_model="org/name")
+    with pytest.raises(ValueError, match="assistant_early_exit is not possible here"):
+        model.generate(**batch, **GREEDY, assistant_early_exit=2)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot fork here")

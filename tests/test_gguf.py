@@ -102,6 +102,10 @@ def test_a_delta_refers_to_the_file_and_finds_it_elsewhere(folder, tmp_path):
     with pytest.raises(ScaleDownError, match="generator_name_or_path"):
         ScaleDownModel.from_pretrained(str(tmp_path / "delta"))
     (tmp_path / "there" / NAME).rename(tmp_path / "there" / "renamed.gguf")
+    with pytest.raises(ScaleDownError, match=rf"the file .*{NAME}, which is not there"):
+        ScaleDownModel.from_pretrained(
+            str(tmp_path / "delta"), generator_name_or_path=tmp_path / "there", generator_gguf_file=NAME
+        )
     place = str(tmp_path / "there" / "renamed.gguf")
     loaded = ScaleDownModel.from_pretrained(str(tmp_path / "delta"), generator_name_or_path=place)
     assert_same_outputs(loaded, expected)

@@ -363,3 +363,7 @@ def test_the_models_own_length_of_answers_counts(monkeypatch):
     model.answer(QUESTIONS[0], DOCUMENTS[0], max_new_tokens=3)
     model.answer(QUESTIONS[0], DOCUMENTS[0], generation_config=settings)
     assert written == [128, 7, 7, 3, 5]
+    length = model.processor(QUESTIONS[0], DOCUMENTS[0])["input_ids"].shape[1]
+    model.generation_config.max_new_tokens, model.generation_config.max_length = None, length + 9
+    model.answer(QUESTIONS[0], DOCUMENTS[0])
+    assert written[5:] == [9]

@@ -137,6 +137,11 @@ def test_other_quantisations_leave_the_compressor_out_too():
     assert settings.modules_to_not_convert == ["o_proj"]
 
 
+def test_a_name_is_no_quantisation(tmp_path):
+    with pytest.raises(ValueError, match="quantization_config='4bit' must be settings of a quantisation"):
+        ScaleDownModel.from_backbones("org/name", quantization_config="4bit")
+
+
 def test_a_quantisation_that_cannot_leave_the_compressor_out_is_refused(generator, tmp_path):
     built(generator).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="AqlmConfig cannot leave the compressor out"):

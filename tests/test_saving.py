@@ -426,6 +426,8 @@ CHANGES = {
     "scaled": lambda weight: weight.mul_(1.008),
     "one value": lambda weight: weight[5, 7].add_(1e-3),
     "rows exchanged": lambda weight: weight.copy_(weight.flip(0)),
+    # Columns 1 and 2 of two rows, between the values that are kept.
+    "two values exchanged": lambda weight: weight.__setitem__(([5, 9], [1, 2]), weight[[9, 5], [2, 1]]),
 }
 
 
@@ -460,9 +462,10 @@ def test_a_delta_whose_generator_moved_is_told_where_it_is(backbones, tmp_path, 
     with pytest.raises(ValueError, match=rf"{generator}, which is not there.*generator_name_or_path="):
         ScaleDownModel.from_pretrained(tmp_path / "delta")
     for load in (ScaleDownModel, AutoModel):
-        found = load.from_pretrained(tmp_path / "delta", generator_name_or_path=str(moved))
-        assert_same_outputs(found, outputs(model))
-        assert found.config.generator_name_or_path == str(moved)
+        for given in (str(moved), moved):
+            found = load.from_pretrained(tmp_path / "delta", generator_name_or_path=given)
+            assert_same_outputs(found, outputs(model))
+            assert found.config.generator_name_or_path == str(moved)
 
 
 def test_delta_has_no_variants(backbones, tmp_path):
