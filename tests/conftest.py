@@ -1,5 +1,6 @@
 """Tiny random backbones and a tokenizer trained on the spot: nothing here needs a network or a download."""
 
+import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,12 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _warned_of_nothing():
+    """What is told once per process is told to each test anew, whichever ran before."""
+    logging.getLogger("transformers").warning_once.cache_clear()
 
 
 @pytest.fixture(scope="session")

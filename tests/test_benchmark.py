@@ -100,6 +100,7 @@ def test_a_compressor_is_told_by_its_name():
     assert build_config("mistral-7b", "llama-3.2-1b").compressor_type == "llm"
 
 
+@pytest.mark.slow
 def test_flops_are_written_as_json_and_table(tmp_path, capsys):
     folder = tmp_path / "flops"
     command = ["--generator", "qwen2.5-0.5b", "--compressors", "2,minilm-l6", "--output_dir", str(folder)]

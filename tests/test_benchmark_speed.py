@@ -95,6 +95,7 @@ def test_files_of_a_speed_run(tmp_path, capsys):
     assert {"versions", "git", "hardware"} <= results["environment"].keys()
 
 
+@pytest.mark.slow
 def test_scaling_of_text_and_slots():
     rows = count_scaling(arguments(mode="scaling", compressors="2", repeats=5))
     assert len(rows) == 2 * (len(DOCUMENTS) + len(LENGTHS))

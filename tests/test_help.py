@@ -30,6 +30,7 @@ def test_help_needs_no_torch(script, option, tmp_path):
     assert imported.isdisjoint({"torch", "datasets", "peft", "modeling_scaledown"})
 
 
+@pytest.mark.slow
 def test_all_options_of_training_are_listed_on_demand(tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), "--help_all"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)

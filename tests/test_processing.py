@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import logging
 import math
 import sys
 import threading
@@ -190,7 +189,6 @@ def test_more_memory_tokens_than_the_model_has_are_refused(processor, tokens):
 
 
 def test_a_rate_the_model_cannot_reach_is_said_aloud(caplog):
-    logging.Logger.warning_once.cache_clear()
     build_processor()(QUESTIONS[0], DOCUMENTS[0], compression_rate=2)
     assert "asks for 16 slots per full chunk; this model has 4" in caplog.text
 

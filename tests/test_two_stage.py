@@ -398,6 +398,7 @@ def test_workers_read_the_cache(backbones, data, tmp_path):
     run(model_arguments(backbones, "n_layers"), data_arguments(data), training_arguments(tmp_path, **settings))
 
 
+@pytest.mark.slow
 def test_two_processes_run_both_stages(backbones, data, tmp_path):
     generator, _ = backbones["n_layers"]
     arguments = {
