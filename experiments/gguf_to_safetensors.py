@@ -6,18 +6,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gguf_scaledown import load_gguf
+
 
 def main() -> None:
     """Convert, in bfloat16."""
     source, folder = map(Path, sys.argv[1:])
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    read = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    config = read.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # transformers refuses to save what says that it is quantised
-    model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(read.state_dict())
-    model.generation_config = read.generation_config
+    model = load_gguf(AutoModelForCausalLM, str(source.parent), source.name)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
