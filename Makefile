@@ -4,13 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # The model's tests, and what else reaches into transformers.
-MODEL_TESTS := $(patsubst %,tests/test_%.py,answering backbones common compressor configuration generation gguf inference \
-	last_layer kinds modeling offloading processing prompt_settings remote_code saving shared_prefix shortcuts)
+MODEL_TESTS := tests/model
 
 .PHONY: demo test test-slow test-oldest test-newest lint format clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m scaledown.demo
+	$(BIN)/python -m scaledown.tools.demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2

@@ -8,7 +8,7 @@ TRAIN = $(PY) train.py recipes/embedded-$(1).yaml --output_dir $(@D)
 NAMES := --num_documents 5 --alike 1 --same_facts true --num_facts 2 --plain true
 RATE = --learning_rate $(1) --compressor_learning_rate $(1)
 define ON_GENERATOR
-	$(PY) -m scaledown.replace_generator --model $(<D) --generator $(E)/generator-$(1) --output $(<D)-$(1)
+	$(PY) -m scaledown.tools.replace_generator --model $(<D) --generator $(E)/generator-$(1) --output $(<D)-$(1)
 	$(call TRAIN,n-layers) --model_name_or_path $(<D)-$(1) $(call RATE,1.2e-3)
 endef
 NEXT = $(call TRAIN,n-layers) --model_name_or_path $(<D) --train_file $(E)/lesson-$(1)/train.jsonl $(call RATE,$(2))
@@ -24,7 +24,7 @@ embedded: $(E)/model/$(RESULT)
 	$(PY) evaluate.py --model $(E)/model --data $(E)/world/test.jsonl --num_documents 5 \
 		--baselines full_text,no_documents,truncated,random_memory,shuffled_documents \
 		--group_by answer_kind,hops --max_new_tokens 8 --batch_size 25 --update_card true
-	$(PY) -m scaledown.embed --model $(E)/model
+	$(PY) -m scaledown.tools.embed --model $(E)/model
 
 # Records. test.jsonl is written last.
 $(E)/lesson-1/test.jsonl: OPTIONS = --num_train 60000 --num_documents 1 --two_hops 0 $(SHORT)
@@ -47,14 +47,14 @@ $(E)/lesson-four-names/test.jsonl: OPTIONS = --num_train 24000 --num_documents 4
 $(E)/lesson-two-long/test.jsonl: OPTIONS = --num_train 24000 --num_documents 2 --two_hops 0 --alike 0.6 --seed 14 --mixed_names 0.5
 $(E)/lesson-five-long/test.jsonl: OPTIONS = --num_train 32000 --two_hops 0 --alike 0.3 --seed 15 --mixed_names 0.5
 $(E)/lesson-%/test.jsonl: $(READY)
-	$(PY) -m scaledown.world --output $(@D) $(OPTIONS)
+	$(PY) -m scaledown.world.world --output $(@D) $(OPTIONS)
 
 $(E)/world/test.jsonl: $(READY)
-	$(PY) -m scaledown.world --output $(@D)
+	$(PY) -m scaledown.world.world --output $(@D)
 
 # The generator: twelve lessons, then more of them.
 $(E)/generator/.done: $(READY)
-	$(PY) -m scaledown.world_generator --output $(@D) --num_lessons 12
+	$(PY) -m scaledown.world.generator --output $(@D) --num_lessons 12
 	touch $@
 
 $(E)/generator-13/.done: $(E)/generator/.done
@@ -63,7 +63,7 @@ $(E)/generator-16/.done: $(E)/generator-14/.done
 $(E)/generator-%/.done:
 	test -d $(@D) || cp -R $(<D) $(@D)
 	rm -f $@
-	$(PY) -m scaledown.world_generator --output $(@D) --num_lessons $* $(FAST)
+	$(PY) -m scaledown.world.generator --output $(@D) --num_lessons $* $(FAST)
 	touch $@
 
 # ScaleDown on top of it: lessons 1 to 6, and more of them on generators that learned more.
@@ -130,11 +130,11 @@ embedded-encoder: $(EM)/$(RESULT)
 	$(PY) evaluate.py --model $(EM) --data $(E)/lesson-five-long/test.jsonl --num_documents 5 --max_new_tokens 8 --batch_size 25
 
 $(E)/own-generator/.done: $(READY)
-	$(PY) -m scaledown.extract_generator --model . --output $(@D)
+	$(PY) -m scaledown.tools.extract_generator --model . --output $(@D)
 	touch $@
 
 $(E)/encoder/.done: $(READY)
-	$(PY) -m scaledown.world_encoder --output $(@D) --num_lessons 3 $(FAST)
+	$(PY) -m scaledown.world.encoder --output $(@D) --num_lessons 3 $(FAST)
 	touch $@
 
 $(EM)-begun/$(RESULT): $(E)/own-generator/.done $(E)/encoder/.done $(E)/lesson-repeats/test.jsonl
@@ -184,11 +184,11 @@ embedded-comparison: $(ONE_PASSAGE:%=$(C)/results/%/metrics.json) $(RATES:%=$(C)
 $(E)/encoder-5/.done: $(E)/encoder/.done
 	test -d $(@D) || cp -R $(<D) $(@D)
 	rm -f $@
-	$(PY) -m scaledown.world_encoder --output $(@D) --num_lessons 5 $(FAST)
+	$(PY) -m scaledown.world.encoder --output $(@D) --num_lessons 5 $(FAST)
 	touch $@
 
 $(C)/one/test.jsonl: $(READY)
-	$(PY) -m scaledown.world --output $(@D) --num_train 0 --num_validation 0 --num_test 500 --num_documents 1 \
+	$(PY) -m scaledown.world.world --output $(@D) --num_train 0 --num_validation 0 --num_test 500 --num_documents 1 \
 		--num_test_documents 1 --two_hops 0 $(SHORT)
 
 $(C)/joint/$(RESULT) $(C)/two-stage/$(RESULT) $(C)/naive/$(RESULT): $(E)/generator-14/.done $(E)/lesson-1/test.jsonl

@@ -12,12 +12,12 @@ The library `evaluate` of Hugging Face has this file's name: imported rather tha
 import sys
 
 if __name__ == "__main__":
-    from scaledown.evaluation_arguments import parse_arguments
+    from scaledown.evaluation.arguments import parse_arguments
 
     if not {"-h", "--help"}.isdisjoint(sys.argv):
         parse_arguments()  # prints and exits, before what takes seconds to import
 
-    from scaledown.evaluation import main
+    from scaledown.evaluation.evaluate import main
 
     sys.exit(main())
 elif __name__ == "evaluate":

@@ -120,5 +120,5 @@ def _refuse_scaledown(name_or_path: str, config: PreTrainedConfig, role: str):
     if config.model_type == "scaledown":
         raise ScaleDownError(
             f"{name_or_path!r} is a ScaleDown model, not a {role}: load it with ScaleDownModel.from_pretrained "
-            "(train.py --model_name_or_path). python -m scaledown.extract_generator takes the generator out of one."
+            "(train.py --model_name_or_path), or extract its generator: python -m scaledown.tools.extract_generator."
         )

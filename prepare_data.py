@@ -11,11 +11,11 @@ docs/data.md explains the steps; `python prepare_data.py --help` lists every opt
 import sys
 
 if __name__ == "__main__":
-    from scaledown.preparation_arguments import parse_arguments
+    from scaledown.data.arguments import parse_arguments
 
     if not {"-h", "--help"}.isdisjoint(sys.argv):
         parse_arguments()  # prints and exits, before what takes seconds to import
 
-    from scaledown.data_preparation import main
+    from scaledown.data.preparation import main
 
     sys.exit(main())

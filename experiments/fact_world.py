@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scaledown.command_line import parse_options, run_command
+from scaledown.common.command_line import parse_options, run_command
 
 logger = logging.getLogger(__name__)
 

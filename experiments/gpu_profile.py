@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from scaledown.benchmark_arguments import BenchmarkArguments
-from scaledown.benchmark_speed import Contestants, draw_inputs
-from scaledown.devices import wait_for
+from scaledown.benchmark.arguments import BenchmarkArguments
+from scaledown.benchmark.speed import Contestants, draw_inputs
+from scaledown.common.devices import wait_for
 
 
 def main() -> None:

@@ -29,14 +29,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, set_seed
 
 from modeling_scaledown import LORA_DEFAULTS, ScaleDownModel
-from scaledown.arguments import ScaleDownTrainingArguments
-from scaledown.collators import JointCollator
-from scaledown.evaluation_data import Example
-from scaledown.metrics import ANSWER_METRICS
-from scaledown.reader import ReaderCollator
-from scaledown.records import read_records
-from scaledown.systems import CompressedSystem, TextSystem
-from scaledown.trainer import ScaleDownTrainer
+from scaledown.common.metrics import ANSWER_METRICS
+from scaledown.data.records import read_records
+from scaledown.evaluation.data import Example
+from scaledown.evaluation.systems import CompressedSystem, TextSystem
+from scaledown.training.arguments import ScaleDownTrainingArguments
+from scaledown.training.collators import JointCollator
+from scaledown.training.reader import ReaderCollator
+from scaledown.training.trainer import ScaleDownTrainer
 
 logger = logging.getLogger(__name__)
 

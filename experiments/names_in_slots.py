@@ -19,11 +19,11 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from modeling_scaledown import ScaleDownModel
-from scaledown.bootstrap import Bootstrap
-from scaledown.command_line import parse_options, run_command
-from scaledown.evaluation_report import estimate
-from scaledown.tables import table
-from scaledown.world import Passage, Question, World
+from scaledown.common.command_line import parse_options, run_command
+from scaledown.common.tables import table
+from scaledown.evaluation.bootstrap import Bootstrap
+from scaledown.evaluation.report import estimate
+from scaledown.world.world import Passage, Question, World
 
 BATCH_SIZE = 25
 PARTS = ("two hops", "name of the second passage", "value behind it", "values behind the other names")

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scaledown import ScaleDownModel
-from scaledown.collators import PretrainingCollator
-from scaledown.command_line import parse_options, run_command
-from scaledown.pretraining import AUTOENCODING, CONTINUATION, load_pretraining_data
+from scaledown.common.command_line import parse_options, run_command
+from scaledown.training.collators import PretrainingCollator
+from scaledown.training.pretraining import AUTOENCODING, CONTINUATION, load_pretraining_data
 
 
 @dataclass

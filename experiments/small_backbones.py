@@ -25,8 +25,8 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scaledown.command_line import parse_options, run_command
-from scaledown.slots_demo import train_tokenizer
+from scaledown.common.command_line import parse_options, run_command
+from scaledown.tools.slots_demo import train_tokenizer
 
 logger = logging.getLogger(__name__)
 

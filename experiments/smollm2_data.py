@@ -21,9 +21,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from scaledown.document_choice import PoolDocuments, stable_hash
-from scaledown.questions import Question
-from scaledown.records import write_records
+from scaledown.data.choice import PoolDocuments, stable_hash
+from scaledown.data.questions import Question
+from scaledown.data.records import write_records
 
 logger = logging.getLogger(__name__)
 

@@ -23,10 +23,10 @@ from transformers import LlamaConfig, set_seed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scaledown import ScaleDownConfig, ScaleDownModel, ScaleDownProcessor
-from scaledown.collators import JointCollator
-from scaledown.command_line import parse_options, run_command
-from scaledown.records import read_records
-from scaledown.slots_demo import train_tokenizer
+from scaledown.common.command_line import parse_options, run_command
+from scaledown.data.records import read_records
+from scaledown.tools.slots_demo import train_tokenizer
+from scaledown.training.collators import JointCollator
 
 
 @dataclass

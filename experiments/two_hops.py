@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scaledown.bootstrap import Bootstrap, Estimate
-from scaledown.command_line import parse_options, run_command
-from scaledown.evaluation_report import estimate
-from scaledown.tables import table
-from scaledown.world import World
-from scaledown.world_generator import Curriculum, collate, read_causally
-from scaledown.world_tokenizer import build_tokenizer
+from scaledown.common.command_line import parse_options, run_command
+from scaledown.common.tables import table
+from scaledown.evaluation.bootstrap import Bootstrap, Estimate
+from scaledown.evaluation.report import estimate
+from scaledown.world.generator import Curriculum, collate, read_causally
+from scaledown.world.tokenizer import build_tokenizer
+from scaledown.world.world import World
 
 SHORT = {"num_facts": 3, "plain": True}
 ONE_KIND = {"alike": True}

@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from errors_scaledown import ScaleDownError
 from scaledown import ScaleDownModel
-from scaledown.command_line import parse_options, run_command
-from scaledown.metrics import exact_match
-from scaledown.records import read_records
+from scaledown.common.command_line import parse_options, run_command
+from scaledown.common.metrics import exact_match
+from scaledown.data.records import read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("joint", "two stages", "two stages, pretrained", "two stages, naive")

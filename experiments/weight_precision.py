@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from errors_scaledown import ScaleDownError
 from modeling_scaledown import LORA_DEFAULTS
-from scaledown.benchmark_protocol import Protocol
-from scaledown.benchmark_shapes import load_shape
-from scaledown.benchmark_speed import draw_inputs, spread
-from scaledown.command_line import parse_options, run_command, split_names
-from scaledown.tables import table
+from scaledown.benchmark.models import load_shape
+from scaledown.benchmark.protocol import Protocol
+from scaledown.benchmark.speed import draw_inputs, spread
+from scaledown.common.command_line import parse_options, run_command, split_names
+from scaledown.common.tables import table
 from shortcuts_scaledown import CACHE_NAME
 
 WITH_LORA = " with LoRA"

@@ -37,8 +37,8 @@ def main() -> None:
     from transformers import TrainerCallback
 
     from scaledown import training
-    from scaledown.arguments import parse_arguments
-    from scaledown.trainer import ScaleDownTrainer
+    from scaledown.training.arguments import parse_arguments
+    from scaledown.training.trainer import ScaleDownTrainer
 
     class Meter(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):

@@ -13,7 +13,7 @@ import modeling_scaledown
 import processing_scaledown
 from folders import from_backbones, save_generator, write_rows
 from scaledown import ScaleDownModel
-from scaledown.records import read_records
+from scaledown.data.records import read_records
 from tiny import build_model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,9 +12,9 @@ from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
 from folders import ROOT
-from scaledown.arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments
-from scaledown.evaluation_arguments import EvaluationArguments
-from scaledown.preparation_arguments import PreparationArguments
+from scaledown.data.arguments import PreparationArguments
+from scaledown.evaluation.arguments import EvaluationArguments
+from scaledown.training.arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments
 
 NOTEBOOK = ROOT / "notebooks" / "ScaleDown_Colab.ipynb"
 ARGUMENTS = {

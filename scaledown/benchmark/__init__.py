@@ -1,0 +1,1 @@
+"""Operations, time and memory of reading passages whole and compressed."""

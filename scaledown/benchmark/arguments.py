@@ -1,0 +1,159 @@
+"""Arguments of `benchmark.py`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from errors_scaledown import ScaleDownError
+
+from ..common.choices import DTYPES
+from ..common.command_line import parse_options, refuse_options, split_names
+from .protocol import Protocol
+from .shapes import SHAPES
+
+MODES = ("flops", "speed", "train", "scaling")
+SWEPT = ("batch_size", "num_documents", "document_length", "new_tokens", "compression_rate")
+DEFAULT_COMPRESSORS = "5"
+# Counting has no batches, clocks or types of numbers.
+_OF_MEASUREMENTS = ("batch_size", "sweep", "mixed_lengths", "compile", "repeats", "threads", "dtype", "device")
+UNREAD = {"flops": _OF_MEASUREMENTS, "scaling": _OF_MEASUREMENTS, "train": ("sweep", "compile")}
+
+
+@dataclass
+class BenchmarkArguments:
+    """What to measure, of which models, and where to write.
+
+    Raises:
+        ValueError: A number out of range, or a name there is not.
+    """
+
+    mode: Literal[MODES] = field(
+        default="flops",
+        metadata={
+            "help": "flops: operations, counted without computing them; speed: time and memory of answers; train: "
+            "those of training steps; scaling: operations against the number and the length of documents."
+        },
+    )
+    generator: str | None = field(
+        default=None,
+        metadata={
+            "help": f"The generator's shape: {', '.join(SHAPES)}, a folder, or a name on the Hub. In mode flops all of "
+            "OSCAR's table 1 by default."
+        },
+    )
+    compressors: str = field(
+        default=DEFAULT_COMPRESSORS,
+        metadata={"help": "Separated by commas: a number of the generator's layers, or the name of a compressor."},
+    )
+    prompt_length: int = field(default=128, metadata={"help": "Tokens of the prompt beside the documents."})
+    num_documents: int = field(default=10, metadata={"help": "Documents of a question."})
+    document_length: int = field(default=128, metadata={"help": "Tokens of a document."})
+    query_length: int = field(
+        default=0,
+        metadata={
+            "help": "Question tokens the compressor reads beside a document; 0 counts them among its tokens. flops and "
+            "scaling count them for every document, speed measures them as the model reads them, once where it can."
+        },
+    )
+    new_tokens: int = field(default=32, metadata={"help": "Tokens of an answer."})
+    compression_rate: int = field(default=16, metadata={"help": "Document tokens per slot."})
+    batch_size: int = field(default=1, metadata={"help": "Questions at a time."})
+    sweep: list[str] | None = field(
+        default=None,
+        metadata={
+            "nargs": "+",
+            "help": f"Measure at these values too, one setting at a time: NAME=VALUE,VALUE with {', '.join(SWEPT)}.",
+        },
+    )
+    mixed_lengths: bool = field(
+        default=False, metadata={"help": "Draw the lengths of documents evenly between an eighth of it and all of it."}
+    )
+    compile: bool = field(
+        default=False,
+        metadata={"help": "Both sides write with a static cache, whose steps transformers compiles on a GPU."},
+    )
+    repeats: int = field(default=5, metadata={"help": "Measurements of each figure, after one that warms up."})
+    threads: int | None = field(default=None, metadata={"help": "Threads on a CPU; torch's choice by default."})
+    dtype: Literal[DTYPES] = field(
+        default="auto",
+        metadata={"help": "Type of the weights; auto is bfloat16 where the GPU computes in it, float32 on a CPU."},
+    )
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, mps …"})
+    seed: int = field(default=0, metadata={"help": "Decides weights, ids and lengths."})
+    output_dir: str | None = field(default=None, metadata={"help": "A new folder for JSON, table and plots."})
+
+    def __post_init__(self):
+        for name in (*SWEPT, "prompt_length", "repeats"):
+            if getattr(self, name) < 1:
+                raise ScaleDownError(f"{name} is {getattr(self, name)}, expected at least 1; correct --{name}.")
+        if self.query_length < 0:
+            raise ScaleDownError(f"query_length is {self.query_length}, expected at least 0; correct --query_length.")
+        if self.mode != "flops" and self.generator is None:
+            raise ScaleDownError(f"mode {self.mode} needs a generator; pass --generator, such as qwen2.5-0.5b.")
+        if self.output_dir is not None and Path(self.output_dir).exists():
+            raise FileExistsError(
+                f"{self.output_dir} already exists; results are never overwritten. Name a new folder."
+            )
+        if not self.compressor_names:
+            raise ScaleDownError(f"compressors is {self.compressors!r}, expected at least one, such as 5.")
+        unread = UNREAD.get(self.mode, ()) + (("compressors",) if self.generator is None else ())
+        without = "" if self.generator else " without a generator"
+        refuse_options(self, unread, f"mode {self.mode}{without}")
+        _ = self.settings  # is read now, not after the work
+
+    @property
+    def compressor_names(self) -> list[str]:
+        """The compressors asked for, each once."""
+        return split_names(self.compressors)
+
+    @property
+    def protocol(self) -> Protocol:
+        """What is read and written for a question."""
+        return Protocol(
+            self.prompt_length,
+            self.num_documents,
+            self.document_length,
+            self.query_length,
+            self.new_tokens,
+            self.compression_rate,
+        )
+
+    @property
+    def settings(self) -> list[tuple[Protocol, int]]:
+        """Protocol and batch size of every measurement: the base first, then the swept ones, each once."""
+        found = [(self.protocol, self.batch_size)]
+        for text in self.sweep or []:
+            name, _, values = text.partition("=")
+            if name not in SWEPT or not all(value.isdecimal() and int(value) > 0 for value in values.split(",")):
+                raise ScaleDownError(
+                    f"sweep holds {text!r}, expected NAME=VALUE,VALUE with whole numbers and one of {', '.join(SWEPT)}."
+                )
+            for value in map(int, values.split(",")):
+                if name == "batch_size":
+                    found.append((self.protocol, value))
+                else:
+                    found.append((replace(self.protocol, **{name: value}), self.batch_size))
+        return list(dict.fromkeys(found))
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> BenchmarkArguments:
+    """Parse the command line.
+
+    Args:
+        argv: `[--option value …]`; the command line by default.
+
+    Returns:
+        The arguments.
+
+    Raises:
+        FileExistsError: The output folder exists.
+        ValueError: An option is wrong.
+    """
+    return parse_options(
+        BenchmarkArguments,
+        argv,
+        prog="benchmark.py",
+        usage="%(prog)s --mode MODE [--option value ...]",
+        description="Measure what compression saves, beside the same generator on whole documents.",
+    )

@@ -1,0 +1,96 @@
+"""How operations grow with the number and the length of documents, and the exponents that follow."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..common.tables import table
+from .arguments import BenchmarkArguments
+from .flops import TERA, Flops, build_on_meta, count_compression, count_generation
+from .models import build_config, label
+
+DOCUMENTS = (1, 2, 5, 10, 20, 50, 100, 200)
+LENGTHS = (32, 64, 128, 256, 512, 1024)
+FULL_TEXT = "full text"
+
+
+def count_scaling(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
+    """Count operations at 1 to 200 documents, and at documents of 32 to 1,024 tokens.
+
+    Args:
+        arguments: The models, and the protocol everything else is taken from.
+
+    Returns:
+        A JSON object for each setting and contestant.
+
+    Raises:
+        ValueError: There is no such model, or it cannot read as much.
+    """
+    base = arguments.protocol
+    protocols = [("num_documents", replace(base, num_documents=count)) for count in DOCUMENTS]
+    protocols += [("document_length", replace(base, document_length=length)) for length in LENGTHS]
+    rows = []
+    for place, name in enumerate(arguments.compressor_names):
+        config = build_config(arguments.generator, name, base.chunk_length, base.query_length, base.compression_rate)
+        model = build_on_meta(config)
+        for swept, protocol in protocols:
+            setting = {
+                "swept": swept,
+                "num_documents": protocol.num_documents,
+                "document_length": protocol.document_length,
+            }
+            if place == 0:
+                length = protocol.frame_length + protocol.num_documents * protocol.document_length
+                text = count_generation(model.generator, length, protocol.new_tokens)
+                rows.append({**setting, "contestant": FULL_TEXT, **_parts(text, Flops())})
+            generation = count_generation(model.generator, protocol.frame_length + protocol.slots, protocol.new_tokens)
+            parts = _parts(generation, count_compression(model, protocol))
+            rows.append({**setting, "contestant": name, **parts})
+    return rows
+
+
+def fit_exponents(rows: list[dict[str, Any]], figure: str = "tflop") -> list[dict[str, Any]]:
+    """Fit `cost ~ size ** exponent` to the upper half of each sweep, where what does not grow matters little.
+
+    Args:
+        rows: What `count_scaling` returned.
+        figure: The cost.
+
+    Returns:
+        A JSON object for each sweep and contestant: the exponent, and the cost at both ends.
+    """
+    found = []
+    for swept, contestant in dict.fromkeys((row["swept"], row["contestant"]) for row in rows):
+        own = [row for row in rows if (row["swept"], row["contestant"]) == (swept, contestant)]
+        own.sort(key=lambda row: row[swept])
+        upper = own[len(own) // 2 :]
+        slope, _ = np.polyfit(np.log([row[swept] for row in upper]), np.log([row[figure] for row in upper]), 1)
+        ends = {"smallest": own[0][swept], "largest": own[-1][swept]}
+        costs = {"cost_smallest": own[0][figure], "cost_largest": own[-1][figure]}
+        found.append({"swept": swept, "contestant": contestant, "exponent": float(slope), **ends, **costs})
+    return found
+
+
+def render_exponents(found: list[dict[str, Any]]) -> str:
+    """Write exponents as a table in Markdown.
+
+    Args:
+        found: What `fit_exponents` returned.
+
+    Returns:
+        The table.
+    """
+    lines = [("against", "reads", "exponent", "TFLOP at the smallest", "TFLOP at the largest", "times fewer there")]
+    for row in found:
+        text = next(r for r in found if r["swept"] == row["swept"] and r["contestant"] == FULL_TEXT)
+        costs = [f"{row[f'cost_{end}']:.3f} ({row[end]})" for end in ("smallest", "largest")]
+        fewer = f"{text['cost_largest'] / row['cost_largest']:.2f}"
+        name = label(row["contestant"])
+        lines.append((row["swept"].replace("_", " "), name, f"{row['exponent']:.2f}", *costs, fewer))
+    return table(lines, text_columns=2)
+
+
+def _parts(generation: Flops, compression: Flops) -> dict[str, float]:
+    parts = {"generation": generation.total / TERA, "compression": compression.total / TERA}
+    return {**parts, "tflop": sum(parts.values())}

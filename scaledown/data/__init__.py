@@ -1,0 +1,1 @@
+"""From questions and passages to the project's records."""

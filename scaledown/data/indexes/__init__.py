@@ -1,0 +1,1 @@
+"""Search in passages: in memory, and on the disk."""

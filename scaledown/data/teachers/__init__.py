@@ -1,0 +1,1 @@
+"""The models that data learns from: one answers, one scores passages."""

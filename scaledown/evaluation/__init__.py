@@ -1,0 +1,1 @@
+"""Evaluation of a ScaleDown model beside ways to answer without it."""

@@ -1,0 +1,1 @@
+"""Small programs around a model: demos, and taking models apart and together."""

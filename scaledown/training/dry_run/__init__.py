@@ -1,0 +1,1 @@
+"""What a run would train, read and need, reported before it begins."""

@@ -1,0 +1,65 @@
+"""`make demo`: the same questions from whole passages and from slots, one as long as the other is short."""
+
+import pytest
+
+from scaledown.evaluation.systems import Answer
+from scaledown.tools.demo import DemoArguments, ask, draw_examples, main, show
+from tiny import build_model
+
+
+def test_questions_are_of_the_test_split_and_every_third_needs_two_passages():
+    examples = draw_examples(DemoArguments(num_questions=6, num_documents=7))
+    assert [len(example.positives) for example in examples] == [1, 1, 2, 1, 1, 2]
+    assert all(len(example.documents) == 7 for example in examples)
+    assert all(example.id.startswith("test-") for example in examples)
+
+
+@pytest.mark.parametrize(("name", "value", "least"), [("num_questions", 0, 1), ("num_documents", 1, 2)])
+def test_too_few_are_refused(name, value, least):
+    with pytest.raises(ValueError, match=f"{name}={value} must be at least {least}"):
+        DemoArguments(**{name: value})
+
+
+def test_answers_stand_side_by_side():
+    examples = draw_examples(DemoArguments(num_questions=2, num_documents=2))
+    gold = [example.gold[0] for example in examples]
+    answers = {
+        "full_text": [Answer(gold[0], 300, 3, seconds=0.2), Answer("no", 320, 3, seconds=0.4)],
+        "compressed": [
+            Answer(gold[0], 40, 3, seconds=0.1, scores=[0.25, -1.0]),
+            Answer(gold[1], 42, 3, seconds=0.1, scores=[-1.0, 0.5]),
+        ],
+    }
+    text = show(examples, answers)
+    assert "| whole passages | 1 of 2 | 310 | 300 |" in text
+    assert "| compressed | 2 of 2 | 41 | 100 |" in text
+    assert "✗ no" in text and text.count("✓") == 3
+    assert examples[0].query in text
+
+
+def test_the_first_call_is_not_timed():
+    class Counting:
+        name, calls = "compressed", 0
+
+        def answer(self, examples):
+            self.calls += 1
+            return [Answer("x", 1, 1) for _ in examples]
+
+    system = Counting()
+    answers = ask(system, draw_examples(DemoArguments(num_questions=3, num_documents=2)))
+    assert system.calls == 4 and len(answers) == 3
+    assert all(answer.seconds > 0 for answer in answers)
+
+
+def test_runs_on_any_model(tmp_path, capsys, monkeypatch):
+    model = build_model("n_layers")
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("sys.argv", ["demo", "--model", str(tmp_path), "--num_questions", "1", "--num_documents", "2"])
+    assert main() == 0
+    assert "| compressed |" in capsys.readouterr().out
+
+
+def test_a_folder_without_a_model_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["demo", "--model", str(tmp_path)])
+    assert main() == 2
+    assert "--model names" in capsys.readouterr().err
