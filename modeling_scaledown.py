@@ -2022,6 +2022,8 @@ class ScaleDownModel(PreTrainedModel, GenerationMixin):
     def _write_card(self, folder: Path, weights_format: str):
         """Renders model_card.md to README.md, beside a copy of the template."""
         template = Path(__file__).with_name(CARD_TEMPLATE_NAME)
+        if not template.is_file():  # an installed package has it inside
+            template = template.parent / "scaledown" / CARD_TEMPLATE_NAME
         if not template.is_file():
             found = self._find_beside_weights(CARD_TEMPLATE_NAME, **QUIETLY) if self.name_or_path else None
             if found is None:
