@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The model's tests, and what else reaches into transformers.
 MODEL_TESTS := tests/model
 
-.PHONY: demo test test-slow test-oldest test-newest lint format clean
+.PHONY: demo test test-slow test-oldest test-newest test-wheel lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m scaledown.tools.demo
@@ -17,18 +17,30 @@ test: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
 
-# The same with the oldest transformers that is supported, and with the newest on the registry: each in an environment
-# over .venv, into which only what differs is installed.
+# An environment over .venv, into which only what differs is installed.
+define LAYER
+	rm -rf $(VENV)-$(1)
+	$(BIN)/python -m venv $(VENV)-$(1)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
+		"$$($(VENV)-$(1)/bin/python -c "import site; print(site.getsitepackages()[0])")/over.pth"
+endef
+
+# The model's tests with the oldest transformers that is supported, and with the newest on the registry.
 test-oldest: OTHER := transformers==5.17.0
 test-newest: OTHER := --upgrade transformers huggingface-hub tokenizers safetensors peft accelerate
 test-oldest test-newest: test-%: $(VENV)/.installed-dev
-	rm -rf $(VENV)-$*
-	$(BIN)/python -m venv $(VENV)-$*
-	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
-		"$$($(VENV)-$*/bin/python -c "import site; print(site.getsitepackages()[0])")/over.pth"
+	$(call LAYER,$*)
 	$(VENV)-$*/bin/python -m pip install --quiet $(OTHER)
 	$(VENV)-$*/bin/python -c "import transformers; print('transformers', transformers.__version__)"
 	$(VENV)-$*/bin/python -m pytest -n 2 $(MODEL_TESTS)
+
+# The wheel, tried where the sources are out of reach.
+test-wheel: $(VENV)/.installed-dev
+	$(call LAYER,wheel)
+	rm -rf build
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build .
+	$(VENV)-wheel/bin/python -m pip install --quiet --no-deps --force-reinstall build/*.whl
+	cd build && HF_HUB_OFFLINE=1 ../$(VENV)-wheel/bin/python -P ../tests/installed_package.py ..
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -39,18 +51,19 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-wheel build *.egg-info runs .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: requirements.txt | $(BIN)/python
+$(VENV)/.installed: requirements.txt pyproject.toml setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-$(VENV)/.installed-dev: requirements.txt requirements-dev.txt | $(BIN)/python
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
-	touch $@ $(VENV)/.installed
+	touch $@
 
 # make embedded, make embedded-comparison
 include embedded.mk

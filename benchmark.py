@@ -12,11 +12,6 @@ Models have random weights in the shapes of published ones; docs/performance.md 
 import sys
 
 if __name__ == "__main__":
-    from scaledown.benchmark.arguments import parse_arguments
+    from scaledown.commands import benchmark
 
-    if not {"-h", "--help"}.isdisjoint(sys.argv):
-        parse_arguments()  # prints and exits, before what takes seconds to import
-
-    from scaledown.benchmark.run import main
-
-    sys.exit(main())
+    sys.exit(benchmark())

@@ -12,14 +12,9 @@ The library `evaluate` of Hugging Face has this file's name: imported rather tha
 import sys
 
 if __name__ == "__main__":
-    from scaledown.evaluation.arguments import parse_arguments
+    from scaledown.commands import evaluate
 
-    if not {"-h", "--help"}.isdisjoint(sys.argv):
-        parse_arguments()  # prints and exits, before what takes seconds to import
-
-    from scaledown.evaluation.evaluate import main
-
-    sys.exit(main())
+    sys.exit(evaluate())
 elif __name__ == "evaluate":
     import importlib.machinery
     import importlib.util

@@ -11,11 +11,6 @@ docs/data.md explains the steps; `python prepare_data.py --help` lists every opt
 import sys
 
 if __name__ == "__main__":
-    from scaledown.data.arguments import parse_arguments
+    from scaledown.commands import prepare_data
 
-    if not {"-h", "--help"}.isdisjoint(sys.argv):
-        parse_arguments()  # prints and exits, before what takes seconds to import
-
-    from scaledown.data.preparation import main
-
-    sys.exit(main())
+    sys.exit(prepare_data())

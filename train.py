@@ -9,10 +9,6 @@ The first argument may be a recipe in YAML; options override it. `python train.p
 import sys
 
 if __name__ == "__main__":
-    from scaledown.training.options import show_help
+    from scaledown.commands import train
 
-    show_help()  # before what takes seconds to import
-
-    from scaledown.training.run import main
-
-    sys.exit(main())
+    sys.exit(train())

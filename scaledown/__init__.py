@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from modeling_scaledown import ScaleDownModel
     from processing_scaledown import ScaleDownProcessor
 
+__version__ = "0.2.0"
+
 # Imported when they are asked for: a command line that prints its help needs no torch.
 _MODULES = {
     "ScaleDownConfig": "configuration_scaledown",

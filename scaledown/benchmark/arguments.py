@@ -153,7 +153,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> BenchmarkArguments:
     return parse_options(
         BenchmarkArguments,
         argv,
-        prog="benchmark.py",
         usage="%(prog)s --mode MODE [--option value ...]",
         description="Measure what compression saves, beside the same generator on whole documents.",
     )

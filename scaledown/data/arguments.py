@@ -367,7 +367,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> PreparationArguments:
     """
     parser = HfArgumentParser(
         PreparationArguments,
-        prog="prepare_data.py",
         usage="%(prog)s [recipe.yaml] --source SOURCE --output FILE [--option value ...]",
         description="Turn a data set into the project's records, with documents, scores and answers of teachers.",
     )

@@ -261,7 +261,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EvaluationArguments:
     return parse_options(
         EvaluationArguments,
         argv,
-        prog="evaluate.py",
         usage="%(prog)s --model MODEL --data DATA [--option value ...]",
         description="Measure a ScaleDown model, and compare it with the same generator on whole documents.",
     )

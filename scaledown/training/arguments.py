@@ -156,5 +156,5 @@ def parse_arguments(
     """
     argv = ["--help" if option == HELP_ALL else option for option in (sys.argv[1:] if argv is None else argv)]
     classes = (ModelArguments, DataArguments, ScaleDownTrainingArguments)
-    parser = HfArgumentParser(classes, prog="train.py", usage="%(prog)s [recipe.yaml] [--option value ...]")
+    parser = HfArgumentParser(classes, usage="%(prog)s [recipe.yaml] [--option value ...]")
     return parse_with(parser, argv)

@@ -281,7 +281,6 @@ def show_help(argv: Sequence[str] | None = None) -> None:
         return
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, OwnTrainingOptions),
-        prog="train.py",
         usage="%(prog)s [recipe.yaml] [--option value ...]",
         epilog=f"Every option of transformers.TrainingArguments works too; {HELP_ALL} lists them all.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
