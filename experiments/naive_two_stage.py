@@ -4,13 +4,10 @@ Memory embeddings are random, the projector and the reranking head stay as they 
 """
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from scaledown.training import run
 
-from scaledown import training
-
-build_model = training.build_model
+build_model = run.build_model
 
 
 def build_untrained(*args, **kwargs):
@@ -21,6 +18,6 @@ def build_untrained(*args, **kwargs):
 
 
 if __name__ == "__main__":
-    training.build_model = build_untrained
-    training.choose_slot_pooling = lambda model_args, args: "memory_tokens"
-    sys.exit(training.main())
+    run.build_model = build_untrained
+    run.choose_slot_pooling = lambda model_args, args: "memory_tokens"
+    sys.exit(run.main())

@@ -16,8 +16,6 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from modeling_scaledown import ScaleDownModel
 from scaledown.common.command_line import parse_options, run_command
 from scaledown.common.tables import table

@@ -15,8 +15,6 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from scaledown import ScaleDownModel
 from scaledown.common.command_line import parse_options, run_command
 from scaledown.training.collators import PretrainingCollator

@@ -23,8 +23,6 @@ from transformers import (
     set_seed,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from scaledown.common.command_line import parse_options, run_command
 from scaledown.tools.slots_demo import train_tokenizer
 

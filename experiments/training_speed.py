@@ -20,8 +20,6 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, set_seed
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from scaledown import ScaleDownConfig, ScaleDownModel, ScaleDownProcessor
 from scaledown.common.command_line import parse_options, run_command
 from scaledown.data.records import read_records

@@ -15,8 +15,6 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from scaledown.common.command_line import parse_options, run_command
 from scaledown.common.tables import table
 from scaledown.evaluation.bootstrap import Bootstrap, Estimate

@@ -24,8 +24,6 @@ from statistics import mean
 import torch
 from transformers import AutoModel, ModernBertConfig, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from errors_scaledown import ScaleDownError
 from scaledown import ScaleDownModel
 from scaledown.common.command_line import parse_options, run_command

@@ -24,8 +24,6 @@ from peft import LoraConfig, inject_adapter_in_model
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig, set_seed
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from errors_scaledown import ScaleDownError
 from modeling_scaledown import LORA_DEFAULTS
 from scaledown.benchmark.models import load_shape
