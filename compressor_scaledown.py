@@ -49,6 +49,9 @@ except ImportError:
 
 # Decoder stacks of transformers name their final norm one of these.
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "layer_norm")
+# The forms documents have among the arguments of `forward`: chunks to compress, or what was made of them before.
+CHUNK_INPUTS = ("compressor_input_ids", "compressor_attention_mask", "chunk_slots", "compressor_document_mask")
+COMPRESSED_INPUTS = ("memory_states", "rerank_states", "memory_embeddings", "memory_mask")
 # A question is read once for all its chunks where that saves at least this share of the tokens.
 MIN_SHARED_PREFIX = 0.04
 

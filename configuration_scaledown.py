@@ -37,6 +37,8 @@ except ImportError:
         raise
     from errors_scaledown import ScaleDownError
 
+# Two models in one process may come with different code, so that remote code registers nothing.
+IS_REMOTE_CODE = (__package__ or "").startswith("transformers_modules")
 COMPRESSOR_TYPES = ("n_layers", "modernbert", "llm")
 WEIGHTS_FORMATS = ("full", "delta")
 DEFAULT_RATE = 16
@@ -454,7 +456,7 @@ def truncated_config(config: PreTrainedConfig, num_layers: int) -> PreTrainedCon
     return truncated
 
 
-if not (__package__ or "").startswith("transformers_modules"):  # two models in one process may come with different code
+if not IS_REMOTE_CODE:
     AutoConfig.register("scaledown", ScaleDownConfig, exist_ok=True)
 ScaleDownConfig.register_for_auto_class()
 

@@ -18,4 +18,9 @@ class ScaleDownError(ValueError):
     """What a user can mend: the message says what was found, what was expected, and what to do."""
 
 
-__all__ = ["ScaleDownError"]
+WITHOUT_GENERATOR = (
+    "This model was loaded without its generator; it can compress and rank, not answer or have LoRA layers. Load it "
+    "with the generator for that."
+)
+
+__all__ = ["WITHOUT_GENERATOR", "ScaleDownError"]

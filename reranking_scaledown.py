@@ -44,6 +44,25 @@ def document_scores(
     return lowest.scatter_reduce(0, chunk_to_document.to(lowest.device), reranking_scores.float(), reduce="amax")
 
 
+def scores_by_example(
+    reranking_scores: torch.Tensor, chunks: dict[str, torch.Tensor], documents: list[list[str]]
+) -> list[list[float]]:
+    """
+    Scores the documents of every question by their best chunk.
+
+    Args:
+        reranking_scores (`torch.FloatTensor` of shape `(num_chunks,)`): Scores of chunks.
+        chunks (`dict[str, torch.Tensor]`): What the processor's `encode_documents` returned.
+        documents (`list[list[str]]`): The documents it was given.
+
+    Returns:
+        `list[list[float]]`: One number per document.
+    """
+    num_documents = chunks["document_to_example"].shape[0]
+    scores = iter(document_scores(reranking_scores, chunks["chunk_to_document"], num_documents).tolist())
+    return [[next(scores) for _ in row] for row in documents]
+
+
 def reranking_loss(
     scores: torch.Tensor,
     labels: torch.Tensor,

@@ -11,9 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Weights of the backbones: where they lie, whether they are the right ones, and how they are read and quantised."""
+"""Weights of the backbones: where they lie, whether they are the right ones, and how they are read."""
 
-import copy
 import hashlib
 import json
 import platform
@@ -24,16 +23,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModel, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
-from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils import (
-    CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    cached_file,
-    is_bitsandbytes_available,
-)
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 try:
     from .card_scaledown import HUB_NAME
@@ -48,10 +39,13 @@ except ImportError:
     from errors_scaledown import ScaleDownError
     from gguf_scaledown import gguf_fingerprint, load_gguf
 
-NEVER_QUANTIZED = ("compressor", "lm_head", r".*\.lora_[AB]")
 FINGERPRINT_SAMPLES = 64
+
+
 # Values summed at once, in a copy in 64 bits that stays in a processor's cache.
 CHECKSUM_BLOCK = 1 << 18
+
+
 # Odd and without pattern, so that products tell places apart and lose nothing in 64 bits.
 CHECKSUM_FACTOR = 0x1E3779B97F4A7C15
 
@@ -431,77 +425,3 @@ def split_device_map(device_map: dict) -> tuple[dict, dict]:
         if part != "generator":
             rest[name] = place
     return generator, rest
-
-
-def bitsandbytes_config(
-    load_in_4bit: bool, load_in_8bit: bool, dtype: torch.dtype | str | None
-) -> BitsAndBytesConfig | None:
-    """
-    Settings that quantise the generator's linear layers and nothing of the compressor.
-
-    Args:
-        load_in_4bit, load_in_8bit (`bool`): One of them, or neither.
-        dtype (`torch.dtype` or `str`, *optional*): Of the other weights; multiplications are in 16 bits of this kind.
-
-    Returns:
-        `BitsAndBytesConfig`, or `None` when nothing is to be quantised.
-
-    Raises:
-        ValueError: both are asked for.
-        ImportError: bitsandbytes is not installed.
-    """
-    if not load_in_4bit and not load_in_8bit:
-        return None
-    if load_in_4bit and load_in_8bit:
-        raise ScaleDownError("load_in_4bit and load_in_8bit exclude each other; choose one.")
-    if not is_bitsandbytes_available():
-        raise ImportError(
-            f"load_in_{4 if load_in_4bit else 8}bit needs bitsandbytes: pip install bitsandbytes, or load in 16 bits "
-            "with dtype=torch.bfloat16."
-        )
-    return BitsAndBytesConfig(
-        load_in_4bit=load_in_4bit,
-        load_in_8bit=load_in_8bit,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.float16 if dtype in (torch.float16, "float16") else torch.bfloat16,
-        llm_int8_skip_modules=list(NEVER_QUANTIZED),
-    )
-
-
-def spare_compressor_if_possible(settings: QuantizationConfigMixin | dict) -> QuantizationConfigMixin | dict:
-    """Settings for a generator that is loaded by itself: those that can name the compressor do, for a later load."""
-    try:
-        return spare_compressor(settings)
-    except ScaleDownError:
-        if not isinstance(settings, dict | QuantizationConfigMixin):
-            raise
-        return settings
-
-
-def spare_compressor(settings: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:
-    """
-    Restricts a quantisation to the generator's linear layers.
-
-    Args:
-        settings (`QuantizationConfigMixin` or `dict`): Settings of the quantisation.
-
-    Returns:
-        `QuantizationConfigMixin`: The same, with the compressor, the head and LoRA left out.
-
-    Raises:
-        ValueError: this kind of quantisation cannot leave modules out.
-    """
-    if not isinstance(settings, dict | QuantizationConfigMixin):
-        raise ScaleDownError(
-            f"quantization_config={settings!r} must be settings of a quantisation, such as "
-            "BitsAndBytesConfig(load_in_4bit=True)."
-        )
-    settings = AutoQuantizationConfig.from_dict(settings) if isinstance(settings, dict) else copy.deepcopy(settings)
-    for name in ("modules_to_not_convert", "llm_int8_skip_modules"):
-        if hasattr(settings, name):
-            setattr(settings, name, sorted({*(getattr(settings, name) or ()), *NEVER_QUANTIZED}))
-            return settings
-    raise ScaleDownError(
-        f"{type(settings).__name__} cannot leave the compressor out, which has to keep its precision. Quantise with "
-        'BitsAndBytesConfig or TorchAoConfig, or load a model saved with weights_format="delta".'
-    )

@@ -14,6 +14,8 @@ from scaledown import ScaleDownModel
 from tiny import DOCUMENTS, ENCODERS, GENERATORS, QUESTIONS, SHAPE, build_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
+# The files of code that are saved with a model.
+CODE = {path.name for path in ROOT.glob("*_scaledown.py")}
 # A function for scripts that run in a process of their own, which must know nothing of this repository. The virtual
 # environment may lie in the checkout; what is installed in it is no part of the project.
 ISOLATION_CHECK = f"""

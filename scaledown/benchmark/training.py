@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from modeling_scaledown import CHUNK_INPUTS, ScaleDownModel
+from compressor_scaledown import CHUNK_INPUTS
+from modeling_scaledown import ScaleDownModel
 
 from ..common.devices import find_device, hold_learned_in_32_bits, pick_dtype, wait_for
 from ..common.tables import table

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from configuration_scaledown import DEFAULT_CLOSED_BOOK_PROMPT, DEFAULT_SYSTEM_PROMPT, DEFAULT_USER_PROMPT
-from processing_scaledown import ScaleDownProcessor, _encode_continuations
+from processing_scaledown import ScaleDownProcessor
+from text_scaledown import encode_continuations
 
 DOCUMENT_SEPARATOR = "\n"
 # Control tokens of the chat templates in use, such as <|im_start|>, </s>, [INST], <<SYS>> and <start_of_turn>.
@@ -77,9 +78,7 @@ def encode_texts(processor: ScaleDownProcessor, documents: Sequence[Sequence[str
     Returns:
         Token ids of each question's documents; None where it has none.
     """
-    joined = _encode_continuations(
-        processor.tokenizer, [processor.document_separator.join(d) or "-" for d in documents]
-    )
+    joined = encode_continuations(processor.tokenizer, [processor.document_separator.join(d) or "-" for d in documents])
     return [ids if listed else None for ids, listed in zip(joined, documents, strict=True)]
 
 
@@ -99,7 +98,7 @@ def text_prompts(
     frames = {closed: processor.prompt_frame(closed) for closed in {body is None for body in bodies}}
     asked = [frames[body is None][3] + query for body, query in zip(bodies, queries, strict=True)]
     prompts = []
-    for body, question in zip(bodies, _encode_continuations(processor.tokenizer, asked), strict=True):
+    for body, question in zip(bodies, encode_continuations(processor.tokenizer, asked), strict=True):
         before, between, after, _ = frames[body is None]
         prompts.append([*before, *(body or []), *between, *question, *after])
     return prompts

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from card_scaledown import CARD_NAME, HUB_NAME, is_rendered
+from checkpoint_scaledown import render_card
 from configuration_scaledown import ScaleDownConfig
 from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
@@ -46,7 +47,7 @@ def update_card(folder: str | Path, metrics: dict[str, Any]) -> None:
         model = ScaleDownModel(config)
     model.name_or_path, model._card_fields = str(folder), None  # those of the card beside the weights
     model.card_fields = {**model.card_fields, **merge_results(model.card_fields, metrics)}
-    model._write_card(Path(folder), config.weights_format)
+    render_card(model, Path(folder), config.weights_format)
 
 
 def merge_results(fields: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:

@@ -21,10 +21,13 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from compressor_scaledown import CHUNK_INPUTS
 from errors_scaledown import ScaleDownError
-from modeling_scaledown import CHUNK_INPUTS, ScaleDownModel
-from processing_scaledown import ScaleDownProcessor, _encode_as_text, _encode_continuations, _pad
-from reranking_scaledown import document_scores, select_chunks, slots_by_document
+from modeling_scaledown import ScaleDownModel
+from processing_scaledown import ScaleDownProcessor
+from prompt_scaledown import pad
+from reranking_scaledown import scores_by_example, select_chunks, slots_by_document
+from text_scaledown import encode_as_text, encode_continuations, padding_id
 
 from ..common.devices import wait_for
 from ..common.prompts import encode_texts, text_prompts
@@ -144,7 +147,7 @@ class CompressedSystem:
             found = self._model.get_memory_embeddings(**inputs, batch_size=self._model.chunks_per_pass)
             memory, mask = found.memory_embeddings, found.memory_mask
             if found.reranking_scores is not None:
-                scores = _scores_by_example(found.reranking_scores.cpu(), chunks, documents)
+                scores = scores_by_example(found.reranking_scores.cpu(), chunks, documents)
             if self._memory == "random":
                 memory = self._randomized(memory, mask, chunks, examples)
             if self._selection:
@@ -243,9 +246,7 @@ class TextSystem:
     def answer(self, examples: Sequence[Example]) -> list[Answer]:
         """See `System.answer`."""
         prompts = self.prompts(examples)
-        pad = self.processor.tokenizer.pad_token_id
-        pad = self.processor.tokenizer.eos_token_id if pad is None else pad
-        input_ids, attention_mask = _pad(prompts, pad, side="left")
+        input_ids, attention_mask = pad(prompts, padding_id(self.processor.tokenizer), side="left")
         device = self._generator.device
         with _without_adapters(self._generator) if self._adapters_off else nullcontext():
             sequences = self._generator.generate(
@@ -262,7 +263,7 @@ class TextSystem:
         tokenizer, separator = self.processor.tokenizer, self.processor.document_separator
         if self.name == "full_text":
             return encode_texts(self.processor, [example.documents for example in examples])
-        between = _encode_continuations(tokenizer, [separator])[0]
+        between = encode_continuations(tokenizer, [separator])[0]
         bodies: list[list[int] | None] = []
         for example in examples:
             if not example.documents:
@@ -272,7 +273,7 @@ class TextSystem:
             slots = torch.zeros(len(example.documents), dtype=torch.long)
             slots.index_add_(0, budget["chunk_to_document"], budget["chunk_slots"])
             body: list[int] = []
-            for place, ids in enumerate(_encode_as_text(tokenizer, example.documents)):
+            for place, ids in enumerate(encode_as_text(tokenizer, example.documents)):
                 body += [*(between if place else []), *ids[: int(slots[place])]]
             bodies.append(body)
         return bodies
@@ -383,14 +384,6 @@ def _chunk_counts(
     owner = chunks["document_to_example"][chunks["chunk_to_document"]]
     sums = torch.zeros(num_examples, 2, dtype=torch.long).index_add_(0, owner, columns.long())
     return [tuple(row) for row in sums.tolist()]
-
-
-def _scores_by_example(
-    chunk_scores: torch.Tensor, chunks: dict[str, torch.Tensor], documents: Sequence[Sequence[str]]
-) -> list[list[float]]:
-    count = chunks["document_to_example"].shape[0]
-    scores = iter(document_scores(chunk_scores, chunks["chunk_to_document"], count).tolist())
-    return [[next(scores) for _ in listed] for listed in documents]
 
 
 def _written(new: torch.Tensor, generation_config: GenerationConfig) -> list[int]:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from errors_scaledown import ScaleDownError
-from processing_scaledown import IGNORE_INDEX, ScaleDownProcessor
+from processing_scaledown import ScaleDownProcessor
+from prompt_scaledown import IGNORE_INDEX
 
 from ..data.records import answers_of
 

@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from modeling_scaledown import CHUNK_INPUTS, ScaleDownModel
+from compressor_scaledown import CHUNK_INPUTS
+from modeling_scaledown import ScaleDownModel
 from processing_scaledown import ScaleDownProcessor
 
 from .cache import (

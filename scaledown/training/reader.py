@@ -17,8 +17,11 @@ from peft.utils import load_peft_weights
 from transformers import PreTrainedModel, Trainer
 
 from errors_scaledown import ScaleDownError
-from modeling_scaledown import LORA_DEFAULTS, ScaleDownModel
-from processing_scaledown import IGNORE_INDEX, ScaleDownProcessor, _pad
+from lora_scaledown import LORA_DEFAULTS
+from modeling_scaledown import ScaleDownModel
+from processing_scaledown import ScaleDownProcessor
+from prompt_scaledown import IGNORE_INDEX, pad
+from text_scaledown import padding_id
 
 from ..common.prompts import encode_texts, text_prompts
 from ..data.records import answers_of
@@ -64,12 +67,10 @@ class ReaderCollator:
                     f"The record {record.get('id')} needs {len(prompt)} tokens for its prompt and {len(answer)} for "
                     f"its answer; the generator reads {limit}. Leave out the record, or some of its documents."
                 )
-        tokenizer = self.processor.tokenizer
-        pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
         learned = [[IGNORE_INDEX] * len(prompt) + answer for prompt, answer in zip(prompts, answers, strict=True)]
-        input_ids, attention_mask = _pad(rows, pad_id, side="left")  # (batch, length)
-        labels, _ = _pad(learned, IGNORE_INDEX, side="left")
+        input_ids, attention_mask = pad(rows, padding_id(self.processor.tokenizer), side="left")  # (batch, length)
+        labels, _ = pad(learned, IGNORE_INDEX, side="left")
         kept = num_answer_positions(labels)
         return {
             "input_ids": input_ids,

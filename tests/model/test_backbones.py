@@ -429,7 +429,7 @@ import json, resource, sys, threading, time
 
 sys.path[:0] = [sys.argv[1]]
 import safetensors, torch
-import modeling_scaledown, weights_scaledown
+import backbones_scaledown, weights_scaledown
 from scaledown import ScaleDownModel
 
 
@@ -448,7 +448,7 @@ def counted(path, *args, **kwargs):
 
 
 weights_scaledown.safe_open = counted
-first_layers = modeling_scaledown.load_first_layers
+first_layers = backbones_scaledown.load_first_layers
 
 
 def phase(*args, **kwargs):
@@ -459,7 +459,7 @@ def phase(*args, **kwargs):
         now[0] = None
 
 
-modeling_scaledown.load_first_layers = phase
+backbones_scaledown.load_first_layers = phase
 
 start, peak, done = anonymous(), [0], threading.Event()
 

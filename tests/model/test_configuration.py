@@ -9,7 +9,7 @@ from transformers import AutoConfig, LlamaConfig, RobertaConfig
 
 import configuration_scaledown
 from configuration_scaledown import truncated_config
-from modeling_scaledown import LORA_DEFAULTS
+from lora_scaledown import LORA_DEFAULTS
 from scaledown import ScaleDownConfig, ScaleDownModel, ScaleDownProcessor
 from tiny import ENCODERS, GENERATORS, build_config, build_model
 

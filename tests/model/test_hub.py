@@ -15,25 +15,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 
-from folders import ISOLATION_CHECK, ROOT, SETTINGS, save_generator
+from folders import CODE, ISOLATION_CHECK, ROOT, SETTINGS, save_generator
 from hub_standin import HubStandIn
 from tiny import DOCUMENTS, QUESTIONS, build_model
 
-CODE = {
-    "answering_scaledown.py",
-    "card_scaledown.py",
-    "compressor_scaledown.py",
-    "configuration_scaledown.py",
-    "conversation_scaledown.py",
-    "errors_scaledown.py",
-    "gguf_scaledown.py",
-    "kinds_scaledown.py",
-    "modeling_scaledown.py",
-    "processing_scaledown.py",
-    "reranking_scaledown.py",
-    "shortcuts_scaledown.py",
-    "weights_scaledown.py",
-}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 PUSHED = (
     CODE

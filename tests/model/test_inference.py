@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from modeling_scaledown import CompressionCache, pass_sizes
+from compression_scaledown import CompressionCache, pass_sizes
 from reranking_scaledown import select_documents
 from shortcuts_scaledown import CACHE_NAME
 from tiny import DOCUMENTS, QUESTIONS, build_model, randomize_lora
@@ -46,7 +46,7 @@ def test_chunks_are_compressed_by_length_and_come_back_in_order(any_model, monke
             if name not in ("chunk_to_document", "document_to_example")
         }
     )
-    monkeypatch.setattr("modeling_scaledown.LARGE_PASS", {"cpu": 1})
+    monkeypatch.setattr("compression_scaledown.LARGE_PASS", {"cpu": 1})
     seen = []
 
     def watch(module, inputs):
@@ -155,7 +155,7 @@ def test_optimizing_merges_lora_and_changes_no_answer():
 def test_decoding_that_compiles_has_a_static_cache_and_the_same_answers(monkeypatch):
     model = build_model("n_layers")
     answers = model.answer(QUESTIONS, DOCUMENTS, **WRITING)
-    monkeypatch.setattr("modeling_scaledown.COMPILING_DEVICES", ("cpu",))
+    monkeypatch.setattr("generation_scaledown.COMPILING_DEVICES", ("cpu",))
     model.optimize_for_inference(compile=True)
     assert model.answer(QUESTIONS, DOCUMENTS, **WRITING) == answers
     batch = model.processor(QUESTIONS, DOCUMENTS)
@@ -182,7 +182,7 @@ def test_where_decoding_cannot_be_compiled_nothing_changes(monkeypatch, caplog):
     model = build_model("n_layers")
     assert not model.optimize_for_inference(compile=True).compiles_decoding
     assert "works on cuda and xpu, and the model is on cpu" in caplog.text
-    monkeypatch.setattr("modeling_scaledown.COMPILING_DEVICES", ("cpu",))
+    monkeypatch.setattr("generation_scaledown.COMPILING_DEVICES", ("cpu",))
     model.hf_device_map = {"compressor": "cpu", "generator": "disk"}
     assert not model.optimize_for_inference(compile=True).compiles_decoding
     assert "parts of the model are offloaded" in caplog.text

@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from configuration_scaledown import DEFAULT_SYSTEM_PROMPT, DEFAULT_USER_PROMPT
-from processing_scaledown import _control_ids, _encode_without_added_tokens, _split_evenly
+from processing_scaledown import _split_evenly
 from scaledown import ScaleDownProcessor
+from text_scaledown import _encode_without_added_tokens, control_ids
 from tiny import ANSWERS, CHAT_TEMPLATE, DOCUMENTS, QUESTIONS, build_config, build_tokenizer
 from tiny_tokenizers import build_unigram, build_wordpiece
 
@@ -549,7 +550,7 @@ def test_the_careful_way_of_encoding_agrees_with_the_usual_one(family):
     text = "Two rivers, one  source; who named them? river [SE]P ünknown"
     for tokenizer in (family.tokenizer, family.compressor_tokenizer):
         usual = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert _encode_without_added_tokens(tokenizer, text, _control_ids(tokenizer)) == usual
+        assert _encode_without_added_tokens(tokenizer, text, control_ids(tokenizer)) == usual
 
 
 HARMLESS_BRACES = ["{question}", "{documents}", "{{ bos_token }}", "{% for x in y %}", "{0} {} %s $A \\1", "{"]

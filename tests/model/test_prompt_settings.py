@@ -5,7 +5,8 @@ import datetime
 import pytest
 import torch
 
-import processing_scaledown
+import prompt_scaledown
+import text_scaledown
 from scaledown import ScaleDownConfig, ScaleDownModel, ScaleDownProcessor
 from tiny import CHAT_TEMPLATE, DOCUMENTS, QUESTIONS, build_config, build_model, build_tokenizer
 from tiny_tokenizers import build_wordpiece
@@ -27,7 +28,7 @@ def on(monkeypatch, day: str):
         def today(cls):
             return cls.fromisoformat(day)
 
-    monkeypatch.setattr(processing_scaledown.datetime, "date", Date)
+    monkeypatch.setattr(prompt_scaledown.datetime, "date", Date)
 
 
 def prompt_of(processor: ScaleDownProcessor) -> str:
@@ -85,7 +86,7 @@ def test_wrong_settings_of_the_template_are_refused(settings, message, tokenizer
 
 def test_a_document_the_compressor_cannot_read_is_told(monkeypatch):
     warnings = []
-    monkeypatch.setattr(processing_scaledown.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(text_scaledown.logger, "warning_once", warnings.append)
     config = build_config("n_layers", max_query_length=200)
     wordpiece = build_wordpiece()
     wordpiece.unk_token = "[UNK]"

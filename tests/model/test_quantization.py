@@ -13,7 +13,7 @@ from transformers import (
     TrainingArguments,
 )
 
-import weights_scaledown
+import quantization_scaledown
 from folders import assert_same_outputs, from_backbones, load_silently, outputs, save_encoder, save_generator
 from scaledown import ScaleDownModel
 from scaledown.evaluation.arguments import EvaluationArguments
@@ -78,7 +78,7 @@ def assert_quantized(model, bits):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_without_bitsandbytes_the_error_says_what_to_install(bits, generator, tmp_path, monkeypatch):
     built(generator).save_pretrained(tmp_path)
-    monkeypatch.setattr(weights_scaledown, "is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr(quantization_scaledown, "is_bitsandbytes_available", lambda: False)
     message = rf"load_in_{bits}bit needs bitsandbytes: pip install bitsandbytes"
     with pytest.raises(ImportError, match=message):
         built(generator, bits)
@@ -132,7 +132,7 @@ def test_from_pretrained(weights_format, lora, bits, generator, tmp_path):
 
 def test_other_quantisations_leave_the_compressor_out_too():
     settings = FineGrainedFP8Config(modules_to_not_convert=["o_proj"])
-    spared = weights_scaledown.spare_compressor(settings).modules_to_not_convert
+    spared = quantization_scaledown.spare_compressor(settings).modules_to_not_convert
     assert {"o_proj", "compressor", "lm_head"} < set(spared)
     assert settings.modules_to_not_convert == ["o_proj"]
 

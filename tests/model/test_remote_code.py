@@ -14,24 +14,8 @@ import torch
 from safetensors.torch import load_file
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
-from folders import ISOLATION_CHECK, ROOT, from_backbones, outputs, save_backbones
+from folders import CODE, ISOLATION_CHECK, ROOT, from_backbones, outputs, save_backbones
 from tiny import DOCUMENTS, QUESTIONS, build_model, randomize_lora
-
-CODE = (
-    "answering_scaledown.py",
-    "card_scaledown.py",
-    "compressor_scaledown.py",
-    "configuration_scaledown.py",
-    "conversation_scaledown.py",
-    "errors_scaledown.py",
-    "gguf_scaledown.py",
-    "kinds_scaledown.py",
-    "modeling_scaledown.py",
-    "processing_scaledown.py",
-    "reranking_scaledown.py",
-    "shortcuts_scaledown.py",
-    "weights_scaledown.py",
-)
 
 # Goes before every script below.
 PREAMBLE = f"""
@@ -98,7 +82,7 @@ def assert_same(file: Path, expected: dict):
 # -- the files ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CODE)
+@pytest.mark.parametrize("name", sorted(CODE))
 def test_imports_of_the_files_that_travel(name):
     tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
     guarded = {node for outer in ast.walk(tree) if isinstance(outer, ast.Try) for node in ast.walk(outer)}
@@ -116,7 +100,7 @@ def test_imports_of_the_files_that_travel(name):
         assert packages <= allowed | (own | {"gguf", "jinja2", "peft"} if node in guarded else set()), ast.unparse(node)
 
 
-@pytest.mark.parametrize("name", CODE)
+@pytest.mark.parametrize("name", sorted(CODE))
 def test_transformers_own_scanner_agrees(name):
     """It is a regular expression that docstrings can mislead; what it finds must be installed at the user's."""
     assert set(get_imports(ROOT / name)) - set(sys.stdlib_module_names) <= {

@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from card_scaledown import write_card
 from folders import (
+    CODE,
     assert_same_outputs,
     files,
     from_backbones,
@@ -30,21 +31,6 @@ from scaledown import ScaleDownModel, ScaleDownProcessor
 from tiny import ANSWERS, DOCUMENTS, ENCODERS, GENERATORS, QUESTIONS, build_model, build_tokenizer, randomize_lora
 
 KINDS = ("n_layers", "modernbert", "llm")
-CODE = {
-    "answering_scaledown.py",
-    "card_scaledown.py",
-    "compressor_scaledown.py",
-    "configuration_scaledown.py",
-    "conversation_scaledown.py",
-    "errors_scaledown.py",
-    "gguf_scaledown.py",
-    "kinds_scaledown.py",
-    "modeling_scaledown.py",
-    "processing_scaledown.py",
-    "reranking_scaledown.py",
-    "shortcuts_scaledown.py",
-    "weights_scaledown.py",
-}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 SAVED = (
     CODE
@@ -453,7 +439,7 @@ def test_delta_takes_a_generator_in_another_type(dtype, backbones, tmp_path):
 def test_a_delta_whose_generator_moved_is_told_where_it_is(backbones, tmp_path, caplog):
     generator = shutil.copytree(backbones["n_layers"][0], tmp_path / "generator")
     model = from_backbones((generator, None))
-    logger = logging.getLogger("modeling_scaledown")
+    logger = logging.getLogger("checkpoint_scaledown")
     logger.addHandler(caplog.handler)
     model.save_pretrained(tmp_path / "delta", weights_format="delta")
     logger.removeHandler(caplog.handler)

@@ -7,28 +7,12 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from folders import ROOT, SETTINGS, save_generator
+from folders import CODE, ROOT, SETTINGS, save_generator
 from scaledown import ScaleDownModel
 from scaledown.common.metrics import exact_match
 from scaledown.tools.embed import MAX_BYTES, embed
 from scaledown.world.world import World
 from tiny import build_model
-
-CODE = (
-    "answering_scaledown.py",
-    "card_scaledown.py",
-    "compressor_scaledown.py",
-    "configuration_scaledown.py",
-    "conversation_scaledown.py",
-    "errors_scaledown.py",
-    "gguf_scaledown.py",
-    "kinds_scaledown.py",
-    "modeling_scaledown.py",
-    "processing_scaledown.py",
-    "reranking_scaledown.py",
-    "shortcuts_scaledown.py",
-    "weights_scaledown.py",
-)
 
 
 @pytest.fixture

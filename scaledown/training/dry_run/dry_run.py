@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
+from backbones_scaledown import check_compressor, check_generator
+from compressor_scaledown import CHUNK_INPUTS
 from configuration_scaledown import ScaleDownConfig
 from errors_scaledown import ScaleDownError
 from gguf_scaledown import read_config
-from kinds_scaledown import check_compressor, check_generator
-from modeling_scaledown import CHUNK_INPUTS, ScaleDownModel
+from modeling_scaledown import ScaleDownModel
 from processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor
 
 from ...common.devices import load_model

@@ -1,0 +1,192 @@
+# Copyright 2026 The ScaleDown authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""LoRA layers in the generator: adding, merging and loading them, and what learns besides."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+try:
+    from .errors_scaledown import WITHOUT_GENERATOR, ScaleDownError
+    from .quantization_scaledown import is_quantized
+    from .weights_scaledown import checkpoint_index, execution_device, is_offloaded, read_tensors
+except ImportError:
+    if __package__:  # loaded as remote code: the failure is real
+        raise
+    from errors_scaledown import WITHOUT_GENERATOR, ScaleDownError
+    from quantization_scaledown import is_quantized
+    from weights_scaledown import checkpoint_index, execution_device, is_offloaded, read_tensors
+
+LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": "all-linear"}
+
+
+class LoraMixin:
+    """LoRA layers in the generator of a `ScaleDownModel`."""
+
+    def add_lora(self, **lora_kwargs):
+        """
+        Adds trainable LoRA layers to the generator.
+
+        Args:
+            lora_kwargs: Arguments of `peft.LoraConfig` over the defaults r=16, lora_alpha=32, lora_dropout=0.1, all
+                linear layers (OSCAR, table 7).
+
+        Raises:
+            ImportError: peft is not installed.
+            ValueError: the generator has LoRA layers already, its own weights would be trained, it is offloaded, or
+                there is none.
+        """
+        if self.generator is None:
+            raise ScaleDownError(WITHOUT_GENERATOR)
+        if self.config.lora_config is not None:
+            raise ScaleDownError("The generator has LoRA layers already; call merge_lora() before adding new ones.")
+        if is_offloaded(self.generator):
+            raise ScaleDownError(
+                "The generator is offloaded, and layers that learn must not be. Load it without offloading, quantised "
+                "if it is too large: load_in_4bit=True."
+            )
+        if lora_kwargs.get("modules_to_save") or lora_kwargs.get("bias", "none") != "none":
+            raise ScaleDownError(
+                "modules_to_save and bias would train the generator's own weights, which stay frozen here; leave them "
+                "out and name linear layers in target_modules."
+            )
+        settings = {**LORA_DEFAULTS, **lora_kwargs}
+        for name, value in settings.items():
+            if isinstance(value, set | frozenset):  # which JSON does not know
+                settings[name] = sorted(value)
+        inject_lora(self.generator, settings)
+        self.generator.train(self.generator.training)  # the new layers start in training mode
+        self.config.lora_config = settings
+        freeze(self)
+
+    @torch.no_grad()
+    def merge_lora(self):
+        """
+        Adds the LoRA weights into the generator's own, for inference at full speed; nothing is left of LoRA.
+
+        Raises:
+            ValueError: the generator is quantised, so that most of what LoRA learned would be rounded away, it is
+                offloaded, or there is none.
+        """
+        if self.config.lora_config is None:
+            return
+        if self.generator is None:
+            raise ScaleDownError(WITHOUT_GENERATOR)
+        if is_quantized(self.generator):
+            raise ScaleDownError(
+                "LoRA cannot be merged into a quantised generator without rounding away what it learned. Save the "
+                'model with weights_format="delta", load that without load_in_4bit or load_in_8bit, and merge there.'
+            )
+        if is_offloaded(self.generator):
+            raise ScaleDownError(
+                "LoRA cannot be merged into a generator whose weights are offloaded: they are on no device between "
+                "calls. Load the model without offloading, merge and save it, and load that with offloading."
+            )
+        for name, module in list(self.generator.named_modules()):
+            if hasattr(module, "lora_A") and hasattr(module, "merge"):
+                module.merge(safe_merge=True)
+                parent, _, child = name.rpartition(".")
+                setattr(self.generator.get_submodule(parent), child, module.get_base_layer())
+        if hasattr(self.generator, "peft_config"):
+            del self.generator.peft_config
+        self.config.lora_config = None
+        # From here on the generator is no longer the one of its repository.
+        self.config.weights_format = "full"
+        self.config.generator_fingerprint = None
+
+
+def inject_lora(generator: PreTrainedModel, settings: dict):
+    """
+    Puts LoRA layers into a generator, which start as 0.
+
+    Args:
+        generator (`PreTrainedModel`): A causal language model.
+        settings (`dict`): Arguments of `peft.LoraConfig`.
+
+    Raises:
+        ImportError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError(
+            "LoRA layers in the generator need peft: pip install peft. (A model saved after merge_lora() does not.)"
+        ) from error
+    inject_adapter_in_model(LoraConfig(**settings), generator)
+    for name, parameter in generator.named_parameters():
+        if "lora_" in name:
+            # PEFT initialised them; transformers' own initialisation would undo that the new layers start as 0.
+            parameter._is_hf_initialized = True
+
+
+def freeze(model: PreTrainedModel):
+    """
+    Lets learn what may: LoRA and the compressor, but not what only a backbone that was left out would read.
+
+    Args:
+        model (`ScaleDownModel`): The model.
+    """
+    if model.generator is not None:
+        for name, parameter in model.generator.named_parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_("lora_" in name)
+    if model.compressor.backbone is None:  # what the backbone read is in the cached states already
+        for parameter in (model.compressor.memory_embeddings, model.compressor.rerank_embedding):
+            if parameter is not None:
+                parameter.requires_grad_(False)
+
+
+def load_lora(model: PreTrainedModel, name_or_path: str, hub: dict):
+    """
+    Adds LoRA layers to a generator that was loaded without, and fills them.
+
+    Args:
+        model (`ScaleDownModel`): The model; its configuration says which layers.
+        name_or_path (`str`): Hub name or folder of the checkpoint.
+        hub (`dict`): As in `pin_revision`.
+
+    Raises:
+        ScaleDownError: as in `check_lora`.
+    """
+    inject_lora(model.generator, model.config.lora_config)
+    for name, tensor in read_tensors(name_or_path, check_lora(model, name_or_path, hub), hub).items():
+        # Beside quantised layers PEFT makes 16-bit ones, which would round what was trained in 32.
+        layer, _, own = name.rpartition(".")
+        device = execution_device(model.get_submodule(name.split(".lora_")[0]))  # which may fetch its own weights
+        setattr(model.get_submodule(layer), own, nn.Parameter(tensor.to(device, model.dtype)))
+
+
+def check_lora(model: PreTrainedModel, name_or_path: str, hub: dict) -> dict[str, str]:
+    """
+    Finds the LoRA weights of a checkpoint; transformers does not report it when they are missing.
+
+    Args:
+        model, name_or_path, hub: As in `load_lora`.
+
+    Returns:
+        `dict[str, str]`: File of each tensor; empty where the model has no LoRA.
+
+    Raises:
+        ScaleDownError: the checkpoint does not hold the tensors that the configuration asks for.
+    """
+    if model.config.lora_config is None or model.generator is None:
+        return {}
+    found = {name: file for name, file in checkpoint_index(name_or_path, **hub).items() if "lora_" in name}
+    expected = {f"generator.{name}" for name, _ in model.generator.named_parameters() if "lora_" in name}
+    if set(found) != expected:
+        raise ScaleDownError(
+            f"{name_or_path} holds {len(found)} LoRA tensors, lora_config asks for {len(expected)}. Restore the "
+            "checkpoint's own lora_config; where it has none, call add_lora() after loading."
+        )
+    return found
