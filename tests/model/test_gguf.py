@@ -124,6 +124,7 @@ def test_a_delta_refuses_a_file_with_other_weights(llama, folder, tmp_path):
         ScaleDownModel.from_pretrained(str(tmp_path / "delta"), generator_name_or_path=str(tmp_path / NAME))
 
 
+@pytest.mark.slow
 def test_train_py_takes_a_gguf_file(folder, tmp_path):
     rows = [{"query": q, "documents": d, "answer": "a heron"} for q, d in zip(QUESTIONS, DOCUMENTS, strict=True)]
     settings = {

@@ -41,8 +41,15 @@ def assert_same(model: ScaleDownModel, expected: dict):
             assert value == expected[name], name
 
 
-@pytest.mark.parametrize("kind", ["n_layers", "modernbert"])
-@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.parametrize(
+    ("where", "kind"),
+    [
+        ("cpu", "n_layers"),
+        ("disk", "modernbert"),
+        pytest.param("cpu", "modernbert", marks=pytest.mark.slow),
+        pytest.param("disk", "n_layers", marks=pytest.mark.slow),
+    ],
+)
 def test_a_model_offloaded_by_accelerate(kind, where, tmp_path):
     model = randomize_lora(build_model(kind, lora=True))
     expected = results(model)
