@@ -1,7 +1,7 @@
-# The embedded model from nothing, and comparisons on its world. Stopped, the same command goes on behind the last step.
+# The embedded model from scratch, and comparisons on its world. After a stop, the same command resumes after the last step.
 E := runs/embedded
 SHORT := --num_facts 3 --plain true
-# On two cores with bfloat16 and a C++ compiler it saves a third of the generator's time.
+# Saves a third of the generator's training time; requires bfloat16 and a C++ compiler. `FAST=` avoids both.
 FAST ?= --bf16 true --torch_compile true
 PY := $(BIN)/python
 TRAIN = $(PY) train.py recipes/embedded-$(1).yaml --output_dir $(@D)
@@ -13,7 +13,7 @@ define ON_GENERATOR
 endef
 NEXT = $(call TRAIN,n-layers) --model_name_or_path $(<D) --train_file $(E)/lesson-$(1)/train.jsonl $(call RATE,$(2))
 LISTS := --max_answer_length 48
-TOLD_BY_NAME := --two_hops 0 --alike 1 --same_facts true $(SHORT)
+BY_NAME_ALONE := --two_hops 0 --alike 1 --same_facts true $(SHORT)
 SHORT_LESSON := --per_device_train_batch_size 64 --compression_rate 4
 RESULT := all_results.json
 READY := | $(VENV)/.installed
@@ -26,7 +26,7 @@ embedded: $(E)/model/$(RESULT)
 		--group_by answer_kind,hops --max_new_tokens 8 --batch_size 25 --update_card true
 	$(PY) -m scaledown.tools.embed --model $(E)/model
 
-# Records. test.jsonl is written last.
+# Records. A lesson's test.jsonl is written last, so it marks the lesson as complete.
 $(E)/lesson-1/test.jsonl: OPTIONS = --num_train 60000 --num_documents 1 --two_hops 0 $(SHORT)
 $(E)/lesson-2/test.jsonl: OPTIONS = --num_train 30000 --num_documents 2 --two_hops 0 $(SHORT)
 $(E)/lesson-3/test.jsonl: OPTIONS = --num_train 28000 --num_documents 1 --two_hops 0
@@ -41,9 +41,9 @@ $(E)/lesson-13/test.jsonl: OPTIONS = --num_train 100000 --num_documents 5 --two_
 $(E)/lesson-repeats/test.jsonl: OPTIONS = --num_train 60000 --num_documents 1 --two_hops 0 --repeats 0.5 $(SHORT)
 $(E)/lesson-14/test.jsonl: OPTIONS = --num_train 14000 --num_documents 5 --two_hops 0.35 --alike 0.3 --seed 7
 $(E)/lesson-16/test.jsonl: OPTIONS = --num_train 40000 --num_documents 5 --two_hops 0.25 --alike 0.5 --seed 8 --mixed_names 0.7
-$(E)/lesson-names/test.jsonl: OPTIONS = --num_train 32000 --num_documents 2 --seed 11 $(TOLD_BY_NAME)
-$(E)/lesson-mixed-names/test.jsonl: OPTIONS = --num_train 32000 --num_documents 2 --seed 12 $(TOLD_BY_NAME) --mixed_names 0.5
-$(E)/lesson-four-names/test.jsonl: OPTIONS = --num_train 24000 --num_documents 4 --seed 13 $(TOLD_BY_NAME) --mixed_names 0.5
+$(E)/lesson-names/test.jsonl: OPTIONS = --num_train 32000 --num_documents 2 --seed 11 $(BY_NAME_ALONE)
+$(E)/lesson-mixed-names/test.jsonl: OPTIONS = --num_train 32000 --num_documents 2 --seed 12 $(BY_NAME_ALONE) --mixed_names 0.5
+$(E)/lesson-four-names/test.jsonl: OPTIONS = --num_train 24000 --num_documents 4 --seed 13 $(BY_NAME_ALONE) --mixed_names 0.5
 $(E)/lesson-two-long/test.jsonl: OPTIONS = --num_train 24000 --num_documents 2 --two_hops 0 --alike 0.6 --seed 14 --mixed_names 0.5
 $(E)/lesson-five-long/test.jsonl: OPTIONS = --num_train 32000 --two_hops 0 --alike 0.3 --seed 15 --mixed_names 0.5
 $(E)/lesson-%/test.jsonl: $(READY)
@@ -52,7 +52,7 @@ $(E)/lesson-%/test.jsonl: $(READY)
 $(E)/world/test.jsonl: $(READY)
 	$(PY) -m scaledown.world.world --output $(@D)
 
-# The generator: twelve lessons, then more of them.
+# The generator: twelve lessons, then further ones.
 $(E)/generator/.done: $(READY)
 	$(PY) -m scaledown.world.generator --output $(@D) --num_lessons 12
 	touch $@
@@ -66,7 +66,7 @@ $(E)/generator-%/.done:
 	$(PY) -m scaledown.world.generator --output $(@D) --num_lessons $* $(FAST)
 	touch $@
 
-# ScaleDown on top of it: lessons 1 to 6, and more of them on generators that learned more.
+# ScaleDown on that generator: lessons 1 to 6, then further ones on generators with more lessons.
 $(E)/model-1/$(RESULT): $(E)/generator/.done $(E)/lesson-1/test.jsonl
 	$(call TRAIN,first-lesson)
 
@@ -91,7 +91,7 @@ $(E)/model-7/$(RESULT): $(E)/model-6/$(RESULT) $(E)/generator-13/.done $(E)/less
 $(E)/model-8/$(RESULT): $(E)/model-7/$(RESULT) $(E)/generator-14/.done $(E)/lesson-8/test.jsonl
 	$(call ON_GENERATOR,14) --train_file $(E)/lesson-8/train.jsonl --max_steps 1700
 
-# Which passage answers a second hop cannot be told from the question: scores of such contexts teach little.
+# The question does not reveal which passage answers the second hop: scores of such contexts teach little.
 $(E)/model-9/$(RESULT): $(E)/model-8/$(RESULT) $(E)/generator-16/.done $(E)/lesson-9/test.jsonl
 	$(call ON_GENERATOR,16) --train_file $(E)/lesson-9/train.jsonl --max_steps 1200 \
 		--per_device_train_batch_size 64 --reranking_loss_weight 0.1
@@ -99,7 +99,7 @@ $(E)/model-9/$(RESULT): $(E)/model-8/$(RESULT) $(E)/generator-16/.done $(E)/less
 $(E)/model-10/$(RESULT): $(E)/model-9/$(RESULT) $(E)/lesson-10/test.jsonl
 	$(call NEXT,10,1e-3) --max_steps 1050 --reranking_loss_weight 0.25
 
-# Names in slots, where nothing else tells which passage to read; then questions that need them, then long passages.
+# Names in slots that alone decide which passage to read; then questions that need them, then long passages.
 $(E)/model-11/$(RESULT): $(E)/model-10/$(RESULT) $(E)/lesson-11/test.jsonl
 	$(call NEXT,11,8e-4) $(LISTS) --max_steps 1750 --reranking_loss_weight 0.1 $(SHORT_LESSON)
 
@@ -109,19 +109,19 @@ $(E)/model-12/$(RESULT): $(E)/model-11/$(RESULT) $(E)/lesson-12/test.jsonl
 $(E)/model-13/$(RESULT): $(E)/model-12/$(RESULT) $(E)/lesson-13/test.jsonl
 	$(call NEXT,13,8e-4) $(LISTS) --max_steps 2200 --reranking_loss_weight 0.25 --compression_rate 16
 
-# Ends of lists stood where the questions of longer prompts stand: no lists, and prompts as long as those of 20 passages.
+# Lists ended at positions where longer prompts have questions: so no lists, and prompts as long as with 20 passages.
 $(E)/model-14/$(RESULT): $(E)/model-13/$(RESULT) $(E)/lesson-14/test.jsonl
 	$(call NEXT,14,4e-4) --max_steps 180 --reranking_loss_weight 0.25 --compression_rate 4
 
 $(E)/model-15/$(RESULT): $(E)/model-14/$(RESULT) $(E)/lesson-14/test.jsonl
 	$(call NEXT,14,3e-4) --max_steps 180 --reranking_loss_weight 0.25 --compression_rate 16 --seed 1
 
-# Names of books and ships were known by heart: they are called in more ways than can be learned so.
+# Names of books and ships were memorized: now they have too many names for that.
 $(E)/model/$(RESULT): $(E)/model-15/$(RESULT) $(E)/lesson-16/test.jsonl
 	$(call NEXT,16,8e-4) --max_steps 1200 --reranking_loss_weight 0.25 --compression_rate 16 --seed 2
 
 # A second model, with an encoder as the compressor, on the generator of the checkpoint in the repository's root. First
-# every token gets a slot, then ever more tokens share one, then passages are told apart.
+# every token gets a slot, then more and more tokens share one, then passages are distinguished by name.
 EM := $(E)/encoder-model
 LESSON = $(call TRAIN,lesson) --model_name_or_path $(<D) --train_file $(E)/lesson-$(1)/train.jsonl
 REPEATS = $(call LESSON,repeats) --max_answer_length 64
@@ -153,7 +153,7 @@ $(EM)-1/$(RESULT): $(EM)-rate-16/$(RESULT) $(E)/lesson-1/test.jsonl
 	$(call LESSON,1) --max_steps 400 --seed 3 --lr_scheduler_type cosine
 $(EM)-2/$(RESULT): $(EM)-1/$(RESULT) $(E)/lesson-2/test.jsonl
 	$(call LESSON,2) --max_steps 300 --seed 2
-# Passages that only their names tell apart, and scores that weigh more than answers: so names come to be compared.
+# Passages that only their names distinguish, and scores that weigh more than answers: so names must be compared.
 BY_NAME := --reranking_loss_weight 2
 $(EM)-3/$(RESULT): $(EM)-2/$(RESULT) $(E)/lesson-names/test.jsonl
 	$(call LESSON,names) --max_steps 400 --seed 2 $(BY_NAME)
@@ -171,7 +171,7 @@ C := $(E)/compared
 ONE_PASSAGE := joint two-stage naive encoder-joint encoder-two-stage
 RATES := 4 8 16 32
 N_LAYERS := recipes/embedded-first-lesson.yaml --generator_name_or_path $(E)/generator-14
-# Straight at 16 tokens per slot, and with the first lesson alone, as the others.
+# Directly at 16 tokens per slot, and only the first lesson, like the others.
 ENCODER := recipes/embedded-encoder.yaml --generator_name_or_path $(E)/generator-14 \
 	--compressor_name_or_path $(E)/encoder-5 --num_memory_tokens 32 --compression_rate 16 \
 	--train_file $(E)/lesson-1/train.jsonl --max_answer_length 16 --max_steps 900

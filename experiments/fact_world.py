@@ -3,9 +3,9 @@
     python experiments/fact_world.py --output runs/facts
 
 A document states the attributes of somebody (`mira : town lorn , tool adze , …`), a question asks for one of them
-(`tool of mira`), and every context is drawn afresh, so that nothing can be learned by heart: what is answered was read.
-A generator trained on that alone from the beginning never finds out that names matter; a curriculum teaches it: first
-pairs of a name and a value, then attributes, then the prompt of ScaleDown.
+(`tool of mira`), and every context is drawn afresh, so that nothing can be memorized: a right answer was read. A
+generator trained on this alone from the start never learns that names matter. A curriculum teaches it: first pairs of a
+name and a value, then attributes, then ScaleDown's prompt.
 """
 
 import json
@@ -110,7 +110,7 @@ def document(person: str, facts: dict[str, str]) -> str:
 
 
 def lesson_batch(tokenizer, examples: list[tuple[str, list[tuple[str, str]]]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids of contexts and of what is asked about them, and labels on the answers alone."""
+    """Token ids of contexts and their questions, and labels on the answers only."""
     rows, labels = [], []
     for text, asked in examples:
         ids = tokenizer(text)["input_ids"]
@@ -135,7 +135,7 @@ def prompt_batch(tokenizer, examples: list[tuple[str, list[tuple[str, str]]]]) -
 
 
 def teach(world: World, tokenizer, args: FactArguments) -> PreTrainedModel:
-    """Take a fresh generator through the curriculum.
+    """Train a fresh generator with the curriculum.
 
     Args:
         world: What it learns about.

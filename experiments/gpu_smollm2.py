@@ -4,9 +4,9 @@
     python ../../experiments/gpu_smollm2.py train --base base --data data --output gpu --joint_seconds 200
     python ../../experiments/gpu_smollm2.py assemble --base base --pieces gpu --output 1
 
-`train` stops by the clock, and learning rates fall by it. It leaves what was learned in bfloat16, in pieces below
-16 MiB; `--start FOLDER` goes on from such pieces. `assemble` makes of them a reader (a PEFT adapter) and a ScaleDown
-model. One model serves 4, 8 and 16 tokens per slot: the rate is drawn for every batch.
+`train` stops after a given time, and learning rates follow the clock. It saves the trained weights in bfloat16, in
+pieces below 16 MiB; `--start FOLDER` continues from such pieces. `assemble` turns them into a reader (a PEFT adapter)
+and a ScaleDown model. One model serves 4, 8 and 16 tokens per slot: the rate is drawn for every batch.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def num_tokens(text: str) -> float:
 
 
 def shortened(record: dict, count: int, generator: random.Random) -> dict:
-    """A record with so many passages, gold ones first to stay, in their order."""
+    """A record cut to a number of passages, gold ones kept first, in their order."""
     gold = record.get("positives") or []
     others = [i for i in range(len(record["documents"])) if i not in gold]
     generator.shuffle(others)
@@ -97,7 +97,7 @@ class TokenBatches(Sampler):
         while True:
             order = list(range(len(self.longest)))
             generator.shuffle(order)
-            # Questions of like length together, in pools that are a small part of the data.
+            # Questions of similar length together, in pools that are a small part of the data.
             for start in range(0, len(order), 2048):
                 pool = sorted(order[start : start + 2048], key=self.longest.__getitem__)
                 batches = []
@@ -151,11 +151,11 @@ class Clock(TrainerCallback):
 
     @property
     def share(self) -> float:
-        """Share of the time that is over."""
+        """Share of the time that has passed."""
         return 0.0 if self.started is None else (time.perf_counter() - self.started) / self.seconds
 
     def factor(self, step: int) -> float:
-        """Factor of the learning rate: up in the first hundredths of the time, down to nearly nothing at its end."""
+        """Factor of the learning rate: rising in the first hundredths of the time, falling to almost 0 at its end."""
         return max(min((self.share + 1e-3) / WARM_UP, (1 - self.share) / (1 - WARM_UP)), LOWEST)
 
 
@@ -163,7 +163,7 @@ class TimedTrainer(ScaleDownTrainer):
     """`ScaleDownTrainer` by the clock, and with batches by tokens."""
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of the sampler, tokenised ahead."""
+        """Batches of the sampler, tokenized in advance."""
         return DataLoader(
             self.train_dataset,
             batch_sampler=self.batches,
@@ -173,7 +173,7 @@ class TimedTrainer(ScaleDownTrainer):
         )
 
     def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
-        """A step as ever, its questions counted."""
+        """A normal step that counts its questions."""
         self.clock.questions += len(inputs["input_ids"])
         return super().training_step(model, inputs, *args, **kwargs)
 
@@ -190,7 +190,7 @@ class TimedReaderTrainer(Trainer):
     get_train_dataloader = TimedTrainer.get_train_dataloader
 
     def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
-        """A step as ever, its questions counted."""
+        """A normal step that counts its questions."""
         self.clock.questions += len(inputs["input_ids"])
         return super().training_step(model, inputs, *args, **kwargs)
 
@@ -224,7 +224,7 @@ def train_by_clock(model, data: Records, collator, batches: TokenBatches, second
 
 
 def compile_layers(model, on_gpu: bool) -> None:
-    """One kernel of several, layer by layer: what launches them is slower than the card with a model this small."""
+    """Fuse kernels, layer by layer: with a model this small, launching them is slower than the card."""
     generator, compressor = (model.generator, model.compressor) if isinstance(model, ScaleDownModel) else (model, None)
     layers = [module for name, module in generator.named_modules() if LAYER.search(name)]
     if compressor is not None:
@@ -299,7 +299,7 @@ def examples_of(path: Path, limit: int) -> list[Example]:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Reader, then the model; what was learned and measured lies in the output folder."""
+    """Train the reader, then the model; weights and measurements are in the output folder."""
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     report = {}
@@ -360,12 +360,12 @@ def train(options: argparse.Namespace) -> None:
 
 
 def write(output: Path, report: dict) -> None:
-    """Write what is known so far."""
+    """Write the results so far."""
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def assemble(options: argparse.Namespace) -> None:
-    """Make models of pieces."""
+    """Make models from pieces."""
     model = build(options.base)
     reader = get_peft_model(model.generator, LoraConfig(**LORA, task_type="CAUSAL_LM"))
     load_pieces(reader, options.pieces / "reader")
@@ -389,7 +389,7 @@ def main() -> None:
     options.add_argument("--pieces", type=Path, required=True)
     options = commands.choices["train"]
     options.add_argument("--data", type=Path, required=True)
-    options.add_argument("--start", type=Path, help="pieces to go on from")
+    options.add_argument("--start", type=Path, help="pieces to continue from")
     options.add_argument("--reader_seconds", type=float, default=120)
     options.add_argument("--warm_seconds", type=float, default=70)
     options.add_argument("--joint_seconds", type=float, default=200)

@@ -1,6 +1,6 @@
-"""train.py with two-stage training as it is often done, as a control: what is cached never learned anything.
+"""train.py with two-stage training as it is often done, as a control: the cached states are untrained.
 
-Memory embeddings are random, the projector and the reranking head stay as they were drawn; only LoRA learns.
+Memory embeddings are random, the projector and the reranking head stay at their random values; only LoRA is trained.
 """
 
 import sys
@@ -11,7 +11,7 @@ build_model = run.build_model
 
 
 def build_untrained(*args, **kwargs):
-    """The model with a compressor that does not learn."""
+    """The model with a frozen compressor."""
     model = build_model(*args, **kwargs)
     model.compressor.requires_grad_(False)
     return model

@@ -1,12 +1,12 @@
-"""Tells whether a model finds, by a name, which passage's slots hold the value that belongs to it.
+"""Measure whether a model finds, by a name, the passage whose slots hold the value that belongs to it.
 
     python experiments/names_in_slots.py --models . --num_facts 7 --compression_rate 16
 
-Every context is asked a question of two hops, and the same question for everything that is told ("Who? ..."), whose
+Every context is asked a question of two hops, and the same question about all passages ("Who? ..."), whose
 answer pairs the names of all passages of a kind with their values. A part of an answer is right if each of its tokens
-is the likeliest behind the right ones before it; for the question of two hops that is exact match. Contexts are of the
-test split, and all passages but the first of the two are of one kind and tell the same facts; intervals resample
-contexts.
+is the most likely one after the right ones before it; for the question of two hops this is exact match. Contexts are
+from the test split; all passages except the first of the two are of one kind and state the same facts. Intervals
+resample contexts.
 """
 
 import sys
@@ -24,23 +24,23 @@ from scaledown.evaluation.report import estimate
 from scaledown.world.world import Passage, Question, World
 
 BATCH_SIZE = 25
-PARTS = ("two hops", "name of the second passage", "value behind it", "values behind the other names")
+PARTS = ("two hops", "name of the second passage", "value after it", "values after the other names")
 
 
 @dataclass
 class NameArguments:
     """Which models, on what passages, at which rate."""
 
-    models: list[str] = field(metadata={"nargs": "+", "help": "Folders of models on the made-up world."})
+    models: list[str] = field(metadata={"nargs": "+", "help": "Folders of models trained on the invented world."})
     compression_rate: int = field(default=4, metadata={"help": "Document tokens per slot."})
     num_documents: int = field(default=5, metadata={"help": "Passages of a context."})
-    num_facts: int = field(default=2, metadata={"help": "Facts a passage tells; from 4 on in passages of full length."})
+    num_facts: int = field(default=2, metadata={"help": "Facts per passage; from 4 on in passages of full length."})
     num_contexts: int = field(default=400, metadata={"help": "Contexts."})
     seed: int = field(default=0, metadata={"help": "Decides contexts and questions."})
 
 
 def draw(args: NameArguments) -> list[tuple[list[Passage], Question, Question]]:
-    """Contexts with their two questions, the second about everything that is told."""
+    """Contexts with their two questions, the second about all passages."""
     world, drawn = World("test", args.seed), []
     for _ in range(args.num_contexts):
         passages, first, second = world.context(
@@ -55,7 +55,7 @@ def draw(args: NameArguments) -> list[tuple[list[Passage], Question, Question]]:
 
 @torch.inference_mode()
 def token_hits(model: ScaleDownModel, contexts: list[list[Passage]], questions: list[Question], rate: int):
-    """For every question, whether each token of its answer is the likeliest one.
+    """For every question, whether each token of its answer is the most likely one.
 
     Args:
         model: The model.

@@ -1,9 +1,9 @@
-"""Measure what pretraining taught: does the text flow through the slots, or does the generator guess it?
+"""Measure pretraining: does the text flow through the slots, or does the generator guess it?
 
     python train.py --stage pretrain … --output_dir runs/pretrained
     python experiments/pretraining.py --model runs/pretrained --generator runs/backbones/generator --text dev.txt
 
-Losses are per token, over the same tokens of passages that nothing was trained on.
+Losses are per token, over the same tokens of unseen passages.
 """
 
 import json
@@ -26,8 +26,8 @@ class MeasurementArguments:
     """What to measure, and on what."""
 
     model: str = field(metadata={"help": "Folder of the pretrained ScaleDown model."})
-    generator: str = field(metadata={"help": "Folder of the generator as it was before."})
-    text: str = field(metadata={"help": "Text nothing was trained on."})
+    generator: str = field(metadata={"help": "Folder of the generator before training."})
+    text: str = field(metadata={"help": "Text that was not used in training."})
     num_passages: int = field(default=512, metadata={"help": "Passages of each task."})
     output: str | None = field(default=None, metadata={"help": "Where to write the results as JSON."})
 

@@ -4,9 +4,9 @@
 
 Writes `questions.jsonl.xz` (questions of several published sets, 5 passages each), `single.jsonl.xz` (the same, each
 with its own passage alone), `blanks.jsonl.xz` (a sentence of an article with a name or a number left out, and 1 to 3
-paragraphs of that article), `text.txt.xz` (paragraphs, for auto-encoding and continuation) and `report.json`. What
-shares two runs of 8 words with a passage of the test sets (SQuAD part 1, HotpotQA dev) is left out and counted.
-Questions that are asked of one passage get their other passages from the same file, by BM25.
+paragraphs of that article), `text.txt.xz` (paragraphs, for auto-encoding and continuation) and `report.json`. Texts
+that share two runs of 8 words with a passage of the test sets (SQuAD part 1, HotpotQA dev) are left out and counted.
+Questions about a single passage get their other passages from the same file, by BM25.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def read_questions(data: Path, name: str) -> Iterator[tuple[str, str, list[str],
 
 
 def questions_of(data: Path, name: str, seen: set[int], seed: int, report: Counter) -> list[Question]:
-    """The questions of a set that are learned from."""
+    """The questions of a set that training uses."""
     most, per_passage = SOURCES[name]
     by_passage = Counter()
     found = []
@@ -149,7 +149,7 @@ def articles_of(path: Path, seen: set[int], report: Counter) -> Iterator[list[st
 
 
 def blanks_of(article: list[str], number: int, generator: random.Random, per_paragraph: int) -> Iterator[dict]:
-    """Records that ask for what is left out of a sentence of an article, among some of its paragraphs."""
+    """Records that ask for the words left out of a sentence of an article, with some of its paragraphs."""
     paragraphs = [text for text in article if 60 <= len(text.split()) <= 220]
     for i, paragraph in enumerate(paragraphs):
         sentences = [s for s in SENTENCES.split(paragraph) if 8 <= len(s.split()) <= 40]
@@ -229,7 +229,7 @@ def alone(record: dict) -> dict:
 
 
 def save(path: Path, records: Iterable[dict]) -> None:
-    """Write records, in place of what an earlier run left."""
+    """Write records, replacing those of an earlier run."""
     logger.info("%s: %d records", path, write_records(path, records, overwrite=True))
 
 

@@ -2,9 +2,9 @@
 
     python experiments/training_speed.py --data train.jsonl
 
-The reference does what many implementations do: one document at a time through the compressor, padded to the longest
-there may be, then one question at a time through the generator, logits at every position. (It reads the padding like
-text, since the model would skip it otherwise; that is nothing to learn from, but takes the time it takes.) Steps
+The reference does what many implementations do: one document at a time through the compressor, padded to the maximum
+length, then one question at a time through the generator, logits at every position. (It reads the padding like
+text, because the model would skip it otherwise: useless for training, but right for timing.) Steps
 alternate, and the median of their ratios is reported.
 """
 
@@ -32,7 +32,7 @@ class SpeedArguments:
     """What to time."""
 
     data: str = field(metadata={"help": "Records, as prepare_data.py writes them."})
-    num_steps: int = field(default=7, metadata={"help": "Steps of each kind, after one that warms up."})
+    num_steps: int = field(default=7, metadata={"help": "Steps of each kind, after one warm-up step."})
     batch_size: int = field(default=8, metadata={"help": "Questions per step."})
     hidden_size: int = field(default=256, metadata={"help": "Width of the generator."})
     num_layers: int = field(default=8, metadata={"help": "Layers of the generator; the compressor has half of them."})

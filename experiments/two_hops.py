@@ -1,9 +1,9 @@
-"""Asks a generator of the made-up world all questions of a context, of one hop and of two, by kind of context.
+"""Ask a generator of the invented world all questions of a context, of one and two hops, by kind of context.
 
     python experiments/two_hops.py --generators runs/embedded/generator-14 runs/embedded/generator-16
 
-An answer is right if every token is the likeliest behind the right ones before it, which for greedy decoding is exact
-match. Contexts are of the test split; intervals resample contexts.
+An answer is right if every token is the most likely one after the right ones before it, which for greedy decoding is
+exact match. Contexts are from the test split; intervals resample contexts.
 """
 
 import random
@@ -25,7 +25,7 @@ from scaledown.world.world import World
 
 SHORT = {"num_facts": 3, "plain": True}
 ONE_KIND = {"alike": True}
-# Passages, how they are told, and hops.
+# Passages, wording, and hops.
 CONTEXTS = {
     "two hops: 2 short passages": (2, SHORT, 2),
     "4 short": (4, SHORT, 2),
@@ -39,7 +39,7 @@ CONTEXTS = {
 
 @dataclass
 class HopArguments:
-    """Which generators, and how much they are asked."""
+    """Which generators, and how many contexts."""
 
     generators: list[str] = field(metadata={"nargs": "+", "help": "Folders of generators."})
     num_contexts: int = field(default=100, metadata={"help": "Contexts of each kind."})
@@ -56,7 +56,7 @@ def measure(
         model: The generator.
         curriculum: Builds the prompts, in names of the test split.
         documents: Passages of a context.
-        telling: How they are told.
+        telling: Their wording.
         hops: Passages a question needs.
         args: How many contexts.
 

@@ -6,9 +6,9 @@
 | method                | what learns                                                                           |
 | --------------------- | ------------------------------------------------------------------------------------- |
 | joint                 | all of the compressor, LoRA                                                           |
-| two stages            | projector, reranking head, LoRA, behind a backbone as it was pretrained               |
-| two stages, pretrained | the same, behind a compressor that was pretrained on plain text by `--stage pretrain` |
-| two stages, naive     | LoRA alone, behind random memory embeddings and a random projector                    |
+| two stages            | projector, reranking head, LoRA, from a backbone as it was pretrained                |
+| two stages, pretrained | the same, from a compressor that was pretrained on plain text with `--stage pretrain` |
+| two stages, naive     | LoRA alone, from random memory embeddings and a random projector                     |
 """
 
 import json
@@ -133,12 +133,12 @@ def commands(args: ComparisonArguments, kind: str, method: str, seed: int, folde
 
 
 def options(settings: dict) -> list[str]:
-    """Settings as a command line has them."""
+    """Settings as command-line options."""
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
 
 def measure(folder: Path, records: list[dict]) -> dict[str, float]:
-    """Answer and rank what nothing was trained on.
+    """Answer and rank unseen records.
 
     Args:
         folder: A trained model.
@@ -159,7 +159,7 @@ def measure(folder: Path, records: list[dict]) -> dict[str, float]:
 
 
 def run(args: ComparisonArguments, kind: str, method: str, seed: int, records: list[dict]) -> dict:
-    """Train and measure once; a run that is there already is not repeated."""
+    """Train and measure once; a finished run is not repeated."""
     folder = Path(args.output) / f"{kind}-{method.replace(', ', '-').replace(' ', '-')}-{seed}"
     result = folder / "result.json"
     settings = {name: value for name, value in asdict(args).items() if name not in ("output", "seeds", "compressors")}

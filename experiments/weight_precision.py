@@ -1,11 +1,11 @@
-"""Times a generator with its weights in 32 and 16 bits, and quantised, on the text and on the slots of one question.
+"""Time a generator with weights in 32 and 16 bits, and quantized, on the text and on the slots of one question.
 
     pip install torchao==0.18.0 bitsandbytes==0.50.2
     python experiments/weight_precision.py --generator qwen2.5-0.5b --threads 2
     python experiments/weight_precision.py --generator qwen2.5-0.5b --threads 2 \
         --kinds "float32,float32 with LoRA"
 
-LoRA, where a kind has it, is apart, as in training, and not merged into the weights. Weights and token ids are random,
+LoRA, if a kind has it, is unmerged, as in training. Weights and token ids are random,
 shapes are real. Slots are read as embeddings, as many as ten documents of 128 tokens become at 16x. Kinds of weights
 alternate, and gains are medians over rounds of the ratio within a round.
 """
@@ -45,17 +45,17 @@ class PrecisionArguments:
         default=None, metadata={"help": "Kinds of weights, separated by commas; all by default. Gains are the first's."}
     )
     new_tokens: int = field(default=32, metadata={"help": "Tokens of an answer."})
-    repeats: int = field(default=3, metadata={"help": "Measurements of each figure, after one that warms up."})
+    repeats: int = field(default=3, metadata={"help": "Measurements of each figure, after one warm-up run."})
     threads: int | None = field(default=None, metadata={"help": "Threads on a CPU; torch's choice by default."})
     seed: int = field(default=0, metadata={"help": "Decides weights and ids."})
     output: str | None = field(default=None, metadata={"help": "Where to write the results as JSON."})
 
 
 def kinds_of_weights(names: list[str]) -> dict[str, dict[str, Any]]:
-    """What `from_pretrained` is told, by kind of weights; nothing but linear layers is quantised.
+    """Arguments of `from_pretrained` by kind of weights; only linear layers are quantized.
 
     Args:
-        names: Kinds that are wanted; all if there are none.
+        names: Kinds to time; all if empty.
 
     Returns:
         Keyword arguments by kind.
@@ -88,7 +88,7 @@ def kinds_of_weights(names: list[str]) -> dict[str, dict[str, Any]]:
 
 @torch.inference_mode()
 def answer(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds to the first token and of each further one; the prompt is read as embeddings."""
+    """Seconds for the first token and for each later one; the prompt is read as embeddings."""
     started = time.perf_counter()
     read = model.get_input_embeddings()(ids)  # (1, length, hidden)
     output = model(inputs_embeds=read, use_cache=True, logits_to_keep=1)
@@ -127,7 +127,7 @@ def measure(args: PrecisionArguments) -> list[dict[str, Any]]:
     for turn in tqdm(range(args.repeats + 1), desc="Rounds", disable=None):
         for (name, read), found in runs.items():
             seconds = answer(models[name], prompts[read], args.new_tokens)
-            if turn:  # the first one warms up
+            if turn:  # the first is a warm-up
                 found.append(seconds)
     rows = []
     for (name, read), found in runs.items():

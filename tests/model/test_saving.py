@@ -621,7 +621,7 @@ def test_card_says_what_is_known(tmp_path):
         "# tiny-scaledown",
         "| Chunk length | 32 tokens; longer documents become several chunks |",
         "| Compression rate | one embedding per 8 tokens |",
-        "| Embeddings per chunk | at most 4, read at memory embeddings behind the chunk |",
+        "| Embeddings per chunk | at most 4, read at memory tokens after the chunk |",
         "| Weights format | full |",
         "| LoRA | rank 4, not merged |",
         f"| Parameters | {model.num_parameters():,}, of which compressor {compressor:,} |",
@@ -630,7 +630,7 @@ def test_card_says_what_is_known(tmp_path):
         "| prompt | a \\| b⏎c |",
         "| train_loss | 1.23457 |",
         "| torch | 2.13.0 |",
-        "- Tested languages: en, fr. Others may fail without a sign of it.",
+        "- Tested languages: en, fr. Others may fail silently.",
     ):
         assert line in card.text.splitlines(), line
     assert "| popqa | 0.25 |" in card.text
