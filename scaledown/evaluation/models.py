@@ -13,9 +13,9 @@ from gguf_scaledown import split_gguf
 from modeling_scaledown import ScaleDownModel
 from weights_scaledown import load_complete
 
+from ..common.adapters import merge_adapter, without_lora
 from ..common.choices import MEMORY_BASELINES, TEXT_BASELINES
 from ..common.devices import is_quantized, load_model, pick_dtype
-from ..training.reader import load_reader
 from .arguments import EvaluationArguments
 from .data import Example
 from .systems import CompressedSystem, System, TextSystem, choose_donors
@@ -209,7 +209,7 @@ def _make_reader(found: Contestants, adapter: str) -> None:
                 f"{'quantised' if is_quantized(found.model) else 'changed'}; name the original with --generator."
             )
         found.generator = copy.deepcopy(found.generator)
-    found.generator = load_reader(found.generator, adapter)
+    found.generator = merge_adapter(found.generator, adapter)
     found.notes[-1] = (
         f"The baselines read text with the reader {Path(adapter).resolve().name}: the generator with a LoRA that was "
         "trained on whole documents."
@@ -235,22 +235,3 @@ def _load_generator(
     revision = f" at {where['revision']}" if where["revision"] else ""
     found.notes.append(f"The baselines read text with {name}{revision}.")
     return generator.to(device).eval()
-
-
-def without_lora(generator: PreTrainedModel) -> PreTrainedModel:
-    """Copy a generator without its LoRA layers.
-
-    Args:
-        generator: A generator with LoRA layers, not merged.
-
-    Returns:
-        The generator as it was before training.
-    """
-    twin = copy.deepcopy(generator)
-    for name, module in list(twin.named_modules()):
-        if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
-            parent, _, child = name.rpartition(".")
-            setattr(twin.get_submodule(parent), child, module.get_base_layer())
-    if hasattr(twin, "peft_config"):
-        del twin.peft_config
-    return twin

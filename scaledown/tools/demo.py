@@ -16,12 +16,12 @@ from statistics import median
 from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 
+from ..common.adapters import without_lora
 from ..common.command_line import parse_options, run_command
 from ..common.devices import load_model
 from ..common.metrics import exact_match
 from ..common.tables import table
 from ..evaluation.data import Example
-from ..evaluation.models import without_lora
 from ..evaluation.systems import Answer, CompressedSystem, System, TextSystem
 from ..world.world import World
 

@@ -8,13 +8,10 @@ joint training may start (`--lora_name_or_path`).
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import load_peft_weights
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
 from errors_scaledown import ScaleDownError
 from lora_scaledown import LORA_DEFAULTS
@@ -26,8 +23,6 @@ from text_scaledown import padding_id
 from ..common.prompts import encode_texts, text_prompts
 from ..data.records import answers_of
 from .collators import num_answer_positions
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass
@@ -102,70 +97,6 @@ def add_reader_lora(model: ScaleDownModel, settings: dict[str, Any], adapter: st
             reader = get_peft_model(model.generator, LoraConfig(**settings, task_type="CAUSAL_LM"))
     reader.config.use_cache = False
     return reader
-
-
-def start_lora_from(model: ScaleDownModel, folder: str) -> None:
-    """Give a model's generator the LoRA layers of an adapter, to go on training them.
-
-    Args:
-        model: A ScaleDown model without LoRA, or with LoRA of the adapter's rank and modules.
-        folder: Folder of a PEFT adapter, such as the stage `reader` saves.
-
-    Raises:
-        ScaleDownError: The folder holds no LoRA adapter, or one of another generator or with other settings.
-    """
-    _check_is_adapter(folder)
-    saved = LoraConfig.from_pretrained(folder)
-    shape = {"r": saved.r, "lora_alpha": saved.lora_alpha, "target_modules": sorted(saved.target_modules)}
-    if model.config.lora_config is None:
-        model.add_lora(**shape, lora_dropout=saved.lora_dropout)
-    own = {name: parameter for name, parameter in model.generator.named_parameters() if "lora_" in name}
-    found = {}
-    for name, tensor in load_peft_weights(folder, device="cpu").items():
-        name = name.removeprefix("base_model.model.").removesuffix(".weight")
-        found[f"{name}.default.weight"] = tensor
-    wrong = [name for name in own.keys() | found.keys() if name not in own or name not in found]
-    wrong += [name for name in own.keys() & found.keys() if own[name].shape != found[name].shape]
-    if wrong:
-        raise ScaleDownError(
-            f"The adapter in {folder} does not fit the model's LoRA: {len(wrong)} of its weights are missing, left "
-            f"over or of another shape ({sorted(wrong)[0]}, …). Use the generator it was trained on, and its lora_r "
-            f"({saved.r}) and lora_target_modules."
-        )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(found[name])
-
-
-def load_reader(generator: PreTrainedModel, folder: str) -> PreTrainedModel:
-    """Merge a reader's LoRA into its generator.
-
-    Args:
-        generator: The generator the reader was trained on; it is changed.
-        folder: What the stage `reader` saved.
-
-    Returns:
-        The generator, which reads whole documents as it was taught.
-
-    Raises:
-        ScaleDownError: The folder holds no LoRA adapter, or one of another generator.
-    """
-    _check_is_adapter(folder)
-    try:
-        return PeftModel.from_pretrained(generator, folder).merge_and_unload()
-    except (RuntimeError, ValueError) as error:  # of another shape, or none of its modules is there
-        raise ScaleDownError(
-            f"The adapter in {folder} does not fit the generator ({str(error).splitlines()[0]}). Name the reader that "
-            "was trained on this generator."
-        ) from error
-
-
-def _check_is_adapter(folder: str) -> None:
-    if not (Path(folder) / ADAPTER_CONFIG).is_file():
-        raise ScaleDownError(
-            f"{folder} holds no {ADAPTER_CONFIG}; name the folder of a PEFT adapter, such as train.py --stage reader "
-            "saves."
-        )
 
 
 class ReaderTrainer(Trainer):

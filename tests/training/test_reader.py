@@ -9,12 +9,13 @@ from transformers import AutoModelForCausalLM
 from errors_scaledown import ScaleDownError
 from folders import SETTINGS, write_rows
 from scaledown import ScaleDownModel
+from scaledown.common.adapters import start_lora_from
 from scaledown.evaluation.arguments import EvaluationArguments
 from scaledown.evaluation.data import Example
 from scaledown.evaluation.models import load_contestants
 from scaledown.evaluation.systems import TextSystem
 from scaledown.training.arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments
-from scaledown.training.reader import ReaderCollator, start_lora_from
+from scaledown.training.reader import ReaderCollator
 from scaledown.training.run import run, train
 from tiny import ANSWERS, DOCUMENTS, GENERATORS, QUESTIONS, build_model, build_tokenizer, randomize_lora
 
