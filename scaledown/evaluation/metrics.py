@@ -1,28 +1,10 @@
-"""The local metric modules of `metric_modules/`, which the library `evaluate` opens without a network."""
+"""What the metric modules of `metric_modules/` share: what they take, and the form in which they return values."""
 
-import functools
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import datasets
 import evaluate
-
-MODULES = Path(__file__).with_name("metric_modules")
-ANSWER_MODULES = ("exact_match", "f1", "match", "rouge_l")
-
-
-@functools.cache
-def load_metric(name: str) -> evaluate.EvaluationModule:
-    """Open a local metric.
-
-    Args:
-        name: A folder of `metric_modules`.
-
-    Returns:
-        The metric. Its `compute` takes `per_question=True` for one value per question in place of the mean.
-    """
-    return evaluate.load(str(MODULES / name), keep_in_memory=True)
 
 
 def answer_metric_info(description: str) -> evaluate.MetricInfo:

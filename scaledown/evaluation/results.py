@@ -8,7 +8,7 @@ from errors_scaledown import ScaleDownError
 
 from .bootstrap import Bootstrap, Estimate
 from .data import Example
-from .metrics import ANSWER_MODULES, load_metric
+from .metric_loader import ANSWER_MODULES, load_metric
 from .systems import Answer
 
 REFERENCE = "full_text"

@@ -11,7 +11,7 @@ import pytest
 
 from folders import ROOT
 from scaledown.evaluation.bootstrap import Bootstrap
-from scaledown.evaluation.metrics import ANSWER_MODULES, MODULES, load_metric
+from scaledown.evaluation.metric_loader import ANSWER_MODULES, MODULES, load_metric
 from scaledown.evaluation.ranking_metrics import rank_questions
 
 # Made by hand. The values are what the definitions of SQuAD's official script give: lower case, punctuation off (not
