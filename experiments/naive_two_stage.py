@@ -5,9 +5,9 @@ Memory embeddings are random, the projector and the reranking head stay at their
 
 import sys
 
-from scaledown.training import run
+from scaledown.training import build, run, stages
 
-build_model = run.build_model
+build_model = build.build_model
 
 
 def build_untrained(*args, **kwargs):
@@ -18,6 +18,7 @@ def build_untrained(*args, **kwargs):
 
 
 if __name__ == "__main__":
-    run.build_model = build_untrained
-    run.choose_slot_pooling = lambda model_args, args: "memory_tokens"
+    for module in (build, run, stages):
+        module.build_model = build_untrained
+    build.choose_slot_pooling = lambda model_args, args: "memory_tokens"
     sys.exit(run.main())

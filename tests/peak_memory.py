@@ -36,7 +36,7 @@ def main() -> None:
     import torch._dynamo
     from transformers import TrainerCallback
 
-    from scaledown import training
+    from scaledown.training import run as training
     from scaledown.training.arguments import parse_arguments
     from scaledown.training.trainer import ScaleDownTrainer
 

@@ -14,12 +14,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from configuration_scaledown import ScaleDownConfig
 from modeling_scaledown import ScaleDownModel
 from shortcuts_scaledown import CACHE_NAME
 
 from ..common.tables import table
-from ..common.tracing import META, MemoryTracker
+from ..common.tracing import META, MemoryTracker, build_on_meta
 from .models import build_config, label
 from .protocol import Protocol
 
@@ -173,21 +172,6 @@ def count_compression(model: ScaleDownModel, protocol: Protocol, whole: bool = F
         compressor.prunes_last_layer = prunes
 
 
-def build_on_meta(config: ScaleDownConfig) -> ScaleDownModel:
-    """Build a model without weights, in 16 bits.
-
-    Args:
-        config: Its configuration.
-
-    Returns:
-        The model.
-    """
-    for part in (config.generator_config, config.compressor_config):
-        part._attn_implementation = "sdpa"
-    with torch.device(META):
-        return ScaleDownModel(config).to(torch.bfloat16).eval()
-
-
 def count_rows(generator: str, compressors: list[str], protocol: Protocol) -> list[Row]:
     """Count a generator without and with compressors.
 
@@ -208,7 +192,7 @@ def count_rows(generator: str, compressors: list[str], protocol: Protocol) -> li
     for name in compressors:
         chunk_length = min(protocol.chunk_length, protocol.document_length)
         config = build_config(generator, name, chunk_length, protocol.query_length, protocol.compression_rate)
-        model = build_on_meta(config)
+        model = build_on_meta(config).to(torch.bfloat16).eval()
         if generation is None:
             text = count_generation(model.generator, protocol.text_length, protocol.new_tokens)
             rows.append(Row(generator, None, text, Flops(), Flops(), 1.0, paper.get(None)))

@@ -4,10 +4,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..common.tables import table
+from ..common.tracing import build_on_meta
 from .arguments import BenchmarkArguments
-from .flops import TERA, Flops, build_on_meta, count_compression, count_generation
+from .flops import TERA, Flops, count_compression, count_generation
 from .models import build_config, label
 
 DOCUMENTS = (1, 2, 5, 10, 20, 50, 100, 200)
@@ -33,7 +35,7 @@ def count_scaling(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
     rows = []
     for place, name in enumerate(arguments.compressor_names):
         config = build_config(arguments.generator, name, base.chunk_length, base.query_length, base.compression_rate)
-        model = build_on_meta(config)
+        model = build_on_meta(config).to(torch.bfloat16).eval()
         for swept, protocol in protocols:
             setting = {
                 "swept": swept,

@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
+from modeling_scaledown import ScaleDownModel
+
 aten = torch.ops.aten
 META = torch.device("meta")
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
@@ -224,6 +226,23 @@ _FILLED: dict[Callable, Callable] = {
     aten.new_zeros.default: torch.zeros,
     aten.new_ones.default: torch.ones,
 }
+
+
+def build_on_meta(config: Any, attention: str = "sdpa", **parts: bool) -> ScaleDownModel:
+    """Build a ScaleDown model without weights.
+
+    Args:
+        config: Its configuration, which is given the kind of attention.
+        attention: Kind of attention of both backbones.
+        **parts: `with_generator` and `with_backbone` of `ScaleDownModel`.
+
+    Returns:
+        The model on `meta`.
+    """
+    for part in (config.generator_config, config.compressor_config):
+        part._attn_implementation = attention
+    with torch.device(META):
+        return ScaleDownModel(config, **parts)
 
 
 def training_peak(

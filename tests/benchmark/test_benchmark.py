@@ -8,10 +8,11 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
 from scaledown import ScaleDownConfig
 from scaledown.benchmark.arguments import parse_arguments
-from scaledown.benchmark.flops import build_on_meta, count_compression, count_generation, count_rows
+from scaledown.benchmark.flops import count_compression, count_generation, count_rows
 from scaledown.benchmark.models import SHAPES, build_config, load_shape
 from scaledown.benchmark.protocol import Protocol
 from scaledown.benchmark.run import main
+from scaledown.common.tracing import build_on_meta
 
 WIDTH, INNER, LAYERS, HEADS, GROUPS, VOCABULARY = 32, 48, 3, 4, 2, 100
 HEAD = WIDTH // HEADS
@@ -49,10 +50,18 @@ def test_generation_of_a_tiny_shape_by_hand(new_tokens):
 
 
 def test_compression_of_a_tiny_shape_by_hand():
-    model = build_on_meta(
-        ScaleDownConfig(
-            generator_config=llama(), num_compressor_layers=2, num_memory_tokens=4, chunk_length=32, max_query_length=8
+    model = (
+        build_on_meta(
+            ScaleDownConfig(
+                generator_config=llama(),
+                num_compressor_layers=2,
+                num_memory_tokens=4,
+                chunk_length=32,
+                max_query_length=8,
+            )
         )
+        .to(torch.bfloat16)
+        .eval()
     )
     protocol = Protocol(num_documents=3, document_length=32, compression_rate=8)
     length, read = 32 + 4 + 1, 4 + 1

@@ -21,12 +21,14 @@ from transformers import (
 )
 
 from folders import ROOT, TRAINING_SETTINGS, from_backbones, save_backbones, write_rows
-from scaledown import dry_run as module
 from scaledown.common.tracing import MemoryTracker, storage_bytes, training_peak
 from scaledown.training.arguments import DataArguments, ModelArguments, parse_arguments
+from scaledown.training.build import build_model
 from scaledown.training.collators import JointCollator
-from scaledown.training.dry_run.dry_run import Memory, build_on_meta, dry_run, estimate
-from scaledown.training.run import build_model, main, run
+from scaledown.training.dry_run.estimate import Memory, estimate
+from scaledown.training.dry_run.report import dry_run
+from scaledown.training.dry_run.skeleton import build_skeleton
+from scaledown.training.run import main, run
 from scaledown.training.trainer import ScaleDownTrainer
 from tiny import DOCUMENTS, SHAPE, build_tokenizer
 
@@ -77,7 +79,7 @@ def test_the_model_is_the_one_that_would_be_trained(backbones, without_weights, 
     found = estimate(model_arguments(without_weights, kind), DataArguments(train_file="nowhere"), args)
     sides = {"with_generator": stage != "compress", "with_backbone": stage != "generate"}
     model = build_model(model_arguments(backbones, kind), args, **sides)
-    on_meta = build_on_meta(model_arguments(without_weights, kind), args, torch.float32, **sides)
+    on_meta = build_skeleton(model_arguments(without_weights, kind), args, torch.float32, **sides)
     shapes = {name: (p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()}
     assert {name: (p.shape, p.dtype, p.requires_grad) for name, p in on_meta.named_parameters()} == shapes
     assert all(p.is_meta for p in on_meta.parameters())
@@ -169,7 +171,10 @@ def test_mistakes_are_told(without_weights, tmp_path, change, message):
 
 def test_a_model_too_large_is_said_to_be(monkeypatch, without_weights, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(module, "_training_memory", lambda *args: Memory(20 * 10**9, 10**9, 2 * 10**9, 3 * 10**9))
+    monkeypatch.setattr(
+        "scaledown.training.dry_run.estimate._training_memory",
+        lambda *args: Memory(20 * 10**9, 10**9, 2 * 10**9, 3 * 10**9),
+    )
     arguments = model_arguments(without_weights, "n_layers")
     report = dry_run(arguments, DataArguments(train_file="nowhere"), training_arguments(tmp_path))
     assert "16 GB: NO, 24 GB: NO, 40 GB: yes, 80 GB: yes" in report and "26.0 GB" in report
@@ -183,7 +188,7 @@ def test_a_model_too_large_is_said_to_be(monkeypatch, without_weights, tmp_path)
 def test_a_trace_on_meta_sees_what_the_real_step_allocates(backbones, without_weights, kind, checkpointing, tmp_path):
     args = training_arguments(tmp_path)
     model = build_model(model_arguments(backbones, kind), args).train()
-    on_meta = build_on_meta(model_arguments(without_weights, kind), args, torch.float32)
+    on_meta = build_skeleton(model_arguments(without_weights, kind), args, torch.float32)
     batch = JointCollator(model.processor)(rows(repeat=4))
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -199,7 +204,7 @@ def test_a_trace_on_meta_sees_what_the_real_step_allocates(backbones, without_we
 def test_mixed_precision_is_traced_as_autocast_does_it(backbones, without_weights, tmp_path):
     args = training_arguments(tmp_path)
     model = build_model(model_arguments(backbones, "n_layers"), args).train()
-    on_meta = build_on_meta(model_arguments(without_weights, "n_layers"), args, torch.float32)
+    on_meta = build_skeleton(model_arguments(without_weights, "n_layers"), args, torch.float32)
     batch = JointCollator(model.processor)(rows(repeat=4))
     tracker = MemoryTracker([*model.parameters(), *model.buffers()])
     with tracker:
@@ -219,7 +224,7 @@ def test_a_generator_in_4_bits_weighs_what_bitsandbytes_makes_of_it(backbones, w
             parameter.data = parameter.data.float()
     scales = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
     size = storage_bytes(model) + sum(state.absmax.nbytes for state in scales if state is not None)
-    on_meta = build_on_meta(model_arguments(without_weights, "n_layers", **settings), args, torch.float32)
+    on_meta = build_skeleton(model_arguments(without_weights, "n_layers", **settings), args, torch.float32)
     assert len(scales) == 28 and storage_bytes(on_meta) == pytest.approx(size, rel=0.02)
     batch = JointCollator(model.processor)(rows())
     assert training_peak(on_meta, batch) > 0

@@ -18,9 +18,10 @@ from folders import ROOT, TRAINING_SETTINGS, train_with_two_processes, write_row
 from scaledown import ScaleDownModel, ScaleDownProcessor
 from scaledown.data.records import write_records
 from scaledown.training.arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments, parse_arguments
+from scaledown.training.build import build_model as build_model_for_training
 from scaledown.training.collators import CompressionCollator, GenerationCollator, JointCollator
-from scaledown.training.run import _recorded_settings, main, run, train
-from scaledown.training.run import build_model as build_model_for_training
+from scaledown.training.finish import recorded_settings
+from scaledown.training.run import main, run, train
 from scaledown.training.trainer import ScaleDownTrainer
 from tiny import (
     ANSWERS,
@@ -964,5 +965,5 @@ def test_precision_is_read_from_the_command_line():
 def test_the_card_lists_no_setting_that_the_trainer_fills_in(tmp_path):
     args = training_arguments(tmp_path, bf16=None, fp16=None)
     loader = {"dataloader_num_workers", "dataloader_pin_memory"}
-    assert not {"disable_tqdm", "bf16", "fp16", "output_dir", *loader} & _recorded_settings(args).keys()
-    assert _recorded_settings(args)["max_steps"] == args.max_steps
+    assert not {"disable_tqdm", "bf16", "fp16", "output_dir", *loader} & recorded_settings(args).keys()
+    assert recorded_settings(args)["max_steps"] == args.max_steps

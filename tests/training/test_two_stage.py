@@ -20,13 +20,15 @@ from folders import (
     train_with_two_processes,
     write_rows,
 )
-from scaledown import ScaleDownModel, cache, compression
+from scaledown import ScaleDownModel
 from scaledown.data.records import load_records
+from scaledown.training import cache, compression
 from scaledown.training.arguments import DataArguments, ModelArguments
+from scaledown.training.build import build_model
 from scaledown.training.cache import CachedDataset, CacheError, missing_shards, open_plan, parse_size
 from scaledown.training.collators import GenerationCollator, JointCollator
 from scaledown.training.compression import cache_fingerprint, compress_records
-from scaledown.training.run import build_model, compress, run
+from scaledown.training.run import compress, run
 from tiny import QUESTIONS
 from tiny import build_model as build_tiny_model
 
