@@ -20,9 +20,10 @@ import pyarrow as pa
 from datasets.exceptions import DatasetsError
 from tqdm.auto import tqdm
 
+from ..common.files import atomic_writer, write_json
 from ..common.opening import kind_suffix
+from ..common.reading import read_lines
 from .questions import SourceError, check_can_be_written
-from .records import atomic_writer, read_lines
 from .sources import SUFFIXES, check_is_no_missing_path, file_elements, is_saved_dataset, load_saved
 from .splitting import PassageSplitter, merge_lines
 
@@ -180,7 +181,7 @@ def build_passages(
         totals = {"shards": len(shards), **{key: sum(s[key] for s in shards) for key in ("texts", "passages", "empty")}}
         if totals["passages"] == 0:
             raise SourceError(f"the corpus has {totals['texts']} texts and no word in them; check --corpus.")
-        _write_json(summary, totals)
+        write_json(summary, totals)
     totals = json.loads(summary.read_text("utf-8"))
     return datasets.concatenate_datasets(
         [datasets.Dataset.from_file(str(folder / f"passages-{index:05d}.arrow")) for index in range(totals["shards"])]
@@ -217,7 +218,7 @@ def _write_shard(
             if counts["passages"] >= PASSAGES_PER_SHARD:
                 break
             batch = _next_batch(texts)
-    _write_json(folder / f"passages-{number:05d}.json", counts)
+    write_json(folder / f"passages-{number:05d}.json", counts)
     return counts
 
 
@@ -228,11 +229,6 @@ def _next_batch(texts: Texts) -> list[tuple[str, str]]:
         batch.append(text)
         size += len(text[1])
     return batch
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with atomic_writer(path, overwrite=True) as stream:
-        stream.write(json.dumps(value).encode("utf-8"))
 
 
 def _value(element: Any, column: str, location: str, option: str) -> Any:

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..common.reading import read_lines
 from .questions import SourceError
-from .records import read_lines
 
 # A field of a table may hold a whole article; csv's own limit is 128 KiB.
 csv.field_size_limit(2**27)

@@ -21,6 +21,7 @@ import math
 from typing import Any
 
 from ..common.choices import FORMATS, Columns
+from ..common.text import is_blank
 from .delimited import decode_cell
 from .own_formats import (
     ANSWER_COLUMNS,
@@ -43,7 +44,6 @@ from .questions import (
     is_true,
     titled,
 )
-from .records import is_blank
 
 __all__ = ["FORMATS", "OWN_DOCUMENTS", "Columns", "add_element", "detect_format", "read_record"]
 

@@ -20,7 +20,9 @@ from filelock import FileLock, Timeout
 
 from errors_scaledown import ScaleDownError
 
-from .records import RecordError, atomic_writer
+from ..common.files import write_json
+from ..common.reading import RecordError
+from ..common.text import shorten
 
 # How `Journal.append` begins a line.
 LINE = re.compile(rb'\{"index": (\d+), "value": ')
@@ -103,14 +105,13 @@ class WorkFolder:
         """
         path = self.path / f"{name}.json"
         if not path.exists():
-            with atomic_writer(path) as stream:
-                stream.write(json.dumps(value).encode("utf-8"))
+            write_json(path, value)
             return
         before = json.loads(path.read_text("utf-8"))
         if before != value:
             raise WorkFolderError(
-                f"{self.path} holds unfinished work in which {name} was {_shorten(before)}; now it is "
-                f"{_shorten(value)}. {self._remedy}"
+                f"{self.path} holds unfinished work in which {name} was {shorten(before)}; now it is "
+                f"{shorten(value)}. {self._remedy}"
             )
 
     def remove(self) -> None:
@@ -123,8 +124,7 @@ class WorkFolder:
         return (path for path in self.path.iterdir() if not path.name.startswith(names))
 
     def _write_settings(self) -> None:
-        with atomic_writer(self.path / self.SETTINGS, overwrite=True) as stream:
-            stream.write(json.dumps(self.settings, ensure_ascii=False, indent=2).encode("utf-8") + b"\n")
+        write_json(self.path / self.SETTINGS, self.settings, ensure_ascii=False, indent=2)
 
     def _free(self) -> set[str]:
         """Settings that decide nothing of what has been done."""
@@ -147,7 +147,7 @@ class WorkFolder:
         names = [name for name in changed if name not in self._free()]
         if names:
             changes = "; ".join(
-                f"{name} was {_shorten(before.get(name))}, now {_shorten(self.settings.get(name))}" for name in names
+                f"{name} was {shorten(before.get(name))}, now {shorten(self.settings.get(name))}" for name in names
             )
             raise WorkFolderError(f"{self.path} holds the work of another run: {changes}. {self._remedy}")
         return bool(changed)
@@ -281,8 +281,3 @@ def run_in_batches(journal: Journal, batches: Iterable[Sequence[int]], work: Any
 def blocks(count: int, size: int) -> Iterator[range]:
     """The indices below `count` in blocks of `size`."""
     return (range(start, min(start + size, count)) for start in range(0, count, size))
-
-
-def _shorten(value: Any, limit: int = 120) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -3,10 +3,11 @@
 from typing import Any
 
 from ..common.choices import Columns
+from ..common.text import is_blank
 from .choice import stable_hash
 from .delimited import decode_cell
 from .questions import QuestionCollector, SourceError, as_texts, get_identifier, is_true, passage_texts
-from .records import is_blank, normalize_record
+from .records import normalize_record
 
 # The usual names of the columns of any table, in upper or lower case.
 QUESTION_COLUMNS = ("question", "query")

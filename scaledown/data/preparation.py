@@ -25,7 +25,9 @@ from errors_scaledown import ScaleDownError
 
 from ..common.command_line import run_command
 from ..common.devices import load_model
+from ..common.files import atomic_writer, check_is_writable, explained_disk_errors, write_json
 from ..common.metrics import normalize_answer
+from ..common.text import is_blank
 from .arguments import SETTINGS_OF_STEPS, PreparationArguments, parse_arguments
 from .card import build_card
 from .choice import Chooser, CorpusDocuments, NoDocuments, OwnDocuments, PoolDocuments, keep_best, sample
@@ -35,7 +37,7 @@ from .indexes.indexes import Index, open_index
 from .journal import WorkFolder, blocks, run_in_batches
 from .questions import Question, Source
 from .readers import read_source
-from .records import atomic_writer, check_is_writable, explained_disk_errors, is_blank, write_records
+from .records import write_records
 from .splitting import PassageSplitter
 from .teachers.answers import AnswerTeacher, LocalTeacher
 from .teachers.cost import Estimate, estimate
@@ -442,8 +444,7 @@ class _Preparation:
         output = pending / Path(arguments.output).name
         write_records(output, self._finished_records(count), overwrite=True)
         report = self._report(source_counts)
-        with atomic_writer(pending / arguments.report_path.name, overwrite=True) as stream:
-            stream.write(json.dumps(report, ensure_ascii=False, indent=2).encode("utf-8") + b"\n")
+        write_json(pending / arguments.report_path.name, report, ensure_ascii=False, indent=2)
         with atomic_writer(pending / arguments.card_path.name, overwrite=True) as stream:
             stream.write(str(build_card(report, output.name)).encode("utf-8"))
         # The records last: where they are, the others are too.

@@ -7,7 +7,7 @@ from typing import Any
 
 from errors_scaledown import ScaleDownError
 
-from .records import half_of_a_pair, is_blank
+from ..common.text import half_of_a_pair, is_blank
 
 # What an object calls the text of a passage.
 PASSAGE_TEXTS = (

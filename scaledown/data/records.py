@@ -8,17 +8,10 @@ data set's own are `gold_answers`. `reranking_scores` are a teacher's, one per d
 the documents known to hold the answer; absent means unknown. Other keys are ignored.
 """
 
-import contextlib
-import errno
-import gzip
 import itertools
 import json
-import lzma
 import math
 import os
-import secrets
-import shutil
-import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,21 +21,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
 
-from errors_scaledown import ScaleDownError
+from ..common.files import atomic_writer, check_is_file
+from ..common.reading import (
+    CONVERT,
+    PARQUET_ROWS,
+    RecordError,
+    is_columnar,
+    read_columnar_rows,
+    read_json_lines,
+    record_error,
+)
+from ..common.text import half_of_a_pair, is_blank, shorten
 
-from ..common.opening import DAMAGED, open_binary
-
-PARQUET_MAGIC = b"PAR1"
-# The two forms of Arrow's files.
-CONVERT = "have prepare_data.py make records of the file (--source)"
-ARROW_MAGIC = b"ARROW1"
-ARROW_STREAM_MAGIC = b"\xff\xff\xff\xff"
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-# White space, controls, invisible format characters, private use, and marks without a letter to stand on: of these
-# alone a tokenizer may leave nothing.
-BLANK_CATEGORIES = {"Zs", "Zl", "Zp", "Cc", "Cf", "Co", "Mn", "Mc", "Me"}
-# Large enough for Parquet to compress well, small enough not to matter for memory.
-PARQUET_ROWS = 1000
 _TEXT = datasets.Value("string")
 FEATURES = datasets.Features(
     {
@@ -55,10 +45,6 @@ FEATURES = datasets.Features(
         "positives": datasets.List(datasets.Value("int32")),
     }
 )
-
-
-class RecordError(ScaleDownError):
-    """A record that breaks the format; the message names the file, the line, the finding and the remedy."""
 
 
 def read_records(path: str | os.PathLike, require_answer: bool = True) -> Iterator[dict[str, Any]]:
@@ -152,195 +138,6 @@ def write_records(path: str | os.PathLike, records: Iterable[dict[str, Any]], ov
     return count
 
 
-@contextlib.contextmanager
-def atomic_writer(path: str | os.PathLike, overwrite: bool = False) -> Iterator[BinaryIO]:
-    """Open a file for writing that appears under its name only when the block ends without an exception.
-
-    Args:
-        path: The file to write; a name ending in `.gz` or `.xz` is compressed. Missing folders are created.
-        overwrite: Whether an existing file is replaced.
-
-    Returns:
-        A context manager that gives a binary stream.
-
-    Raises:
-        FileExistsError: The file exists and `overwrite` is off.
-        IsADirectoryError: The path is a folder.
-        OSError: The disk is full; the message says so, and no part of the file is left.
-    """
-    path = Path(path)
-    check_is_writable(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, since os.replace is atomic only within one file system.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with explained_disk_errors(path, f"{path.name} was not written. Free space and run again."):
-            with open(temporary, "xb") as raw:
-                with _compressor(raw, path.suffix) as stream:
-                    yield stream
-                raw.flush()
-                os.fsync(raw.fileno())
-            os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-@contextlib.contextmanager
-def explained_disk_errors(path: str | os.PathLike, remedy: str) -> Iterator[None]:
-    """Say what a full disk means for the run.
-
-    Args:
-        path: Where the run writes.
-        remedy: What a user can do, and what became of the work.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            raise
-        folder = Path(path).resolve().parent
-        free = "unknown"
-        with contextlib.suppress(OSError):
-            free = f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB"
-        raise OSError(
-            error.errno, f"the disk of {folder} is full ({free} free, or the quota is reached). {remedy}"
-        ) from error
-
-
-def check_is_writable(path: str | os.PathLike, overwrite: bool = False) -> None:
-    """Raise FileExistsError, or IsADirectoryError, unless `path` may be written."""
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder, expected the name of a file to write; add a file name.")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} already exists; choose another name, or pass overwrite to replace it.")
-
-
-def check_is_file(path: str | os.PathLike) -> None:
-    """Raise FileNotFoundError, or IsADirectoryError, unless `path` is a file."""
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder, expected a file; name a file inside it.")
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist (looked from {Path.cwd()}); check the path.")
-
-
-def is_columnar(path: str | os.PathLike) -> bool:
-    """Whether a file begins as Parquet or Arrow does."""
-    with open(path, "rb") as stream:
-        return stream.read(len(ARROW_MAGIC)).startswith((PARQUET_MAGIC, ARROW_MAGIC, ARROW_STREAM_MAGIC))
-
-
-def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
-    """Read the lines of a text file.
-
-    Args:
-        path: A file in UTF-8, plain or compressed.
-
-    Returns:
-        An iterator over (line number from 1, the line with its end).
-
-    Raises:
-        RecordError: A line is not UTF-8, or the compressed file is damaged.
-    """
-    number = 0
-    with open_binary(path) as stream:
-        try:
-            # Bytes are split at b"\n" alone: str.splitlines would also cut at U+2028 and its like inside a text.
-            for number, line in enumerate(stream, start=1):
-                yield number, decode_text(line, f"{path}, line {number}")
-        except DAMAGED as error:
-            raise RecordError(
-                f"{path}, after line {number}: found damaged compressed data ({error}), expected a whole file; copy or "
-                f"download the file again."
-            ) from error
-
-
-def is_blank(text: str) -> bool:
-    """Whether a text has no character that can be seen, so that a tokenizer may find no token in it."""
-    return all(unicodedata.category(character) in BLANK_CATEGORIES for character in text)
-
-
-def half_of_a_pair(text: str) -> str | None:
-    """The first half of a surrogate pair that stands alone in a text, as JSON spells it; None where there is none.
-
-    JSON can spell one; such a text can be neither written nor tokenised.
-    """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return f"\\u{ord(text[error.start]):04x}"
-    return None
-
-
-def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
-    """Read a JSON Lines file without regard to what its lines hold.
-
-    Args:
-        path: A JSON Lines file in UTF-8, plain or compressed.
-
-    Returns:
-        An iterator over (line number from 1, the line's value); blank lines are skipped.
-
-    Raises:
-        RecordError: A line is not UTF-8 or not JSON, or the compressed file is damaged.
-    """
-    for number, line in read_lines(path):
-        text = line.rstrip()
-        if text:
-            yield number, _parse_json(text, f"{path}, line {number}")
-
-
-def read_columnar_rows(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """Read the rows of a Parquet or Arrow file, a few at a time.
-
-    Args:
-        path: A Parquet file, or an Arrow file or stream, as `Dataset.save_to_disk` writes it.
-
-    Returns:
-        An iterator over rows.
-
-    Raises:
-        RecordError: The file is damaged.
-    """
-    with open(path, "rb") as stream:
-        start = stream.read(len(ARROW_MAGIC))
-    kind = "Parquet" if start.startswith(PARQUET_MAGIC) else "Arrow"
-    try:
-        if kind == "Parquet":
-            with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=PARQUET_ROWS):
-                    yield from batch.to_pylist()
-            return
-        with pa.memory_map(str(path)) as mapped:
-            if start.startswith(ARROW_MAGIC):
-                file = pa.ipc.open_file(mapped)
-                batches = (file.get_batch(index) for index in range(file.num_record_batches))
-            else:
-                batches = iter(pa.ipc.open_stream(mapped))
-            for batch in batches:
-                for offset in range(0, batch.num_rows, PARQUET_ROWS):
-                    yield from batch.slice(offset, PARQUET_ROWS).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise RecordError(
-            f"{path}: found damaged {kind} ({error}), expected a whole file; copy or download the file again."
-        ) from error
-
-
-def decode_text(data: bytes, location: str) -> str:
-    """Decode UTF-8, with or without a byte order mark, or raise a RecordError that names `location`."""
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _record_error(
-            location,
-            f"the byte 0x{data[error.start]:02x} at offset {error.start}, which is not UTF-8",
-            "text in UTF-8",
-            "Convert the file, for example with `iconv -t utf-8`.",
-        ) from error
-
-
 def normalize_record(record: Any, location: str, default_id: str, require_answer: bool = True) -> dict[str, Any]:
     """Validate one record and bring it into the form `read_records` returns.
 
@@ -357,7 +154,7 @@ def normalize_record(record: Any, location: str, default_id: str, require_answer
         RecordError: The record breaks the format.
     """
     if not isinstance(record, dict):
-        raise _record_error(
+        raise record_error(
             location,
             _describe(record),
             'an object like {"query": ..., "documents": [...], "answer": ...}',
@@ -366,7 +163,7 @@ def normalize_record(record: Any, location: str, default_id: str, require_answer
     for name in ("query", "documents"):
         if name not in record:
             found = f"the keys {_keys(record)}"
-            raise _record_error(location, found, f'a key "{name}"', f"Add the field, or {CONVERT}.")
+            raise record_error(location, found, f'a key "{name}"', f"Add the field, or {CONVERT}.")
     documents = _texts(record["documents"], "documents", location)
     identifier = record.get("id")
     return {
@@ -442,34 +239,12 @@ def _write_parquet(stream: BinaryIO, records: Iterable[dict[str, Any]]) -> int:
     return count
 
 
-def _compressor(raw: BinaryIO, suffix: str) -> contextlib.AbstractContextManager[BinaryIO]:
-    if suffix == ".gz":
-        # Neither the time nor the temporary name in the header: equal records give equal bytes.
-        return gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0)
-    if suffix == ".xz":
-        return lzma.open(raw, "wb")
-    return contextlib.nullcontext(raw)
-
-
-def _parse_json(text: str, location: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        problem = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise _record_error(
-            location,
-            f"{_shorten(text)} ({problem})",
-            "one complete JSON object per line",
-            f"Write each record on a line of its own, with json.dumps for example, or {CONVERT}.",
-        ) from error
-
-
 def _answers(record: dict[str, Any], location: str, required: bool) -> list[str]:
     answer = record.get("answer")
     if answer is None or answer == []:
         if required:
             found = f"the keys {_keys(record)}" if "answer" not in record else f'"answer": {json.dumps(answer)}'
-            raise _record_error(
+            raise record_error(
                 location,
                 found,
                 'a key "answer" with a string or a non-empty list of strings',
@@ -498,13 +273,13 @@ def _spelt(value: Any) -> Any:
 def _texts(value: Any, name: str, location: str) -> list[str]:
     if not isinstance(value, list):
         kind = "a string or a list of strings" if name == "answer" else "a list of strings"
-        raise _record_error(location, f'"{name}": {_describe(value)}', kind, 'Write it as ["...", "..."].')
+        raise record_error(location, f'"{name}": {_describe(value)}', kind, 'Write it as ["...", "..."].')
     return [_text(item, f"{name}[{index}]", location) for index, item in enumerate(value)]
 
 
 def _text(value: Any, name: str, location: str) -> str:
     if not isinstance(value, str):
-        raise _record_error(
+        raise record_error(
             location,
             f'"{name}": {_describe(value)}',
             "a non-empty string",
@@ -512,12 +287,10 @@ def _text(value: Any, name: str, location: str) -> str:
         )
     if is_blank(value):
         found = "invisible characters only" if value.strip() else "an empty string"
-        raise _record_error(
-            location, f'"{name}": {found}', "a non-empty string", "Fill in the text, or drop the entry."
-        )
+        raise record_error(location, f'"{name}": {found}', "a non-empty string", "Fill in the text, or drop the entry.")
     half = half_of_a_pair(value)
     if half is not None:
-        raise _record_error(
+        raise record_error(
             location,
             f'"{name}": half of a surrogate pair, {half}',
             "text that can be written as UTF-8",
@@ -532,12 +305,12 @@ def _scores(value: Any, num_documents: int, location: str) -> list[float] | None
     name = "reranking_scores"
     remedy = "Give every document one score, or leave the field out."
     if not isinstance(value, list):
-        raise _record_error(location, f'"{name}": {_describe(value)}', "a list of numbers", remedy)
+        raise record_error(location, f'"{name}": {_describe(value)}', "a list of numbers", remedy)
     if len(value) != num_documents:
-        raise _record_error(location, f'{len(value)} "{name}"', f"{num_documents}, one per document", remedy)
+        raise record_error(location, f'{len(value)} "{name}"', f"{num_documents}, one per document", remedy)
     for index, score in enumerate(value):
         if isinstance(score, bool) or not isinstance(score, int | float) or not _is_finite(score):
-            raise _record_error(location, f'"{name}[{index}]": {_describe(score)}', "a finite number", remedy)
+            raise record_error(location, f'"{name}[{index}]": {_describe(score)}', "a finite number", remedy)
     return [float(score) for score in value]
 
 
@@ -547,12 +320,12 @@ def _positives(value: Any, num_documents: int, location: str) -> list[int] | Non
     expected = f"a list of distinct indices into the {num_documents} documents, counted from 0"
     remedy = "Correct the indices, or leave the field out."
     if not isinstance(value, list):
-        raise _record_error(location, f'"positives": {_describe(value)}', expected, remedy)
+        raise record_error(location, f'"positives": {_describe(value)}', expected, remedy)
     for index, position in enumerate(value):
         if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < num_documents:
-            raise _record_error(location, f'"positives[{index}]": {_describe(position)}', expected, remedy)
+            raise record_error(location, f'"positives[{index}]": {_describe(position)}', expected, remedy)
     if len(set(value)) != len(value):
-        raise _record_error(location, f'"positives": {value}, with repetitions', expected, remedy)
+        raise record_error(location, f'"positives": {value}, with repetitions', expected, remedy)
     return list(value)
 
 
@@ -563,19 +336,11 @@ def _is_finite(number: int | float) -> bool:
         return False
 
 
-def _record_error(location: str, found: str, expected: str, remedy: str) -> RecordError:
-    return RecordError(f"{location}: found {found}; expected {expected}. {remedy}")
-
-
 def _describe(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     kind = names.get(type(value), "a number")
-    return kind if value is None else f"{kind}, {_shorten(str(value))}"
+    return kind if value is None else f"{kind}, {shorten(str(value), 60)}"
 
 
 def _keys(record: dict[str, Any]) -> str:
-    return _shorten(", ".join(record) or "(none)")
-
-
-def _shorten(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return shorten(", ".join(record) or "(none)", 60)

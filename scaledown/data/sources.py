@@ -12,10 +12,11 @@ import datasets
 import pyarrow as pa
 from datasets.exceptions import DatasetsError
 
+from ..common.files import check_is_file
 from ..common.opening import COMPRESSIONS, kind_suffix, open_binary
+from ..common.reading import RecordError, decode_text, is_columnar, read_columnar_rows, read_json_lines
 from .delimited import read_table
 from .questions import SourceError
-from .records import RecordError, check_is_file, decode_text, is_columnar, read_columnar_rows, read_json_lines
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from errors_scaledown import ScaleDownError
 
-from .records import is_blank
+from ..common.text import is_blank
 
 # A rule of thumb for English: where no tokenizer is named, 128 tokens are counted as 96 words.
 WORDS_PER_TOKEN = 0.75

@@ -9,11 +9,11 @@ from typing import Any
 
 from errors_scaledown import ScaleDownError
 
+from ..common.reading import RecordError
 from ..data.choice import NoDocuments, OwnDocuments, PoolDocuments, sample, stable_hash
 from ..data.formats import OWN_DOCUMENTS, detect_format, read_record
 from ..data.questions import as_mapping
 from ..data.readers import read_source
-from ..data.records import RecordError
 from ..data.sources import open_elements
 
 logger = logging.getLogger(__name__)

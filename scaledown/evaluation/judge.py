@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.prompts import defused
-from ..data.records import RecordError
+from ..common.reading import RecordError
 from ..data.teachers.endpoint import EndpointTeacher
 from .data import Example
 

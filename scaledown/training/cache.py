@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 
 from errors_scaledown import ScaleDownError
 
-from ..data.records import atomic_writer
+from ..common.files import write_json
+from ..common.text import shorten
 
 FORMAT = 1
 RECORD_FIELDS = ("id", "query", "answer", "gold_answers", "reranking_scores", "positives")
@@ -180,7 +181,7 @@ def open_plan(folder: str | Path, fingerprint: dict[str, Any]) -> CachePlan | No
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise CacheError(f"{index} is damaged ({error!r}); delete {folder} and compress again.") from error
     changed = [
-        f"{name} was {_shorten(plan.fingerprint.get(name))} and is {_shorten(fingerprint.get(name))}"
+        f"{name} was {shorten(plan.fingerprint.get(name))} and is {shorten(fingerprint.get(name))}"
         for name in sorted({*plan.fingerprint, *fingerprint})
         if plan.fingerprint.get(name) != fingerprint.get(name)
     ]
@@ -211,8 +212,7 @@ def write_plan(folder: str | Path, plan: CachePlan) -> None:
             "another disk, raise compression_rate, or use fewer records."
         )
     content = {"format": FORMAT, **asdict(plan)}
-    with atomic_writer(folder / INDEX_NAME, overwrite=True) as stream:
-        stream.write(json.dumps(content, indent=1).encode("utf-8") + b"\n")
+    write_json(folder / INDEX_NAME, content, indent=1)
 
 
 def missing_shards(folder: str | Path, plan: CachePlan) -> list[Shard]:
@@ -358,8 +358,3 @@ def _is_whole(path: Path, shard: Shard, plan: CachePlan) -> bool:
             return {name: file.get_slice(name).get_shape() for name in file.keys()} == shapes  # noqa: SIM118
     except (OSError, SafetensorError):
         return False
-
-
-def _shorten(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 48 else f"{text[:20]}…{text[-8:]}"

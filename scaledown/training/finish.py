@@ -1,7 +1,6 @@
 """What a finished run leaves: the model with its card, and what was measured."""
 
 import importlib.metadata
-import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from modeling_scaledown import ScaleDownModel
 
 from ..common.devices import is_quantized
+from ..common.files import write_json
 from .arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -64,8 +64,7 @@ def write_results(metrics: dict[str, float], output_dir: str) -> None:
         metrics: What was measured.
         output_dir: The run's folder.
     """
-    results = json.dumps(metrics, indent=2, sort_keys=True)
-    (Path(output_dir) / RESULTS_NAME).write_text(results + "\n", encoding="utf-8")
+    write_json(Path(output_dir) / RESULTS_NAME, metrics, indent=2, sort_keys=True)
     logger.info("Saved the model to %s", output_dir)
 
 

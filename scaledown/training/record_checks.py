@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 from errors_scaledown import ScaleDownError
 from processing_scaledown import ScaleDownProcessor
 
-from ..data.records import RecordError, answers_of
+from ..common.reading import RecordError
+from ..data.records import answers_of
 from .arguments import DataArguments
 from .collators import INSTRUCTIONS
 

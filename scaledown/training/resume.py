@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from errors_scaledown import ScaleDownError
 
 from ..common.command_line import settings_checked_by_libraries
-from ..data.records import atomic_writer
+from ..common.files import write_json
 from .arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments
 from .finish import RESULTS_NAME
 
@@ -46,8 +46,7 @@ def begin(model_args: ModelArguments, data_args: DataArguments, args: ScaleDownT
         logger.info("Going on from %s; choose another output_dir to start anew.", checkpoint)
     if args.should_save and args.resume_from_checkpoint is None:
         settings = _run_settings(model_args, data_args, args)
-        with atomic_writer(Path(args.output_dir) / RUN_NAME, overwrite=True) as stream:
-            stream.write(json.dumps(settings, indent=1).encode("utf-8") + b"\n")
+        write_json(Path(args.output_dir) / RUN_NAME, settings, indent=1)
     return checkpoint
 
 

@@ -10,9 +10,9 @@ import datasets
 import pytest
 
 from scaledown import corpus
+from scaledown.common.reading import RecordError
 from scaledown.data.corpus import CorpusReader, build_passages
 from scaledown.data.questions import SourceError
-from scaledown.data.records import RecordError
 from scaledown.data.splitting import PassageSplitter, merge_lines
 from tiny import build_tokenizer
 

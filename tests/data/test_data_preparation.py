@@ -9,10 +9,11 @@ from pathlib import Path
 import datasets
 import pytest
 
+from scaledown.common.reading import RecordError
 from scaledown.data.indexes.retrieval import BM25Retriever
 from scaledown.data.preparation import PreparationArguments, format_report, main, prepare
 from scaledown.data.readers import SourceError, read_source
-from scaledown.data.records import RecordError, read_records
+from scaledown.data.records import read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"

@@ -7,10 +7,11 @@ import zipfile
 import datasets
 import pytest
 
+from scaledown.common.reading import RecordError
 from scaledown.data.delimited import decode_cell, read_table
 from scaledown.data.questions import SourceError
 from scaledown.data.readers import read_source
-from scaledown.data.records import RecordError, read_records
+from scaledown.data.records import read_records
 
 SQUAD = [
     {

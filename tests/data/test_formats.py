@@ -7,9 +7,10 @@ from pathlib import Path
 import datasets
 import pytest
 
+from scaledown.common.reading import RecordError
 from scaledown.data.preparation import PreparationArguments, prepare
 from scaledown.data.readers import Columns, SourceError, read_source
-from scaledown.data.records import RecordError, read_records
+from scaledown.data.records import read_records
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 

@@ -6,8 +6,9 @@ import os
 
 import pytest
 
+from scaledown.common.files import atomic_writer, explained_disk_errors
+from scaledown.common.reading import RecordError
 from scaledown.data.journal import Journal, WorkFolder, WorkFolderError, blocks, run_in_batches
-from scaledown.data.records import RecordError, atomic_writer, explained_disk_errors
 
 
 def test_results_come_back_by_index_in_any_order(tmp_path):

@@ -9,7 +9,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from scaledown.data.records import RecordError, load_records, read_records, write_records
+from scaledown.common.reading import RecordError
+from scaledown.data.records import load_records, read_records, write_records
 
 RECORD = {"query": "Who wrote it?", "documents": ["Ada wrote it.", "It rained."], "answer": "Ada"}
 

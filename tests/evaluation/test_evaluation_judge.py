@@ -6,7 +6,7 @@ import math
 import pytest
 from chat_server import ChatServer, Reply, completion
 
-from scaledown.data.records import RecordError
+from scaledown.common.reading import RecordError
 from scaledown.evaluation.arguments import parse_arguments
 from scaledown.evaluation.data import Example
 from scaledown.evaluation.evaluate import evaluate

@@ -27,8 +27,8 @@ from transformers.utils import cached_file
 from errors_scaledown import ScaleDownError
 
 from ...common.devices import check_head, import_sentence_transformers, load_model, pick_dtype
+from ...common.files import atomic_writer, write_json
 from ..journal import blocks
-from ..records import atomic_writer
 from .retrieval import tokenize, top_indices
 
 # Passages per shard: the work a kill can cost. Encoding them takes seconds on a GPU.
@@ -118,10 +118,10 @@ class BM25Index:
         self._write_scores(partial, shards, frequencies, lengths)
         # The names and the form are those of BM25.save.
         model = bm25s.BM25()
-        _write_json(partial / "vocab.index.json", vocabulary)
+        write_json(partial / "vocab.index.json", vocabulary, ensure_ascii=False)
         settings = {name: getattr(model, name) for name in ("k1", "b", "delta", "method", "idf_method", "dtype")}
         settings |= {"int_dtype": model.int_dtype, "num_docs": len(lengths), "backend": model.backend}
-        _write_json(partial / "params.index.json", {**settings, "version": bm25s.__version__})
+        write_json(partial / "params.index.json", {**settings, "version": bm25s.__version__})
         partial.rename(self.folder / "index")
         for shard in self.folder.glob("words-*"):
             shard.unlink()
@@ -145,7 +145,7 @@ class BM25Index:
         lengths = np.asarray([*map(len, tokens)], dtype=np.uint32)
         stream_of_ids = (vocabulary.setdefault(stem, len(vocabulary)) for stems in tokens for stem in stems)
         ids = np.fromiter(stream_of_ids, dtype=np.uint32, count=int(lengths.sum()))
-        _write_json(new_words, list(vocabulary)[known:])
+        write_json(new_words, list(vocabulary)[known:], ensure_ascii=False)
         with atomic_writer(path, overwrite=True) as stream:
             np.savez(stream, ids=ids, lengths=lengths)
         return path
@@ -388,8 +388,3 @@ def _load_counts(path: Path, num_stems: int) -> tuple[scipy.sparse.csr_matrix, n
         (np.ones(len(ids), dtype=np.float32), (rows, ids.astype(np.int64))), shape=(len(lengths), num_stems)
     ).tocsr()
     return counts, lengths
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with atomic_writer(path, overwrite=True) as stream:
-        stream.write(json.dumps(value, ensure_ascii=False).encode("utf-8"))

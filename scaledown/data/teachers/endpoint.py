@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from errors_scaledown import ScaleDownError
 
 from ...common.prompts import build_messages
+from ...common.text import is_blank
 from ..journal import Journal
-from ..records import is_blank
 from .answers import TeacherError, duration
 
 logger = logging.getLogger(__name__)
