@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import datasets
 
-from .indexes.indexes import Index
-from .indexes.retrieval import BM25Retriever
+from .indexes.encoded import Index
+from .indexes.pool import BM25Retriever
 from .questions import Question
 
 # Passages retrieved beyond those wanted, since some repeat a gold passage or one another.

@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from scaledown.common.reading import RecordError
-from scaledown.data.indexes.retrieval import BM25Retriever
+from scaledown.data.indexes.pool import BM25Retriever
 from scaledown.data.preparation import PreparationArguments, format_report, main, prepare
 from scaledown.data.readers import SourceError, read_source
 from scaledown.data.records import read_records

@@ -11,8 +11,8 @@ from tiny_teachers import save_dense, save_splade
 
 from scaledown import indexes
 from scaledown.common.choices import RETRIEVERS
-from scaledown.data.indexes.indexes import BM25Index, DenseIndex, SpladeIndex, open_index
-from scaledown.data.indexes.retrieval import tokenize, top_indices
+from scaledown.data.indexes.encoded import BM25Index, DenseIndex, SpladeIndex, open_index
+from scaledown.data.indexes.pool import tokenize, top_indices
 from tiny import DOCUMENTS, QUESTIONS
 
 TEXTS = [text for listed in DOCUMENTS for text in listed] + ["!", "", "Herons are long-legged birds."]

@@ -8,7 +8,7 @@ from tiny_teachers import save_dense, save_reranker, save_splade
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
 from scaledown import ScaleDownError
-from scaledown.data.indexes.indexes import DenseIndex, SpladeIndex
+from scaledown.data.indexes.encoded import DenseIndex, SpladeIndex
 from scaledown.data.teachers.answers import LocalTeacher
 from scaledown.data.teachers.scores import RerankingTeacher
 from tiny import DOCUMENTS, QUESTIONS, SHAPE, build_tokenizer

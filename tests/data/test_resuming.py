@@ -14,7 +14,7 @@ from tiny_teachers import save_all
 
 from scaledown import corpus, data_preparation, endpoint, indexes
 from scaledown.data.choice import PoolDocuments
-from scaledown.data.indexes.indexes import BM25Index, EncodingIndex
+from scaledown.data.indexes.encoded import BM25Index, EncodingIndex
 from scaledown.data.preparation import PreparationArguments, main, prepare
 from scaledown.data.teachers.endpoint import EndpointTeacher
 

@@ -29,7 +29,7 @@ from errors_scaledown import ScaleDownError
 from ...common.devices import check_head, import_sentence_transformers, load_model, pick_dtype
 from ...common.files import atomic_writer, write_json
 from ..journal import blocks
-from .retrieval import tokenize, top_indices
+from .pool import tokenize, top_indices
 
 # Passages per shard: the work a kill can cost. Encoding them takes seconds on a GPU.
 TOKENIZED_PER_SHARD = 16_384
