@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 # Types of weights.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# Formats of questions; see `formats`.
+# Formats of questions; see `data/formats.py`.
 FORMATS = (
     "squad",
     "hotpotqa",
@@ -20,11 +20,11 @@ FORMATS = (
     "columns",
     "records",
 )
-# What an evaluation sets beside the model; see `systems`.
+# What an evaluation sets beside the model; see `evaluation/systems.py`.
 TEXT_BASELINES = ("full_text", "no_documents", "truncated")
 MEMORY_BASELINES = ("random_memory", "shuffled_documents")
 BASELINES = (*TEXT_BASELINES, *MEMORY_BASELINES)
-# What searches a corpus; see `indexes`.
+# What searches a corpus; see `data/indexes/index.py`.
 RETRIEVERS = ("bm25", "splade", "dense")
 DEFAULT_MODELS = {"splade": "naver/splade-v3", "dense": "sentence-transformers/multi-qa-mpnet-base-dot-v1"}
 DEFAULT_RERANKER = "naver/trecdl22-crossencoder-debertav3"

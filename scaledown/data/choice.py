@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import datasets
 
-from .indexes.encoded import Index
+from .indexes.index import Index
 from .indexes.pool import BM25Retriever
 from .questions import Question
 

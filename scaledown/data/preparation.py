@@ -33,7 +33,7 @@ from .card import build_card
 from .choice import Chooser, CorpusDocuments, NoDocuments, OwnDocuments, PoolDocuments, keep_best, sample
 from .corpus import CorpusReader, build_passages
 from .formats import OWN_DOCUMENTS
-from .indexes.encoded import Index, open_index
+from .indexes.index import Index, open_index
 from .journal import WorkFolder, blocks, run_in_batches
 from .questions import Question, Source
 from .readers import read_source

@@ -9,8 +9,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from scaledown import corpus
 from scaledown.common.reading import RecordError
+from scaledown.data import corpus
 from scaledown.data.corpus import CorpusReader, build_passages
 from scaledown.data.questions import SourceError
 from scaledown.data.splitting import PassageSplitter, merge_lines

@@ -9,10 +9,12 @@ import torch
 from sentence_transformers import SentenceTransformer, SparseEncoder
 from tiny_teachers import save_dense, save_splade
 
-from scaledown import indexes
 from scaledown.common.choices import RETRIEVERS
-from scaledown.data.indexes.encoded import BM25Index, DenseIndex, SpladeIndex, open_index
-from scaledown.data.indexes.pool import tokenize, top_indices
+from scaledown.data.indexes import bm25, encoded
+from scaledown.data.indexes.bm25 import BM25Index
+from scaledown.data.indexes.encoded import DenseIndex, SpladeIndex
+from scaledown.data.indexes.index import open_index
+from scaledown.data.indexes.scoring import tokenize, top_indices
 from tiny import DOCUMENTS, QUESTIONS
 
 TEXTS = [text for listed in DOCUMENTS for text in listed] + ["!", "", "Herons are long-legged birds."]
@@ -22,8 +24,8 @@ PASSAGES = datasets.Dataset.from_dict({"text": TEXTS})
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch):
-    monkeypatch.setattr(indexes, "TOKENIZED_PER_SHARD", 7)
-    monkeypatch.setattr(indexes, "ENCODED_PER_SHARD", 7)
+    monkeypatch.setattr(bm25, "TOKENIZED_PER_SHARD", 7)
+    monkeypatch.setattr(encoded, "ENCODED_PER_SHARD", 7)
 
 
 @pytest.fixture(scope="module")

@@ -333,9 +333,10 @@ GROWTH = """
 import sys, threading
 sys.path.insert(0, sys.argv[1])
 import numpy as np, torch
-from scaledown import corpus, indexes
+from scaledown.data import corpus
+from scaledown.data.indexes import bm25, encoded
 from scaledown.data.preparation import main
-corpus.PASSAGES_PER_SHARD = indexes.TOKENIZED_PER_SHARD = indexes.ENCODED_PER_SHARD = 1024
+corpus.PASSAGES_PER_SHARD = bm25.TOKENIZED_PER_SHARD = encoded.ENCODED_PER_SHARD = 1024
 class Encoder:
     similarity_fn_name = "dot"
     def encode_query(self, texts, **settings):
@@ -343,7 +344,7 @@ class Encoder:
         return encoded if RETRIEVER == "dense" else torch.from_numpy(encoded).to_sparse()
     encode_document = encode_query
 RETRIEVER = sys.argv[2]
-indexes.load_model = lambda *_: Encoder()
+encoded.load_model = lambda *_: Encoder()
 peak, done = [0], threading.Event()
 def anonymous():
     with open("/proc/self/status") as status:

@@ -12,10 +12,13 @@ import pytest
 from chat_server import ChatServer, Reply, completion, question_of
 from tiny_teachers import save_all
 
-from scaledown import corpus, data_preparation, endpoint, indexes
+from scaledown.data import corpus, preparation
 from scaledown.data.choice import PoolDocuments
-from scaledown.data.indexes.encoded import BM25Index, EncodingIndex
+from scaledown.data.indexes import bm25, encoded
+from scaledown.data.indexes.bm25 import BM25Index
+from scaledown.data.indexes.encoded import EncodingIndex
 from scaledown.data.preparation import PreparationArguments, main, prepare
+from scaledown.data.teachers import endpoint
 from scaledown.data.teachers.endpoint import EndpointTeacher
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the killed process is a fork of this one")
@@ -30,9 +33,9 @@ def _small_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(corpus, "TEXTS_PER_BATCH", 2)
     monkeypatch.setattr(corpus, "PASSAGES_PER_SHARD", 8)
-    monkeypatch.setattr(indexes, "TOKENIZED_PER_SHARD", 9)
-    monkeypatch.setattr(indexes, "ENCODED_PER_SHARD", 9)
-    monkeypatch.setattr(data_preparation, "RECORDS_PER_SCORING", 3)
+    monkeypatch.setattr(bm25, "TOKENIZED_PER_SHARD", 9)
+    monkeypatch.setattr(encoded, "ENCODED_PER_SHARD", 9)
+    monkeypatch.setattr(preparation, "RECORDS_PER_SCORING", 3)
     monkeypatch.setattr(endpoint, "SECONDS_BETWEEN_SYNCS", 0.0)
     for kind in (BM25Index, EncodingIndex):
         monkeypatch.setattr(kind, "queries_per_block", 3)
@@ -221,7 +224,7 @@ def test_an_endpoint_is_asked_nothing_in_a_dry_run_and_the_real_run_goes_on_from
         assert report["estimate"]["pairs to score"] == 2 * NUM_QUESTIONS
         assert report["estimate"]["answers to write"].startswith("13 requests, about ")
         assert "at most 1,664 tokens of answer, about " in report["estimate"]["answers to write"]
-        monkeypatch.setattr(data_preparation, "PoolDocuments", None)  # chosen already
+        monkeypatch.setattr(preparation, "PoolDocuments", None)  # chosen already
         prepare(PreparationArguments(source, str(output), **settings))
         assert len(server.requests) == NUM_QUESTIONS
     assert output.exists() and not (tmp_path / "out.jsonl.work").exists()

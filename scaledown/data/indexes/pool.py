@@ -1,4 +1,4 @@
-"""BM25 retrieval over a pool of passages in memory; `indexes` holds what searches a corpus on the disk."""
+"""BM25 over a pool of passages in memory; `index` holds what searches a corpus on the disk."""
 
 from collections.abc import Collection, Sequence
 
@@ -7,6 +7,8 @@ import numpy as np
 import Stemmer
 
 from errors_scaledown import ScaleDownError
+
+from .scoring import tokenize, top_indices
 
 
 class BM25Retriever:
@@ -80,36 +82,3 @@ class BM25Retriever:
         indices = np.asarray(candidates, dtype=np.int64)
         order = np.argsort(-self.scores(query)[indices], kind="stable")
         return [int(index) for index in indices[order]]
-
-
-def tokenize(texts: Sequence[str], stemmer: Stemmer.Stemmer) -> list[list[str]]:
-    """Stems of the words of texts, English stop words left out.
-
-    Args:
-        texts: Texts.
-        stemmer: Stems words.
-
-    Returns:
-        A list of stems for each text.
-    """
-    return bm25s.tokenize(list(texts), stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False)
-
-
-def top_indices(scores: np.ndarray, k: int) -> np.ndarray:
-    """Indices of the highest scores; of equal scores those that come first.
-
-    Args:
-        scores: Scores, shape (n,).
-        k: Number of indices wanted.
-
-    Returns:
-        Indices, highest score first, shape (min(k, n),).
-    """
-    k = min(k, len(scores))
-    if k == 0:
-        return np.empty(0, dtype=np.int64)
-    threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
-    above = np.flatnonzero(scores > threshold)
-    # A tie at the edge is broken by order too.
-    ties = np.flatnonzero(scores == threshold)[: k - len(above)]
-    return np.concatenate([above[np.argsort(-scores[above], kind="stable")], ties])
