@@ -8,43 +8,36 @@ Each step keeps what it has done in `<output>.work/`, so that a run goes on wher
 """
 
 import hashlib
-import importlib.metadata
 import json
 import logging
-import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from errors_scaledown import ScaleDownError
 
 from ..common.command_line import run_command
-from ..common.devices import load_model
 from ..common.files import atomic_writer, check_is_writable, explained_disk_errors, write_json
-from ..common.metrics import normalize_answer
 from ..common.text import is_blank
 from .arguments import SETTINGS_OF_STEPS, PreparationArguments, parse_arguments
 from .card import build_card
 from .choice import Chooser, CorpusDocuments, NoDocuments, OwnDocuments, PoolDocuments, keep_best, sample
-from .corpus import CorpusReader, build_passages
 from .formats import OWN_DOCUMENTS
-from .indexes.index import Index, open_index
 from .journal import WorkFolder, blocks, run_in_batches
 from .questions import Question, Source
 from .readers import read_source
 from .records import write_records
+from .report import format_report, library_versions
+from .searchable import load_tokenizer, open_corpus, prepare_corpus
 from .splitting import PassageSplitter
+from .statistics import AnswerMatcher, Statistics
 from .teachers.answers import AnswerTeacher, LocalTeacher
 from .teachers.cost import Estimate, estimate
 from .teachers.endpoint import EMPTY_ANSWER, EndpointTeacher
 from .teachers.scores import RerankingTeacher
-
-__all__ = ["PreparationArguments", "format_report", "main", "prepare"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +71,7 @@ def prepare(arguments: PreparationArguments) -> dict[str, Any]:
     """
     if arguments.only_corpus:
         with explained_disk_errors(arguments.corpus_dir, GO_ON.format(arguments.corpus_dir)):
-            return _prepare_corpus(arguments)
+            return prepare_corpus(arguments)
     # Before the work, not after it. A run that goes on may find what it had written itself.
     begun = arguments.work_path / WorkFolder.SETTINGS
     for path in map(Path, (arguments.output, arguments.report_path, arguments.card_path)):
@@ -98,28 +91,6 @@ def prepare(arguments: PreparationArguments) -> dict[str, Any]:
         if not arguments.dry_run:
             work.remove()
     return report
-
-
-def format_report(report: dict[str, Any]) -> str:
-    """Render a report of `prepare` as a small table.
-
-    Args:
-        report: What `prepare` returned.
-
-    Returns:
-        Lines of a name and a value each.
-    """
-    rows = [(name, report[name]) for name in ("source", "format", "config", "split") if name in report]
-    rows = [(n, value) for n, value in [*rows, *report["settings"].items()] if value is not None and value is not False]
-    if report.get("columns"):
-        rows.append(("columns", "; ".join(f"{meaning}: {names}" for meaning, names in report["columns"].items())))
-    rows += report["counts"].items()
-    for reason, dropped in report.get("dropped", {}).items():
-        examples = ", ".join(dropped["examples"])
-        rows.append((f"dropped: {reason}", f"{dropped['count']}  (such as {examples})"))
-    rows += report.get("estimate", {}).items()
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,7 +123,7 @@ class _Preparation:
     def __init__(self, arguments: PreparationArguments, work: WorkFolder):
         self.arguments = arguments
         self.work = work
-        self.statistics = _Statistics()
+        self.statistics = Statistics()
         self.dropped: dict[str, list[str]] = {}
         self.documents = work.journal("documents")
         self.scores = work.journal("scores")
@@ -192,7 +163,7 @@ class _Preparation:
             arguments.split,
             arguments.revision,
             arguments.columns,
-            PassageSplitter(_load_tokenizer(arguments), arguments.passage_length, arguments.passage_overlap),
+            PassageSplitter(load_tokenizer(arguments), arguments.passage_length, arguments.passage_overlap),
             require_answer=arguments.teacher is None and not arguments.keep_unanswered,
             keep_pool=keep_pool,
         )
@@ -294,7 +265,7 @@ class _Preparation:
         if arguments.corpus is None:
             num_documents = arguments.documents_per_question
             return PoolDocuments(source.passages, num_documents, arguments.distractors, arguments.seed)
-        passages, index = _open_corpus(arguments, Path(arguments.corpus_dir or self.work.path / "corpus"))
+        passages, index = open_corpus(arguments, Path(arguments.corpus_dir or self.work.path / "corpus"))
         return CorpusDocuments(
             passages, index, arguments.documents_per_question, arguments.document_order, arguments.seed
         )
@@ -369,7 +340,7 @@ class _Preparation:
             arguments.seed,
             arguments.extra_body,
         )
-        return endpoint, _load_tokenizer(arguments)
+        return endpoint, load_tokenizer(arguments)
 
     def _estimate_answers(self, count: int, tokenizer: PreTrainedTokenizerBase | None) -> Estimate:
         arguments = self.arguments
@@ -389,7 +360,7 @@ class _Preparation:
             missing = self.scores.missing(count)
             rows["pairs to score"] = sum(len(self._record_at(index)["documents"]) for index in missing)
         if self.arguments.teacher is not None:
-            rows["answers to write"] = str(self._estimate_answers(count, _load_tokenizer(self.arguments)))
+            rows["answers to write"] = str(self._estimate_answers(count, load_tokenizer(self.arguments)))
         return rows
 
     def _record_at(self, index: int) -> dict[str, Any]:
@@ -413,7 +384,7 @@ class _Preparation:
         return keep_best({**record, "reranking_scores": [0.0] * len(record["documents"])}, self.arguments.keep_best)
 
     def _finished_records(self, count: int) -> Iterator[dict[str, Any]]:
-        matcher = _AnswerMatcher()
+        matcher = AnswerMatcher()
         for index in range(count):
             record = self._scored_record_at(index)
             gold = record.get("gold_answers") or record.get("answer") or []
@@ -483,7 +454,7 @@ class _Preparation:
                 reason: {"count": len(ids), "examples": ids[:NUM_EXAMPLE_IDS]}
                 for reason, ids in sorted(self.dropped.items())
             },
-            "versions": _versions(arguments),
+            "versions": library_versions(arguments),
         }
 
     def _settings(self) -> dict[str, Any]:
@@ -508,155 +479,3 @@ class _Preparation:
             settings["num_documents"] = arguments.documents_per_question
             settings["distractors"] = arguments.distractors
         return settings
-
-
-@dataclass
-class _Statistics:
-    """Counts taken while the records are written."""
-
-    num_questions: int = 0
-    num_documents: int = 0
-    num_words: int = 0
-    num_positives: int = 0
-    num_positives_retrieved: int | None = None
-    num_distractors: int = 0
-    num_distractors_with_answer: int = 0
-    num_questions_without_positives: int = 0
-    num_questions_without_documents: int = 0
-    num_questions_unmatched: int = 0
-    num_scored: int = 0
-    num_answers: int = 0
-    num_answers_cut: int = 0
-    num_answers_with_gold: int = 0
-    num_prompt_tokens: int = 0
-    num_completion_tokens: int = 0
-
-    def count(self, record: dict[str, Any], gold: list[str], matcher: "_AnswerMatcher", chosen: dict[str, Any]) -> None:
-        """Count a record that is written; `chosen` is what its chooser returned."""
-        self.num_questions += 1
-        self.num_documents += len(record["documents"])
-        self.num_questions_without_documents += not record["documents"]
-        self.num_words += sum(len(document.split()) for document in record["documents"])
-        self.num_scored += len(record.get("reranking_scores") or ())
-        self.num_questions_unmatched += chosen.get("unmatched", False)
-        if "positives_retrieved" in chosen:
-            self.num_positives_retrieved = (self.num_positives_retrieved or 0) + chosen["positives_retrieved"]
-        if record.get("positives") is None:
-            self.num_questions_without_positives += 1
-            return
-        self.num_positives += len(record["positives"])
-        for index, document in enumerate(record["documents"]):
-            if index not in record["positives"]:
-                self.num_distractors += 1
-                self.num_distractors_with_answer += matcher.contains(document, gold)
-
-    def count_answer(self, result: dict[str, Any], gold: list[str], matcher: "_AnswerMatcher") -> None:
-        """Count a teacher's answer."""
-        self.num_answers += 1
-        self.num_answers_cut += result["cut"]
-        self.num_prompt_tokens += result["prompt_tokens"]
-        self.num_completion_tokens += result["completion_tokens"]
-        self.num_answers_with_gold += matcher.contains(result["answer"], gold)
-
-    def counts(self) -> dict[str, Any]:
-        """The counts of the steps that were taken."""
-        counts = {
-            "questions_without_positives": self.num_questions_without_positives,
-            "questions_without_documents": self.num_questions_without_documents,
-            "documents": self.num_documents,
-            "positives": self.num_positives,
-            "distractors": self.num_distractors,
-            "distractors_with_answer": self.num_distractors_with_answer,
-            "mean_document_words": round(self.num_words / max(self.num_documents, 1), 1),
-        }
-        if self.num_positives_retrieved is not None:
-            counts["positives_retrieved"] = self.num_positives_retrieved
-        if self.num_questions_unmatched:
-            counts["questions_sharing_no_word_with_corpus"] = self.num_questions_unmatched
-        if self.num_scored:
-            counts["documents_scored"] = self.num_scored
-        if self.num_answers:
-            counts |= {
-                "teacher_answers": self.num_answers,
-                "teacher_answers_cut": self.num_answers_cut,
-                "teacher_answers_with_gold": self.num_answers_with_gold,
-                "teacher_prompt_tokens": self.num_prompt_tokens,
-                "teacher_completion_tokens": self.num_completion_tokens,
-            }
-        return counts
-
-
-class _AnswerMatcher:
-    """Tells whether a text holds an answer as whole words, after the normalisation of SQuAD's evaluation."""
-
-    CACHED = 20_000
-
-    def __init__(self):
-        self._texts: dict[str, str] = {}
-
-    def contains(self, text: str, answers: Sequence[str]) -> bool:
-        """Whether any of the answers is in the text; "yes" and "no" are no spans and never match."""
-        if text not in self._texts:
-            if len(self._texts) >= self.CACHED:
-                self._texts.clear()
-            self._texts[text] = f" {normalize_answer(text)} "
-        normalized = (normalize_answer(answer) for answer in answers)
-        return any(f" {answer} " in self._texts[text] for answer in normalized if answer not in ("", "yes", "no"))
-
-
-def _prepare_corpus(arguments: PreparationArguments) -> dict[str, Any]:
-    passages, _ = _open_corpus(arguments, Path(arguments.corpus_dir))
-    settings = {"corpus": arguments.corpus, "retriever": arguments.retriever}
-    settings |= {"retriever_name_or_path": arguments.retriever_model, "passage_length": arguments.passage_length}
-    return {"settings": settings, "counts": {"passages": len(passages)}}
-
-
-def _open_corpus(arguments: PreparationArguments, folder: Path) -> tuple[datasets.Dataset, Index]:
-    """Passages and index, made as far as they are missing."""
-    remedy = f"Name another --corpus_dir, give the same options, or delete {folder} to build it anew."
-    corpus = WorkFolder(folder, arguments.corpus_settings, remedy)
-    if arguments.corpus_dir is None:
-        logger.info("passages and index are kept for this run only; name a --corpus_dir to use them again")
-    read = CorpusReader(
-        arguments.corpus,
-        arguments.corpus_config,
-        arguments.corpus_split,
-        arguments.corpus_revision,
-        arguments.text_column,
-        arguments.title_column,
-        arguments.merge_lines,
-    )
-    with corpus.locked():
-        splitter = PassageSplitter(_load_tokenizer(arguments), arguments.passage_length, arguments.passage_overlap)
-        passages = build_passages(folder, read, splitter)
-        logger.info("the corpus has %d passages", len(passages))
-        digest = hashlib.sha256(json.dumps(arguments.index_settings).encode()).hexdigest()[:8]
-        index = WorkFolder(folder / f"{arguments.retriever}-{digest}", arguments.index_settings, remedy)
-        settings = {}
-        if arguments.retriever != "bm25":
-            settings = {"revision": arguments.retriever_revision, "dtype": arguments.dtype}
-            settings["batch_size"] = arguments.retriever_batch_size
-        return passages, open_index(
-            arguments.retriever, index.path / "data", passages, arguments.retriever_model, **settings
-        )
-
-
-def _load_tokenizer(arguments: PreparationArguments) -> PreTrainedTokenizerBase | None:
-    name = arguments.tokenizer_name_or_path
-    if name is None:
-        return None
-    return load_model(lambda: AutoTokenizer.from_pretrained(name), name, "--tokenizer_name_or_path")
-
-
-def _versions(arguments: PreparationArguments) -> dict[str, str]:
-    names = ["bm25s", "PyStemmer", "numpy", "datasets"]
-    if arguments.reranker is not None or (arguments.corpus is not None and arguments.retriever != "bm25"):
-        names += ["sentence-transformers"]
-    if arguments.teacher_url is not None:
-        names += ["openai"]
-    if len(names) > 4 or arguments.teacher is not None:
-        names += ["torch", "transformers"]
-    return {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in dict.fromkeys(names)},
-    }

@@ -11,9 +11,10 @@ import pytest
 
 from scaledown.common.reading import RecordError
 from scaledown.data.indexes.pool import BM25Retriever
-from scaledown.data.preparation import PreparationArguments, format_report, main, prepare
+from scaledown.data.preparation import PreparationArguments, main, prepare
 from scaledown.data.readers import SourceError, read_source
 from scaledown.data.records import read_records
+from scaledown.data.report import format_report
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
