@@ -21,7 +21,7 @@ from scaledown.common.command_line import parse_options, run_command
 from scaledown.common.tables import table
 from scaledown.evaluation.bootstrap import Bootstrap
 from scaledown.evaluation.report import estimate
-from scaledown.world.world import Passage, Question, World
+from scaledown.world.world import Passage, World, WorldQuestion
 
 BATCH_SIZE = 25
 PARTS = ("two hops", "name of the second passage", "value after it", "values after the other names")
@@ -39,7 +39,7 @@ class NameArguments:
     seed: int = field(default=0, metadata={"help": "Decides contexts and questions."})
 
 
-def draw(args: NameArguments) -> list[tuple[list[Passage], Question, Question]]:
+def draw(args: NameArguments) -> list[tuple[list[Passage], WorldQuestion, WorldQuestion]]:
     """Contexts with their two questions, the second about all passages."""
     world, drawn = World("test", args.seed), []
     for _ in range(args.num_contexts):
@@ -54,7 +54,7 @@ def draw(args: NameArguments) -> list[tuple[list[Passage], Question, Question]]:
 
 
 @torch.inference_mode()
-def token_hits(model: ScaleDownModel, contexts: list[list[Passage]], questions: list[Question], rate: int):
+def token_hits(model: ScaleDownModel, contexts: list[list[Passage]], questions: list[WorldQuestion], rate: int):
     """For every question, whether each token of its answer is the most likely one.
 
     Args:

@@ -30,8 +30,9 @@ from transformers import (
 )
 
 from ..common.command_line import parse_options, run_command
+from .names import happens
 from .tokenizer import SPECIAL, SYSTEM_PROMPT, build_tokenizer
-from .world import World, happens
+from .world import World
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ import string
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from .names import Names
 from .text import CONTRASTS, FILLERS, MONTHS, NOMINALS, OPENINGS, RELATIONS, WORDS
-from .world import Names
 
 SPECIAL = ["<s>", "</s>", "<pad>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>"]
 SYSTEM_PROMPT = "Answer from the passages."

@@ -17,9 +17,10 @@ from scaledown.world.generator import (
     read_causally,
     teach,
 )
+from scaledown.world.names import SPLITS, split_of
 from scaledown.world.text import NAME_PARTS, RELATIONS
 from scaledown.world.tokenizer import build_tokenizer
-from scaledown.world.world import RIGHT, SPLITS, World, split_of
+from scaledown.world.world import RIGHT, World
 
 
 @pytest.fixture(scope="module")
