@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 from errors_scaledown import ScaleDownError
 
 from ..common.choices import DTYPES
-from ..common.command_line import parse_options, refuse_options, split_names
+from ..common.command_line import check_least, parse_options, refuse_existing, refuse_options, split_names
 from .protocol import Protocol
 from .shapes import SHAPES
 
@@ -84,17 +83,10 @@ class BenchmarkArguments:
     output_dir: str | None = field(default=None, metadata={"help": "A new folder for JSON, table and plots."})
 
     def __post_init__(self):
-        for name in (*SWEPT, "prompt_length", "repeats"):
-            if getattr(self, name) < 1:
-                raise ScaleDownError(f"{name} is {getattr(self, name)}, expected at least 1; correct --{name}.")
-        if self.query_length < 0:
-            raise ScaleDownError(f"query_length is {self.query_length}, expected at least 0; correct --query_length.")
+        check_least(self, {**dict.fromkeys((*SWEPT, "prompt_length", "repeats"), 1), "query_length": 0})
         if self.mode != "flops" and self.generator is None:
             raise ScaleDownError(f"mode {self.mode} needs a generator; pass --generator, such as qwen2.5-0.5b.")
-        if self.output_dir is not None and Path(self.output_dir).exists():
-            raise FileExistsError(
-                f"{self.output_dir} already exists; results are never overwritten. Name a new folder."
-            )
+        refuse_existing(self.output_dir)
         if not self.compressor_names:
             raise ScaleDownError(f"compressors is {self.compressors!r}, expected at least one, such as 5.")
         unread = UNREAD.get(self.mode, ()) + (("compressors",) if self.generator is None else ())

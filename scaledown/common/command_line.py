@@ -1,12 +1,14 @@
 """What the command lines share: logging, and errors told in one line."""
 
 import contextlib
+import json
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
@@ -142,6 +144,57 @@ def refuse_options(arguments: Any, names: Collection[str], reader: str) -> None:
         value = getattr(arguments, option.name)
         if option.name in names and value != option.default:
             raise ScaleDownError(f"{reader} does not read {option.name}={value}; leave --{option.name} out.")
+
+
+def check_least(arguments: Any, least: Mapping[str, float]) -> None:
+    """Check numbers against their lower limits.
+
+    Args:
+        arguments: A dataclass of options; None where a number was left out.
+        least: The lower limit of each option.
+
+    Raises:
+        ValueError: A number is below its limit.
+    """
+    for name, limit in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < limit:
+            raise ScaleDownError(f"{name} is {value}, expected at least {limit}; correct --{name}.")
+
+
+def parse_object(name: str, text: str | None) -> dict[str, Any]:
+    """Read the value of an option that is a JSON object.
+
+    Args:
+        name: The option's name.
+        text: Its value; None for an empty object.
+
+    Returns:
+        The object.
+
+    Raises:
+        ValueError: The value is no JSON, or no object.
+    """
+    try:
+        value = json.loads(text or "{}")
+    except ValueError as error:
+        raise ScaleDownError(f"{name} is no JSON ({error}): {text}") from error
+    if not isinstance(value, dict):
+        raise ScaleDownError(f"{name} is {text}, expected a JSON object.")
+    return value
+
+
+def refuse_existing(output_dir: str | None) -> None:
+    """Refuse a folder of results that is there already.
+
+    Args:
+        output_dir: The folder; None where none is named.
+
+    Raises:
+        FileExistsError: It exists.
+    """
+    if output_dir is not None and Path(output_dir).exists():
+        raise FileExistsError(f"{output_dir} already exists; results are never overwritten. Name a new folder.")
 
 
 def split_names(text: str | None) -> list[str]:

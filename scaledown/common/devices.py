@@ -18,9 +18,8 @@ Model = TypeVar("Model")
 
 def pick_device() -> str:
     """The accelerator that is there, or the CPU."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if device is None else device.type
 
 
 def find_device(name: str) -> torch.device:
@@ -64,10 +63,8 @@ def check_processes(number: int) -> None:
 
 def wait_for(device: torch.device) -> None:
     """Return when an accelerator has done all it was given, so that a clock can be read."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def pick_dtype(name: str) -> torch.dtype:

@@ -1,6 +1,5 @@
 """Arguments of `prepare_data.py`: one dataclass over a YAML recipe and the command line."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,7 +10,7 @@ from transformers import HfArgumentParser
 from errors_scaledown import ScaleDownError
 
 from ..common.choices import DEFAULT_MODELS, DEFAULT_RERANKER, DTYPES, FORMATS, RETRIEVERS, Columns
-from ..common.command_line import parse_with
+from ..common.command_line import check_least, parse_object, parse_with
 
 DEFAULT_NUM_DOCUMENTS = 5
 # These decide where and how fast the work is done, not what comes out; a run may go on with other values.
@@ -263,10 +262,7 @@ class PreparationArguments:
             "teacher_price_output": 0,
             "teacher_backoff": 0,
         }
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ScaleDownError(f"{name} is {value}, expected at least {minimum}; raise --{name} or leave it out.")
+        check_least(self, least)
         if self.teacher_timeout <= 0:
             raise ScaleDownError(f"teacher_timeout is {self.teacher_timeout}, expected a positive number of seconds.")
 
@@ -308,15 +304,7 @@ class PreparationArguments:
     @property
     def extra_body(self) -> dict[str, Any]:
         """More fields of each request to an endpoint."""
-        if self.teacher_extra_body is None:
-            return {}
-        try:
-            value = json.loads(self.teacher_extra_body)
-        except ValueError as error:
-            raise ScaleDownError(f"teacher_extra_body is no JSON ({error}): {self.teacher_extra_body}") from error
-        if not isinstance(value, dict):
-            raise ScaleDownError(f"teacher_extra_body is {self.teacher_extra_body}, expected a JSON object.")
-        return value
+        return parse_object("teacher_extra_body", self.teacher_extra_body)
 
     @property
     def corpus_settings(self) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Arguments of `evaluate.py`."""
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any, Literal
 from errors_scaledown import ScaleDownError
 
 from ..common.choices import BASELINES, DTYPES, FORMATS
-from ..common.command_line import parse_options, refuse_options, split_names
+from ..common.command_line import check_least, parse_object, parse_options, refuse_existing, refuse_options, split_names
 
 DEFAULT_BASELINES = "full_text,no_documents"
 # What is read where no model is asked.
@@ -157,10 +156,7 @@ class EvaluationArguments:
     def __post_init__(self):
         self._check_names()
         counts = ("limit", "num_documents", "compression_rate", "max_documents", "max_slots", "max_new_tokens")
-        for name in (*counts, "judge_concurrency", "resamples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ScaleDownError(f"{name} is {value}, expected at least 1; correct --{name}.")
+        check_least(self, dict.fromkeys((*counts, "judge_concurrency", "resamples"), 1))
         if self.min_reranking_score is not None and math.isnan(self.min_reranking_score):
             raise ScaleDownError("min_reranking_score is nan, which no score can reach; leave it out to keep all.")
         if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size) > 0):
@@ -175,10 +171,7 @@ class EvaluationArguments:
                 f"update_card needs a model in a local folder to write its README.md, and {self.model} is none; load "
                 "the model, save it with save_pretrained, and evaluate that folder."
             )
-        if self.output_dir is not None and Path(self.output_dir).exists():
-            raise FileExistsError(
-                f"{self.output_dir} already exists; results are never overwritten. Name a new folder."
-            )
+        refuse_existing(self.output_dir)
         if self.output_dir is not None:  # now, not after the answers
             above = next(path for path in Path(self.output_dir).absolute().parents if path.exists())
             if not above.is_dir() or not os.access(above, os.W_OK):
@@ -225,14 +218,7 @@ class EvaluationArguments:
     @property
     def judge_request(self) -> dict[str, Any]:
         """More fields of each request to the judge."""
-        text = self.judge_extra_body or "{}"
-        try:
-            value = json.loads(text)
-        except ValueError as error:
-            raise ScaleDownError(f"judge_extra_body is no JSON ({error}): {text}") from error
-        if not isinstance(value, dict):
-            raise ScaleDownError(f"judge_extra_body is {text}, expected a JSON object.")
-        return value
+        return parse_object("judge_extra_body", self.judge_extra_body)
 
     @property
     def group_fields(self) -> list[str]:

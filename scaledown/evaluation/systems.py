@@ -269,12 +269,11 @@ class TextSystem:
             if not example.documents:
                 bodies.append(None)
                 continue
-            budget = self.processor.encode_documents([example.query], [example.documents], self._rate)
-            slots = torch.zeros(len(example.documents), dtype=torch.long)
-            slots.index_add_(0, budget["chunk_to_document"], budget["chunk_slots"])
+            chunks = self.processor.encode_documents([example.query], [example.documents], self._rate)
+            (slots,) = slots_by_document(chunks, [example.documents])
             body: list[int] = []
             for place, ids in enumerate(encode_as_text(tokenizer, example.documents)):
-                body += [*(between if place else []), *ids[: int(slots[place])]]
+                body += [*(between if place else []), *ids[: slots[place]]]
             bodies.append(body)
         return bodies
 

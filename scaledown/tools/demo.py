@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 
 from ..common.adapters import without_lora
-from ..common.command_line import parse_options, run_command
+from ..common.command_line import check_least, parse_options, run_command
 from ..common.devices import load_model
 from ..common.metrics import exact_match
 from ..common.tables import table
@@ -43,9 +42,7 @@ class DemoArguments:
     seed: int = field(default=0, metadata={"help": "Decides questions and passages."})
 
     def __post_init__(self):
-        for name, least in (("num_questions", 1), ("num_documents", 2)):
-            if getattr(self, name) < least:
-                raise ScaleDownError(f"{name}={getattr(self, name)} must be at least {least}.")
+        check_least(self, {"num_questions": 1, "num_documents": 2})
 
 
 def draw_examples(args: DemoArguments) -> list[Example]:

@@ -41,6 +41,7 @@ from configuration_scaledown import ScaleDownConfig
 from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 from processing_scaledown import ScaleDownProcessor
+from reranking_scaledown import slots_by_document
 
 from ..common.command_line import parse_options, run_command
 from ..data.records import read_records
@@ -113,10 +114,11 @@ class DemoCollator:
         """Build the compressor's and the generator's side of a batch, with labels where there are targets."""
         documents = [[example.passage] for example in examples]
         chunks = self.processor.encode_documents([example.query for example in examples], documents)
-        slots = torch.zeros(len(examples), dtype=torch.long)
-        slots.index_add_(0, chunks["chunk_to_document"], chunks["chunk_slots"])
         prompts = self.processor.build_prompts(
-            [INSTRUCTION] * len(examples), slots.unsqueeze(1).tolist(), targets, max_answer_length=TARGET_LENGTH
+            [INSTRUCTION] * len(examples),
+            slots_by_document(chunks, documents),
+            targets,
+            max_answer_length=TARGET_LENGTH,
         )
         return chunks, dict(prompts)
 

@@ -10,7 +10,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from errors_scaledown import ScaleDownError
 
-from ..common.command_line import parse_with, split_names
+from ..common.command_line import check_least, parse_with, split_names
 from ..common.devices import check_processes, must_use_cpu, num_processes_started
 from ..common.metrics import ANSWER_METRICS
 from .options import HELP_ALL, DataArguments, ModelArguments, OwnTrainingOptions
@@ -107,10 +107,7 @@ class ScaleDownTrainingArguments(OwnTrainingOptions, TrainingArguments):
             "weight_decay": 0,
             "warmup_steps": 0,
         }
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ScaleDownError(f"{name}={value} must be at least {minimum}.")
+        check_least(self, least)
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise ScaleDownError(f"num_train_epochs={self.num_train_epochs} is no training; set a positive number.")
 

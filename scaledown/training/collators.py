@@ -9,6 +9,7 @@ import torch
 from errors_scaledown import ScaleDownError
 from processing_scaledown import ScaleDownProcessor
 from prompt_scaledown import IGNORE_INDEX
+from reranking_scaledown import slots_by_document
 
 from ..data.records import answers_of
 
@@ -93,12 +94,9 @@ class PretrainingCollator:
         """
         documents = [[row["text"]] for row in rows]
         chunks = self.processor.encode_documents([""] * len(rows), documents)
-        slots = torch.zeros(len(rows), dtype=torch.long).index_add(
-            0, chunks["chunk_to_document"], chunks["chunk_slots"]
-        )
         prompts = self.processor.build_prompts(
             [INSTRUCTIONS[row["task"]] for row in rows],
-            slots.unsqueeze(1).tolist(),
+            slots_by_document(chunks, documents),
             [row["target"] for row in rows],
             # The generator's tokens may be shorter than those of the compressor, which measure the passage.
             max_answer_length=2 * self.processor.chunk_length,

@@ -13,6 +13,8 @@ from transformers import HfArgumentParser
 
 from errors_scaledown import ScaleDownError
 
+from ..common.command_line import check_least
+
 HELP_ALL = "--help_all"
 
 
@@ -197,15 +199,8 @@ class DataArguments:
     def __post_init__(self):
         if self.train_file is None:
             raise ScaleDownError("train_file is missing; name the records to learn from (prepare_data.py writes them).")
-        for name, least in (
-            ("max_train_examples", 1),
-            ("max_eval_examples", 1),
-            ("compression_batch_size", 1),
-            ("max_answer_length", 2),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ScaleDownError(f"{name}={value} must be at least {least}.")
+        ones = ("max_train_examples", "max_eval_examples", "compression_batch_size")
+        check_least(self, {**dict.fromkeys(ones, 1), "max_answer_length": 2})
 
 
 @dataclass

@@ -105,7 +105,7 @@ def test_the_models_own_errors_are_of_the_same_class():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0 must be at least 1"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0, expected at least 1"),
         (["--nosuch", "1"], "there is no option --nosuch 1; --help lists the options"),
         (["--lora_dropout", "2"], "lora_dropout=2.0 must be from 0 to below 1"),
         (["--lora_target_modules", "nosuch"], "LoRA layers cannot be made: Target modules {'nosuch'} not found"),

@@ -16,7 +16,7 @@ def test_questions_are_of_the_test_split_and_every_third_needs_two_passages():
 
 @pytest.mark.parametrize(("name", "value", "least"), [("num_questions", 0, 1), ("num_documents", 1, 2)])
 def test_too_few_are_refused(name, value, least):
-    with pytest.raises(ValueError, match=f"{name}={value} must be at least {least}"):
+    with pytest.raises(ValueError, match=f"{name} is {value}, expected at least {least}"):
         DemoArguments(**{name: value})
 
 

@@ -670,7 +670,7 @@ def test_a_bare_no_in_a_recipe_is_the_word(tmp_path):
 
 @pytest.mark.parametrize("count", [0, -3])
 def test_a_number_of_examples_below_one_is_refused(count):
-    with pytest.raises(ValueError, match=f"max_train_examples={count} must be at least 1"):
+    with pytest.raises(ValueError, match=f"max_train_examples is {count}, expected at least 1"):
         DataArguments(train_file="x", max_train_examples=count)
 
 

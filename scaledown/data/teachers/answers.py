@@ -19,6 +19,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from errors_scaledown import ScaleDownError
+from prompt_scaledown import pad
+from text_scaledown import padding_id
 
 from ...common.devices import load_model, pick_device, pick_dtype, refuse_missing
 from ...common.prompts import PromptEncoder
@@ -148,11 +150,7 @@ class LocalTeacher:
     def _generate(self, prompts: list[list[int]], first_index: int) -> list[dict[str, Any]]:
         if not prompts:
             return []
-        pad = self.tokenizer.pad_token_id
-        pad = self.tokenizer.eos_token_id if pad is None else pad
-        length = max(map(len, prompts))
-        input_ids = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        input_ids, mask = pad(prompts, padding_id(self.tokenizer), side="left")
         settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if self.temperature > 0:
             settings = {"do_sample": True, "temperature": self.temperature, "top_p": 1.0, "top_k": 0}
@@ -163,12 +161,15 @@ class LocalTeacher:
             input_ids=input_ids.to(self._model.device),
             attention_mask=mask.to(self._model.device),
             max_new_tokens=self.max_new_tokens,
-            pad_token_id=pad,
+            pad_token_id=padding_id(self.tokenizer),
             num_beams=1,
             repetition_penalty=1.0,
             **settings,
         )
-        return [self._result(prompt, new) for prompt, new in zip(prompts, output[:, length:].tolist(), strict=True)]
+        return [
+            self._result(prompt, new)
+            for prompt, new in zip(prompts, output[:, input_ids.shape[1] :].tolist(), strict=True)
+        ]
 
     def _result(self, prompt: list[int], new: list[int]) -> dict[str, Any]:
         end = next((place for place, token_id in enumerate(new) if token_id in self._ends), None)

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from processing_scaledown import ScaleDownProcessor
+from reranking_scaledown import slots_by_document
 
 from ...data.records import load_records
 from ..arguments import DataArguments, ScaleDownTrainingArguments
@@ -155,14 +156,13 @@ def _as_cached(row: dict[str, Any], processor: ScaleDownProcessor, config: Any, 
     slots = chunks.get("chunk_slots", empty)
     documents = chunks.get("chunk_to_document", empty)
     width = config.compressor_config.hidden_size
-    counts = torch.zeros(len(row["documents"])).long().index_add(0, documents, slots)
     return {
         **{name: row.get(name) for name in ("id", "query", "answer", "reranking_scores")},
         "memory_states": torch.zeros(int(slots.sum()), width, dtype=dtype),
         "rerank_states": torch.zeros(len(slots), width, dtype=dtype) if config.enable_reranking else None,
         "chunk_slots": slots,
         "chunk_documents": documents,
-        "document_slots": counts.tolist(),
+        "document_slots": slots_by_document(chunks, [row["documents"]])[0],
     }
 
 
