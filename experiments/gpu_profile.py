@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from scaledown.benchmark.arguments import BenchmarkArguments
-from scaledown.benchmark.speed import Contestants, draw_inputs
+from scaledown.benchmark.speed import TimedModels, draw_inputs
 from scaledown.common.devices import wait_for
 
 
@@ -30,10 +30,10 @@ def main() -> None:
         batch_size=options.batch_size,
         new_tokens=options.new_tokens,
     )
-    contestants = Contestants(arguments)
+    contestants = TimedModels(arguments)
     model, device = contestants.models[options.compressor], contestants.device
     sizes = (model.config.generator_config.vocab_size, False, model.config.compressor_config.vocab_size, 0)
-    inputs = draw_inputs(arguments.protocol, options.batch_size, *sizes)
+    inputs = draw_inputs(arguments.workload, options.batch_size, *sizes)
     prompt = {
         "input_ids": inputs.truncated.to(device),
         "attention_mask": torch.ones_like(inputs.truncated, device=device),

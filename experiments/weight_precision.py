@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from errors_scaledown import ScaleDownError
 from modeling_scaledown import LORA_DEFAULTS
-from scaledown.benchmark.models import load_shape
-from scaledown.benchmark.protocol import Protocol
+from scaledown.benchmark.configurations import load_shape
 from scaledown.benchmark.speed import draw_inputs, spread
+from scaledown.benchmark.workload import Workload
 from scaledown.common.command_line import parse_options, run_command, split_names
 from scaledown.common.tables import table
 from shortcuts_scaledown import CACHE_NAME
@@ -121,7 +121,7 @@ def measure(args: PrecisionArguments) -> list[dict[str, Any]]:
                 inject_adapter_in_model(LoraConfig(**LORA_DEFAULTS), models[name])
                 models[name].eval().to(settings["dtype"])
     reference = next(iter(models))
-    inputs = draw_inputs(Protocol(), 1, config.vocab_size, False, config.vocab_size, args.seed)
+    inputs = draw_inputs(Workload(), 1, config.vocab_size, False, config.vocab_size, args.seed)
     prompts = {"text": inputs.text, "slots": inputs.truncated}
     runs = {(name, read): [] for read in prompts for name in models}
     for turn in tqdm(range(args.repeats + 1), desc="Rounds", disable=None):
@@ -142,7 +142,7 @@ def measure(args: PrecisionArguments) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    """Run the command; returns its exit status."""
+    """Timing the command; returns its exit status."""
 
     def command() -> str:
         args = parse_options(PrecisionArguments)

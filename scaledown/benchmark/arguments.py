@@ -8,8 +8,8 @@ from errors_scaledown import ScaleDownError
 
 from ..common.choices import DTYPES
 from ..common.command_line import check_least, parse_options, refuse_existing, refuse_options, split_names
-from .protocol import Protocol
 from .shapes import SHAPES
+from .workload import Workload
 
 MODES = ("flops", "speed", "train", "scaling")
 SWEPT = ("batch_size", "num_documents", "document_length", "new_tokens", "compression_rate")
@@ -100,9 +100,9 @@ class BenchmarkArguments:
         return split_names(self.compressors)
 
     @property
-    def protocol(self) -> Protocol:
+    def workload(self) -> Workload:
         """What is read and written for a question."""
-        return Protocol(
+        return Workload(
             self.prompt_length,
             self.num_documents,
             self.document_length,
@@ -112,9 +112,9 @@ class BenchmarkArguments:
         )
 
     @property
-    def settings(self) -> list[tuple[Protocol, int]]:
-        """Protocol and batch size of every measurement: the base first, then the swept ones, each once."""
-        found = [(self.protocol, self.batch_size)]
+    def settings(self) -> list[tuple[Workload, int]]:
+        """Workload and batch size of every measurement: the base first, then the swept ones, each once."""
+        found = [(self.workload, self.batch_size)]
         for text in self.sweep or []:
             name, _, values = text.partition("=")
             if name not in SWEPT or not all(value.isdecimal() and int(value) > 0 for value in values.split(",")):
@@ -123,9 +123,9 @@ class BenchmarkArguments:
                 )
             for value in map(int, values.split(",")):
                 if name == "batch_size":
-                    found.append((self.protocol, value))
+                    found.append((self.workload, value))
                 else:
-                    found.append((replace(self.protocol, **{name: value}), self.batch_size))
+                    found.append((replace(self.workload, **{name: value}), self.batch_size))
         return list(dict.fromkeys(found))
 
 

@@ -19,8 +19,8 @@ from shortcuts_scaledown import CACHE_NAME
 
 from ..common.tables import table
 from ..common.tracing import META, MemoryTracker, build_on_meta
-from .models import build_config, label
-from .protocol import Protocol
+from .configurations import build_config, label
+from .workload import Workload
 
 aten = torch.ops.aten
 WEIGHTS = {aten.mm, aten.addmm}
@@ -58,7 +58,7 @@ class Flops:
 
 
 @dataclass(frozen=True)
-class Row:
+class FlopsRow:
     """A line of the table.
 
     Args:
@@ -149,20 +149,20 @@ def count_generation(generator: nn.Module, prompt_length: int, new_tokens: int) 
     return total + Flops(steps * first.weights, steps * first.attention + growth * steps * (steps - 1) // 2)
 
 
-def count_compression(model: ScaleDownModel, protocol: Protocol, whole: bool = False) -> Flops:
+def count_compression(model: ScaleDownModel, workload: Workload, whole: bool = False) -> Flops:
     """Count what the compressor computes for a question.
 
     Args:
         model: A model on `meta`.
-        protocol: What it reads.
+        workload: What it reads.
         whole: Compute all positions in the last layer too.
 
     Returns:
         The operations.
     """
-    chunks = protocol.chunks(protocol.document_length)
-    ids = torch.zeros(protocol.num_documents * len(chunks), protocol.query_length + chunks[0], dtype=torch.long)
-    slots = torch.full((len(ids),), -(-chunks[0] // protocol.compression_rate))
+    chunks = workload.chunks(workload.document_length)
+    ids = torch.zeros(workload.num_documents * len(chunks), workload.query_length + chunks[0], dtype=torch.long)
+    slots = torch.full((len(ids),), -(-chunks[0] // workload.compression_rate))
     compressor = model.compressor
     prunes = compressor.prunes_last_layer
     compressor.prunes_last_layer = prunes and not whole
@@ -172,13 +172,13 @@ def count_compression(model: ScaleDownModel, protocol: Protocol, whole: bool = F
         compressor.prunes_last_layer = prunes
 
 
-def count_rows(generator: str, compressors: list[str], protocol: Protocol) -> list[Row]:
+def count_rows(generator: str, compressors: list[str], workload: Workload) -> list[FlopsRow]:
     """Count a generator without and with compressors.
 
     Args:
         generator: Its name.
         compressors: Numbers of layers, or names.
-        protocol: What is read and written.
+        workload: What is read and written.
 
     Returns:
         A row for text, and one for each compressor.
@@ -186,41 +186,41 @@ def count_rows(generator: str, compressors: list[str], protocol: Protocol) -> li
     Raises:
         ValueError: There is no such model.
     """
-    rows: list[Row] = []
-    paper = PAPER.get(generator, {}) if protocol == Protocol() else {}
+    rows: list[FlopsRow] = []
+    paper = PAPER.get(generator, {}) if workload == Workload() else {}
     generation = None
     for name in compressors:
-        chunk_length = min(protocol.chunk_length, protocol.document_length)
-        config = build_config(generator, name, chunk_length, protocol.query_length, protocol.compression_rate)
+        chunk_length = min(workload.chunk_length, workload.document_length)
+        config = build_config(generator, name, chunk_length, workload.query_length, workload.compression_rate)
         model = build_on_meta(config).to(torch.bfloat16).eval()
         if generation is None:
-            text = count_generation(model.generator, protocol.text_length, protocol.new_tokens)
-            rows.append(Row(generator, None, text, Flops(), Flops(), 1.0, paper.get(None)))
-            generation = count_generation(model.generator, protocol.frame_length + protocol.slots, protocol.new_tokens)
-        compression = count_compression(model, protocol)
+            text = count_generation(model.generator, workload.text_length, workload.new_tokens)
+            rows.append(FlopsRow(generator, None, text, Flops(), Flops(), 1.0, paper.get(None)))
+            generation = count_generation(model.generator, workload.frame_length + workload.slots, workload.new_tokens)
+        compression = count_compression(model, workload)
         ratio = rows[0].total / (generation.total + compression.total)
-        whole = count_compression(model, protocol, whole=True)
-        rows.append(Row(generator, name, generation, compression, whole, ratio, paper.get(name)))
+        whole = count_compression(model, workload, whole=True)
+        rows.append(FlopsRow(generator, name, generation, compression, whole, ratio, paper.get(name)))
     return rows
 
 
-def count_table(protocol: Protocol) -> list[Row]:
+def count_table(workload: Workload) -> list[FlopsRow]:
     """Count table 1 of the paper, and what is of interest beside it.
 
     Args:
-        protocol: What is read and written.
+        workload: What is read and written.
 
     Returns:
         The rows.
     """
-    rows: list[Row] = []
+    rows: list[FlopsRow] = []
     for generator in dict.fromkeys([*PAPER, *ADDED]):
         listed = [name for name in PAPER.get(generator, {}) if name is not None]
-        rows += count_rows(generator, [*listed, *ADDED.get(generator, ())], protocol)
+        rows += count_rows(generator, [*listed, *ADDED.get(generator, ())], workload)
     return rows
 
 
-def render(rows: list[Row]) -> str:
+def render(rows: list[FlopsRow]) -> str:
     """Write rows as a table in Markdown.
 
     Args:

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from .models import label
+from .configurations import label
+from .flops import TERA
 
 DPI = 150
-TERA = 1e12
 
 
 def plot_flops(folder: Path, rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -31,7 +31,7 @@ def benchmark(arguments: BenchmarkArguments) -> str:
     Raises:
         ValueError: There is no such model, or it cannot read as much.
     """
-    rows, table = MODES[arguments.mode](arguments)
+    rows, table = RUN_BY_MODE[arguments.mode](arguments)
     if arguments.output_dir is not None:
         folder = Path(arguments.output_dir)
         folder.mkdir(parents=True)
@@ -54,9 +54,9 @@ def benchmark(arguments: BenchmarkArguments) -> str:
 
 def _flops(arguments: BenchmarkArguments) -> tuple[list[dict[str, Any]], str]:
     if arguments.generator is None:
-        rows = count_table(arguments.protocol)
+        rows = count_table(arguments.workload)
     else:
-        rows = count_rows(arguments.generator, arguments.compressor_names, arguments.protocol)
+        rows = count_rows(arguments.generator, arguments.compressor_names, arguments.workload)
     return [row.as_json() for row in rows], render(rows)
 
 
@@ -76,7 +76,7 @@ def _train(arguments: BenchmarkArguments) -> tuple[list[dict[str, Any]], str]:
 
 
 # Each measures, and returns rows of JSON values and a table.
-MODES = {"flops": _flops, "speed": _speed, "scaling": _scaling, "train": _train}
+RUN_BY_MODE = {"flops": _flops, "speed": _speed, "scaling": _scaling, "train": _train}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

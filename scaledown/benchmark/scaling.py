@@ -9,8 +9,8 @@ import torch
 from ..common.tables import table
 from ..common.tracing import build_on_meta
 from .arguments import BenchmarkArguments
+from .configurations import build_config, label
 from .flops import TERA, Flops, count_compression, count_generation
-from .models import build_config, label
 
 DOCUMENTS = (1, 2, 5, 10, 20, 50, 100, 200)
 LENGTHS = (32, 64, 128, 256, 512, 1024)
@@ -21,7 +21,7 @@ def count_scaling(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
     """Count operations at 1 to 200 documents, and at documents of 32 to 1,024 tokens.
 
     Args:
-        arguments: The models, and the protocol everything else is taken from.
+        arguments: The models, and the workload everything else is taken from.
 
     Returns:
         A JSON object for each setting and contestant.
@@ -29,25 +29,25 @@ def count_scaling(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
     Raises:
         ValueError: There is no such model, or it cannot read as much.
     """
-    base = arguments.protocol
-    protocols = [("num_documents", replace(base, num_documents=count)) for count in DOCUMENTS]
-    protocols += [("document_length", replace(base, document_length=length)) for length in LENGTHS]
+    base = arguments.workload
+    workloads = [("num_documents", replace(base, num_documents=count)) for count in DOCUMENTS]
+    workloads += [("document_length", replace(base, document_length=length)) for length in LENGTHS]
     rows = []
     for place, name in enumerate(arguments.compressor_names):
         config = build_config(arguments.generator, name, base.chunk_length, base.query_length, base.compression_rate)
         model = build_on_meta(config).to(torch.bfloat16).eval()
-        for swept, protocol in protocols:
+        for swept, workload in workloads:
             setting = {
                 "swept": swept,
-                "num_documents": protocol.num_documents,
-                "document_length": protocol.document_length,
+                "num_documents": workload.num_documents,
+                "document_length": workload.document_length,
             }
             if place == 0:
-                length = protocol.frame_length + protocol.num_documents * protocol.document_length
-                text = count_generation(model.generator, length, protocol.new_tokens)
+                length = workload.frame_length + workload.num_documents * workload.document_length
+                text = count_generation(model.generator, length, workload.new_tokens)
                 rows.append({**setting, "contestant": FULL_TEXT, **_parts(text, Flops())})
-            generation = count_generation(model.generator, protocol.frame_length + protocol.slots, protocol.new_tokens)
-            parts = _parts(generation, count_compression(model, protocol))
+            generation = count_generation(model.generator, workload.frame_length + workload.slots, workload.new_tokens)
+            parts = _parts(generation, count_compression(model, workload))
             rows.append({**setting, "contestant": name, **parts})
     return rows
 

@@ -23,8 +23,8 @@ from ..common.devices import find_device, pick_dtype, wait_for
 from ..common.tables import table
 from ..common.tracing import MemoryTracker, storage_bytes
 from .arguments import BenchmarkArguments
-from .models import build_config, label
-from .protocol import Protocol
+from .configurations import build_config, label
+from .workload import Workload
 
 FULL_TEXT, TRUNCATED = "full text", "truncated text"
 FIGURES = ("compression", "first_token", "total")
@@ -33,7 +33,7 @@ REFERENCE = "compression_padded"
 
 
 @dataclass
-class Run:
+class Timing:
     """One answer to a batch.
 
     Args:
@@ -83,12 +83,12 @@ class Inputs:
 
 
 def draw_inputs(
-    protocol: Protocol, batch_size: int, vocab_size: int, mixed: bool, compressor_vocab_size: int, seed: int
+    workload: Workload, batch_size: int, vocab_size: int, mixed: bool, compressor_vocab_size: int, seed: int
 ) -> Inputs:
     """Draw token ids.
 
     Args:
-        protocol: How many.
+        workload: How many.
         batch_size: Questions.
         vocab_size: The generator's.
         mixed: Draw the documents' lengths too, alike for all questions so that prompts need no padding.
@@ -99,41 +99,41 @@ def draw_inputs(
         The batch.
     """
     source = torch.Generator().manual_seed(seed)
-    full, count = protocol.document_length, protocol.num_documents
+    full, count = workload.document_length, workload.num_documents
     lengths = torch.full((count,), full)
     if mixed:
         lengths = torch.randint(max(full // 8, 1), full + 1, (count,), generator=source)
-    chunks = [protocol.chunks(length) for length in lengths.tolist()]
-    slots = [[-(-chunk // protocol.compression_rate) for chunk in listed] for listed in chunks]
-    is_slot = [False] * (protocol.prompt_length // 2)
+    chunks = [workload.chunks(length) for length in lengths.tolist()]
+    slots = [[-(-chunk // workload.compression_rate) for chunk in listed] for listed in chunks]
+    is_slot = [False] * (workload.prompt_length // 2)
     for place, numbers in enumerate(slots):
-        is_slot += [False] * protocol.separator_length * (place > 0) + [True] * sum(numbers)
-    is_slot += [False] * (protocol.frame_length + sum(map(sum, slots)) - len(is_slot))
+        is_slot += [False] * workload.separator_length * (place > 0) + [True] * sum(numbers)
+    is_slot += [False] * (workload.frame_length + sum(map(sum, slots)) - len(is_slot))
 
     def draw(size: int, *shape: int) -> torch.Tensor:
         return torch.randint(size // 2, size, shape, generator=source)
 
-    read = torch.tensor([chunk + protocol.query_length for listed in chunks for chunk in listed] * batch_size)
+    read = torch.tensor([chunk + workload.query_length for listed in chunks for chunk in listed] * batch_size)
     places = torch.arange(int(read.max()))
     mask = (places < read.unsqueeze(1)).long()
     ids = draw(compressor_vocab_size, *mask.shape)
-    if protocol.query_length:  # a question's documents are read with the same question
-        question = draw(compressor_vocab_size, batch_size, 1, protocol.query_length)
-        ids[:, : protocol.query_length] = question.expand(-1, len(ids) // batch_size, -1).flatten(0, 1)
+    if workload.query_length:  # a question's documents are read with the same question
+        question = draw(compressor_vocab_size, batch_size, 1, workload.query_length)
+        ids[:, : workload.query_length] = question.expand(-1, len(ids) // batch_size, -1).flatten(0, 1)
     return Inputs(
-        text=draw(vocab_size, batch_size, protocol.frame_length + int(lengths.sum())),
+        text=draw(vocab_size, batch_size, workload.frame_length + int(lengths.sum())),
         truncated=draw(vocab_size, batch_size, len(is_slot)),
         slot_mask=torch.tensor(is_slot).expand(batch_size, -1),
         chunks={
             "compressor_input_ids": ids,
             "compressor_attention_mask": mask,
             "chunk_slots": torch.tensor([number for numbers in slots for number in numbers] * batch_size),
-            "compressor_document_mask": mask.bool() & (places >= protocol.query_length),
+            "compressor_document_mask": mask.bool() & (places >= workload.query_length),
         },
     )
 
 
-class Contestants:
+class TimedModels:
     """Models that share a generator.
 
     Args:
@@ -146,8 +146,8 @@ class Contestants:
         dtype = pick_dtype(arguments.dtype) if arguments.dtype != "auto" or self.device.type == "cuda" else None
         self.models: dict[str, ScaleDownModel] = {}
         self.generator: PreTrainedModel | None = None
-        longest = max(min(protocol.document_length, protocol.chunk_length) for protocol, _ in arguments.settings)
-        finest = min(protocol.compression_rate for protocol, _ in arguments.settings)
+        longest = max(min(workload.document_length, workload.chunk_length) for workload, _ in arguments.settings)
+        finest = min(workload.compression_rate for workload, _ in arguments.settings)
         set_seed(arguments.seed)
         for name in arguments.compressor_names:
             config = build_config(arguments.generator, name, longest, arguments.query_length, finest)
@@ -161,11 +161,11 @@ class Contestants:
             self.models[name] = model
         self.generator.generation_config.update(eos_token_id=None, pad_token_id=0, do_sample=False)
 
-    def runs(self, protocol: Protocol, batch_size: int) -> dict[str, Callable[[], Run]]:
+    def runs(self, workload: Workload, batch_size: int) -> dict[str, Callable[[], Timing]]:
         """What each contestant does with a batch, by its name.
 
         Args:
-            protocol: What is read and written.
+            workload: What is read and written.
             batch_size: Questions.
 
         Returns:
@@ -175,20 +175,20 @@ class Contestants:
         size = self.generator.config.vocab_size
         for name, model in self.models.items():
             inputs = draw_inputs(
-                protocol, batch_size, size, args.mixed_lengths, model.config.compressor_config.vocab_size, args.seed
+                workload, batch_size, size, args.mixed_lengths, model.config.compressor_config.vocab_size, args.seed
             )
             if not found:
                 for text_name, ids in ((FULL_TEXT, inputs.text), (TRUNCATED, inputs.truncated)):
-                    found[text_name] = self._text_run(ids.to(self.device), protocol.new_tokens)
-            found[name] = self._compressed_run(model, inputs, protocol.new_tokens)
+                    found[text_name] = self._text_run(ids.to(self.device), workload.new_tokens)
+            found[name] = self._compressed_run(model, inputs, workload.new_tokens)
         return found
 
-    def padded_compression(self, name: str, protocol: Protocol, batch_size: int) -> Callable[[], float]:
+    def padded_compression(self, name: str, workload: Workload, batch_size: int) -> Callable[[], float]:
         """Compression as a straightforward implementation does it: the padding read, the last layer whole.
 
         Args:
             name: A compressor's name.
-            protocol: What is read.
+            workload: What is read.
             batch_size: Questions.
 
         Returns:
@@ -197,8 +197,8 @@ class Contestants:
         model = self.models[name]
         args, size = self.arguments, model.chunks_per_pass
         vocab_size = model.config.compressor_config.vocab_size
-        chunks = draw_inputs(protocol, batch_size, 2, args.mixed_lengths, vocab_size, args.seed).chunks
-        longest = protocol.query_length + min(protocol.document_length, protocol.chunk_length)
+        chunks = draw_inputs(workload, batch_size, 2, args.mixed_lengths, vocab_size, args.seed).chunks
+        longest = workload.query_length + min(workload.document_length, workload.chunk_length)
         ids = torch.nn.functional.pad(
             chunks["compressor_input_ids"], (0, longest - chunks["compressor_input_ids"].shape[1])
         ).to(self.device)
@@ -220,7 +220,7 @@ class Contestants:
 
         return run
 
-    def _text_run(self, ids: torch.Tensor, new_tokens: int) -> Callable[[], Run]:
+    def _text_run(self, ids: torch.Tensor, new_tokens: int) -> Callable[[], Timing]:
         static = {"cache_implementation": "static"} if self.arguments.compile else {}  # generate() compiles with those
 
         def write(_: None, settings: dict[str, Any]) -> None:
@@ -228,7 +228,7 @@ class Contestants:
 
         return lambda: self._timed(lambda: None, write, new_tokens)
 
-    def _compressed_run(self, model: ScaleDownModel, inputs: Inputs, new_tokens: int) -> Callable[[], Run]:
+    def _compressed_run(self, model: ScaleDownModel, inputs: Inputs, new_tokens: int) -> Callable[[], Timing]:
         prompt = {
             "input_ids": inputs.truncated.to(self.device),
             "attention_mask": torch.ones_like(inputs.truncated, device=self.device),
@@ -245,7 +245,9 @@ class Contestants:
         return lambda: self._timed(compress, write, new_tokens)
 
     @torch.inference_mode()
-    def _timed(self, compress: Callable[[], Any], write: Callable[[Any, dict[str, Any]], Any], new_tokens: int) -> Run:
+    def _timed(
+        self, compress: Callable[[], Any], write: Callable[[Any, dict[str, Any]], Any], new_tokens: int
+    ) -> Timing:
         first = FirstToken(self.device)
         settings = {"max_new_tokens": new_tokens, "logits_processor": LogitsProcessorList([first])}
         wait_for(self.device)
@@ -255,7 +257,7 @@ class Contestants:
         ready = time.perf_counter()
         write(compressed, settings)
         wait_for(self.device)
-        return Run(ready - started, first.time - started, time.perf_counter() - started)
+        return Timing(ready - started, first.time - started, time.perf_counter() - started)
 
 
 @contextmanager
@@ -282,35 +284,35 @@ def measure(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
     """
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    contestants = Contestants(arguments)
+    contestants = TimedModels(arguments)
     limit = getattr(contestants.generator.config, "max_position_embeddings", None)
-    longest = max(protocol.text_length + protocol.new_tokens for protocol, _ in arguments.settings)
+    longest = max(workload.text_length + workload.new_tokens for workload, _ in arguments.settings)
     if limit is not None and longest > limit:
         raise ScaleDownError(
             f"{arguments.generator} has {limit} positions, and the longest setting needs {longest} to read its "
             "documents as text and answer; lower num_documents, document_length or new_tokens."
         )
     rows = []
-    for protocol, batch_size in tqdm(arguments.settings, desc="Settings", disable=None):
-        rows += measure_setting(contestants, protocol, batch_size)
+    for workload, batch_size in tqdm(arguments.settings, desc="Settings", disable=None):
+        rows += measure_setting(contestants, workload, batch_size)
     return rows
 
 
-def measure_setting(contestants: Contestants, protocol: Protocol, batch_size: int) -> list[dict[str, Any]]:
+def measure_setting(contestants: TimedModels, workload: Workload, batch_size: int) -> list[dict[str, Any]]:
     """Time all contestants at one setting.
 
     Args:
         contestants: The models.
-        protocol: What is read and written.
+        workload: What is read and written.
         batch_size: Questions.
 
     Returns:
         A JSON object for each contestant.
     """
-    runs = contestants.runs(protocol, batch_size)
-    padded = {name: contestants.padded_compression(name, protocol, batch_size) for name in contestants.models}
+    runs = contestants.runs(workload, batch_size)
+    padded = {name: contestants.padded_compression(name, workload, batch_size) for name in contestants.models}
     peaks = {name: _peak_memory(contestants, name, run) for name, run in runs.items()}  # warms up too
-    times: dict[str, list[Run]] = {name: [] for name in runs}
+    times: dict[str, list[Timing]] = {name: [] for name in runs}
     references: dict[str, list[float]] = {name: [] for name in padded}
     for _ in range(contestants.arguments.repeats):
         for name, run in runs.items():
@@ -319,8 +321,8 @@ def measure_setting(contestants: Contestants, protocol: Protocol, batch_size: in
                 references[name].append(padded[name]())
     setting = {
         "batch_size": batch_size,
-        **{name: getattr(protocol, name) for name in ("num_documents", "document_length", "new_tokens")},
-        "compression_rate": protocol.compression_rate,
+        **{name: getattr(workload, name) for name in ("num_documents", "document_length", "new_tokens")},
+        "compression_rate": workload.compression_rate,
     }
     rows = []
     for name, found in times.items():
@@ -346,7 +348,7 @@ def measure_setting(contestants: Contestants, protocol: Protocol, batch_size: in
     return rows
 
 
-def _peak_memory(contestants: Contestants, name: str, run: Callable[[], Run]) -> int:
+def _peak_memory(contestants: TimedModels, name: str, run: Callable[[], Timing]) -> int:
     """Bytes beside the weights at the worst moment: what the allocator reports, or the tensors alive on a CPU."""
     device = contestants.device
     if device.type == "cuda":
@@ -361,7 +363,7 @@ def _peak_memory(contestants: Contestants, name: str, run: Callable[[], Run]) ->
     return tracker.peak
 
 
-def weights_bytes(contestants: Contestants) -> dict[str, int]:
+def weights_bytes(contestants: TimedModels) -> dict[str, int]:
     """Bytes of weights: of the generator alone, and of each model.
 
     Args:

@@ -18,7 +18,7 @@ from ..common.devices import find_device, hold_learned_in_32_bits, pick_dtype, w
 from ..common.tables import table
 from ..common.tracing import MemoryTracker
 from .arguments import BenchmarkArguments
-from .models import build_config, label
+from .configurations import build_config, label
 from .speed import Inputs, draw_inputs, spread
 
 STAGES = ("joint", "compress", "generate")
@@ -43,19 +43,19 @@ def measure_training(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
     dtype = torch.float32 if arguments.dtype == "auto" and device.type != "cuda" else pick_dtype(arguments.dtype)
     rows = []
     for name in arguments.compressor_names:
-        protocol = arguments.protocol
-        chunk_length = min(protocol.chunk_length, protocol.document_length)
+        workload = arguments.workload
+        chunk_length = min(workload.chunk_length, workload.document_length)
         set_seed(arguments.seed)
-        config = build_config(arguments.generator, name, chunk_length, protocol.query_length, protocol.compression_rate)
+        config = build_config(arguments.generator, name, chunk_length, workload.query_length, workload.compression_rate)
         model = ScaleDownModel(config).to(device, dtype)
         model.add_lora()
         hold_learned_in_32_bits(model)
         model.train()
         sizes = (config.vocab_size, config.compressor_config.vocab_size)
         inputs = draw_inputs(
-            protocol, arguments.batch_size, sizes[0], arguments.mixed_lengths, sizes[1], arguments.seed
+            workload, arguments.batch_size, sizes[0], arguments.mixed_lengths, sizes[1], arguments.seed
         )
-        steps, optimizers, tokens = _steps(model, inputs, protocol.new_tokens, device, dtype)
+        steps, optimizers, tokens = _steps(model, inputs, workload.new_tokens, device, dtype)
         peaks = {stage: _peak(model, optimizers, step, device) for stage, step in steps.items()}  # warms up too
         times: dict[str, list[float]] = {stage: [] for stage in STAGES}
         for _ in range(arguments.repeats):

@@ -35,7 +35,7 @@ from .searchable import load_tokenizer, open_corpus, prepare_corpus
 from .splitting import PassageSplitter
 from .statistics import AnswerMatcher, Statistics
 from .teachers.answers import AnswerTeacher, LocalTeacher
-from .teachers.cost import Estimate, estimate
+from .teachers.cost import CostEstimate, estimate_cost
 from .teachers.endpoint import EMPTY_ANSWER, EndpointTeacher
 from .teachers.scores import RerankingTeacher
 
@@ -300,7 +300,7 @@ class _Preparation:
         logger.info("the teacher has %s", cost)
 
         def tell_pace(seconds: float, tokens: float) -> None:
-            expected = Estimate(
+            expected = CostEstimate(
                 cost.requests,
                 cost.prompt_tokens,
                 round(cost.requests * tokens),
@@ -342,9 +342,9 @@ class _Preparation:
         )
         return endpoint, load_tokenizer(arguments)
 
-    def _estimate_answers(self, count: int, tokenizer: PreTrainedTokenizerBase | None) -> Estimate:
+    def _estimate_answers(self, count: int, tokenizer: PreTrainedTokenizerBase | None) -> CostEstimate:
         arguments = self.arguments
-        return estimate(
+        return estimate_cost(
             self._expected_record_at,
             list(self.answers.missing(count)),
             arguments.teacher_max_tokens,

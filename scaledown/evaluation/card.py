@@ -12,7 +12,7 @@ from configuration_scaledown import ScaleDownConfig
 from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 
-from .report import TITLES, estimate, measured
+from .report import TITLES, measured, with_interval
 from .results import ANSWER_MODULES
 from .systems import MODEL
 
@@ -88,10 +88,10 @@ def _table_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
             {
                 "data": _data_name(metrics),
                 "": system.replace("_", " "),
-                **{TITLES[name]: estimate(values.get(name)) for name in (*ANSWER_MODULES, "judge")},
-                "nDCG@10": estimate(reranking.get("ndcg@10")),
+                **{TITLES[name]: with_interval(values.get(name)) for name in (*ANSWER_MODULES, "judge")},
+                "nDCG@10": with_interval(reranking.get("ndcg@10")),
                 "tokens in": f"{values['tokens_in']['value']:.1f}",
-                "speed-up": estimate(speed_up, ".2f"),
+                "speed-up": with_interval(speed_up, ".2f"),
             }
         )
     return rows

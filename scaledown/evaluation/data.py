@@ -10,6 +10,7 @@ from typing import Any
 from errors_scaledown import ScaleDownError
 
 from ..common.reading import RecordError
+from ..data.arguments import DEFAULT_NUM_DOCUMENTS
 from ..data.choice import NoDocuments, OwnDocuments, PoolDocuments, sample, stable_hash
 from ..data.formats import OWN_DOCUMENTS, detect_format, read_record
 from ..data.questions import as_mapping
@@ -18,7 +19,6 @@ from ..data.sources import open_elements
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_NUM_DOCUMENTS = 5
 # What a record has besides fields to group by.
 OWN_KEYS = ("id", "query", "documents", "answer", "gold_answers", "reranking_scores", "positives")
 

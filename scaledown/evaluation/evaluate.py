@@ -26,9 +26,9 @@ from .answering import answer_all
 from .arguments import EvaluationArguments, parse_arguments
 from .bootstrap import Bootstrap
 from .card import check_card, update_card
+from .contestants import Contestants, build_systems, check_lengths, load_contestants
 from .data import Example, load_data
 from .judge import Judge, agreement, compare_answers, grade_answers
-from .models import Contestants, build_systems, check_lengths, load_contestants
 from .plots import plot_comparison
 from .report import COMPARISON_NAME, REPORT_NAME, write_comparison
 from .results import (
@@ -40,7 +40,7 @@ from .results import (
     score_answers,
     summarize_systems,
 )
-from .run import Run, read_metrics
+from .run_folder import EvaluationRun, read_metrics
 from .systems import MODEL, System
 
 logger = logging.getLogger(__name__)
@@ -48,8 +48,18 @@ logger = logging.getLogger(__name__)
 COMPARISON_PLOT = "comparison.png"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "ir-measures", "numpy")
 # Options that name places of this machine, which are nobody's business.
-PRIVATE = ("model", "generator", "data", "output_dir", "compare", "rejudge", "update_card")
-PRIVATE = (*PRIVATE, "judge_cache", "judge_url", "judge_api_key_env")
+PRIVATE = (
+    "model",
+    "generator",
+    "data",
+    "output_dir",
+    "compare",
+    "rejudge",
+    "update_card",
+    "judge_cache",
+    "judge_url",
+    "judge_api_key_env",
+)
 
 
 def evaluate(arguments: EvaluationArguments) -> Path | None:
@@ -73,7 +83,7 @@ def evaluate(arguments: EvaluationArguments) -> Path | None:
     judge = _open_judge(arguments)
     run = None
     if arguments.rejudge is not None:
-        run = Run.read(arguments.rejudge)
+        run = EvaluationRun.read(arguments.rejudge)
     elif arguments.model is not None:
         run = ask(arguments)
         if run is None:
@@ -94,7 +104,7 @@ def evaluate(arguments: EvaluationArguments) -> Path | None:
     return folder
 
 
-def ask(arguments: EvaluationArguments) -> Run | None:
+def ask(arguments: EvaluationArguments) -> EvaluationRun | None:
     """Ask a model and its baselines, and measure the answers.
 
     Args:
@@ -137,7 +147,7 @@ def ask(arguments: EvaluationArguments) -> Run | None:
     if too_long:
         counts = ", ".join(f"{count} for {name}" for name, count in too_long.items())
         notes.append(f"Questions whose prompt exceeds the generator's context were left out everywhere: {counts}.")
-    run = Run(
+    run = EvaluationRun(
         examples=examples,
         texts={name: [answer.text for answer in given] for name, given in answers.items()},
         scores=scores,
@@ -246,7 +256,7 @@ def _new_folder(arguments: EvaluationArguments) -> Path:
     return folder
 
 
-def _summarize(run: Run, bootstrap: Bootstrap, fields: Sequence[str]) -> None:
+def _summarize(run: EvaluationRun, bootstrap: Bootstrap, fields: Sequence[str]) -> None:
     """Work out all that depends on the values per question."""
     run.metrics["systems"] = summarize_systems(run.columns, bootstrap)
     run.metrics["against_full_text"] = compare_systems(run.columns, bootstrap)
@@ -267,7 +277,7 @@ def _open_judge(arguments: EvaluationArguments) -> Judge | None:
     )
 
 
-def _judge(run: Run, judge: Judge, arguments: EvaluationArguments, folder: Path) -> None:
+def _judge(run: EvaluationRun, judge: Judge, arguments: EvaluationArguments, folder: Path) -> None:
     """Add grades of all answers, their agreement with exact match, and comparisons in pairs."""
     cache = Path(arguments.judge_cache)
     before = run.metrics["settings"]

@@ -65,9 +65,9 @@ def render_comparison(runs: Sequence[tuple[str, dict[str, Any]]], plot: str) -> 
                     run,
                     system,
                     f"{rate:.3g}" if values["slots"]["value"] and rate is not None else "–",
-                    *(estimate(values.get(name)) for name in names),
-                    *(estimate(values[name], form) for name, form in zip(costs, (".1f", ".4f"), strict=True)),
-                    "1" if system == REFERENCE else estimate(speed_up, ".2f"),
+                    *(with_interval(values.get(name)) for name in names),
+                    *(with_interval(values[name], form) for name, form in zip(costs, (".1f", ".4f"), strict=True)),
+                    "1" if system == REFERENCE else with_interval(speed_up, ".2f"),
                 ]
             )
     sections = ["# Comparison of runs", _differences(runs), table(rows), f"![exact match and compression]({plot})"]
@@ -75,7 +75,7 @@ def render_comparison(runs: Sequence[tuple[str, dict[str, Any]]], plot: str) -> 
     if reranked:
         names = list(reranked[0][1]["model"])
         rows = [["run", *(TITLES.get(name, name) for name in names)]]
-        rows += [[run, *(estimate(found["model"].get(name)) for name in names)] for run, found in reranked]
+        rows += [[run, *(with_interval(found["model"].get(name)) for name in names)] for run, found in reranked]
         sections += ["## Reranking", table(rows)]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -131,7 +131,7 @@ def render_report(metrics: dict[str, Any], plots: Sequence[str] = ()) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def estimate(value: dict[str, Any] | None, form: str = ".3f") -> str:
+def with_interval(value: dict[str, Any] | None, form: str = ".3f") -> str:
     """Render a value with its interval.
 
     Args:
@@ -152,7 +152,7 @@ def estimate(value: dict[str, Any] | None, form: str = ".3f") -> str:
 def _answers(systems: dict[str, Any]) -> str:
     names = measured(systems)
     rows = [["", *(TITLES[name] for name in names)]]
-    rows += [[system, *(estimate(values.get(name)) for name in names)] for system, values in systems.items()]
+    rows += [[system, *(with_interval(values.get(name)) for name in names)] for system, values in systems.items()]
     return table(rows)
 
 
@@ -164,8 +164,8 @@ def _costs(metrics: dict[str, Any]) -> str:
             [
                 system,
                 *(f"{values[name]['value']:.1f}" for name in ("tokens_in", "slots", "compressor_tokens", "tokens_out")),
-                estimate(values["seconds"], ".4f"),
-                "1" if system == REFERENCE else estimate(speed_up, ".2f"),
+                with_interval(values["seconds"], ".4f"),
+                "1" if system == REFERENCE else with_interval(speed_up, ".2f"),
             ]
         )
     return table(rows)
@@ -178,9 +178,9 @@ def _comparison(comparisons: dict[str, Any]) -> str:
         rows.append(
             [
                 system,
-                *(estimate(values[name]["difference"], "+.3f") for name in names),
-                estimate(values["exact_match"]["ratio"]),
-                estimate(values["tokens_in"]["ratio"]),
+                *(with_interval(values[name]["difference"], "+.3f") for name in names),
+                with_interval(values["exact_match"]["ratio"]),
+                with_interval(values["tokens_in"]["ratio"]),
             ]
         )
     return table(rows)
@@ -197,7 +197,7 @@ def _judge(judge: dict[str, Any]) -> str:
         rows = [["compressed against", "win rate, ties half", "wins", "ties", "losses", "undecided"]]
         for other, found in judge["pairs"].items():
             counts = (str(found[name]) for name in ("wins", "ties", "losses", "undecided"))
-            rows.append([other, estimate(found["win_rate"]), *counts])
+            rows.append([other, with_interval(found["win_rate"]), *counts])
         parts += ["Pairs of answers, each judged in both orders:", table(rows)]
     return "\n\n".join(parts)
 
@@ -207,7 +207,7 @@ def _reranking(reranking: dict[str, Any]) -> str:
     rows = [["", *(TITLES.get(name, name) for name in names)]]
     for source, values in reranking.items():
         if source != "num_questions":
-            rows.append([source.replace("_", " "), *(estimate(values[name]) for name in names)])
+            rows.append([source.replace("_", " "), *(with_interval(values[name]) for name in names)])
     return f"{reranking['num_questions']} questions with known right documents.\n\n" + table(rows)
 
 
@@ -217,7 +217,7 @@ def _groups(field: str, groups: dict[str, Any]) -> str:
     for value, group in groups.items():
         for system in systems:
             values = group["systems"][system]
-            cells = (estimate(values[name]) for name in ("exact_match", "f1", "match"))
+            cells = (with_interval(values[name]) for name in ("exact_match", "f1", "match"))
             rows.append([value, str(group["num_questions"]), system, *cells])
     return table(rows)
 

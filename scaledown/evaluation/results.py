@@ -15,10 +15,10 @@ REFERENCE = "full_text"
 QUALITY = (*ANSWER_MODULES, "judge")
 COUNTS = ("tokens_in", "tokens_out", "slots", "compressor_tokens")
 # Values of each system: metric to one value per question.
-Columns = dict[str, dict[str, list[float]]]
+Measurements = dict[str, dict[str, list[float]]]
 
 
-def score_answers(examples: Sequence[Example], answers: dict[str, list[Answer]]) -> Columns:
+def score_answers(examples: Sequence[Example], answers: dict[str, list[Answer]]) -> Measurements:
     """Compare answers with the gold answers, and collect what they took.
 
     Args:
@@ -29,7 +29,7 @@ def score_answers(examples: Sequence[Example], answers: dict[str, list[Answer]])
         For each system the metrics of `ANSWER_MODULES`, the counts, `seconds` and `batch`.
     """
     gold = [example.gold for example in examples]
-    columns: Columns = {}
+    columns: Measurements = {}
     for system, given in answers.items():
         texts = [answer.text for answer in given]
         columns[system] = {}
@@ -40,7 +40,7 @@ def score_answers(examples: Sequence[Example], answers: dict[str, list[Answer]])
     return columns
 
 
-def summarize_systems(columns: Columns, bootstrap: Bootstrap) -> dict[str, dict[str, Any]]:
+def summarize_systems(columns: Measurements, bootstrap: Bootstrap) -> dict[str, dict[str, Any]]:
     """Average the metrics of every system.
 
     Args:
@@ -61,7 +61,7 @@ def summarize_systems(columns: Columns, bootstrap: Bootstrap) -> dict[str, dict[
     return summary
 
 
-def compare_systems(columns: Columns, bootstrap: Bootstrap) -> dict[str, dict[str, Any]]:
+def compare_systems(columns: Measurements, bootstrap: Bootstrap) -> dict[str, dict[str, Any]]:
     """Compare every system with full text, question by question.
 
     Args:
@@ -93,7 +93,7 @@ def compare_systems(columns: Columns, bootstrap: Bootstrap) -> dict[str, dict[st
 
 
 def break_down(
-    columns: Columns, examples: Sequence[Example], fields: Sequence[str], bootstrap: Bootstrap
+    columns: Measurements, examples: Sequence[Example], fields: Sequence[str], bootstrap: Bootstrap
 ) -> dict[str, dict[str, Any]]:
     """Average the metrics of answers over the questions that share the value of a field.
 

@@ -61,7 +61,7 @@ CHAT_TEMPLATE = (
 
 
 @dataclass
-class DemoArguments:
+class SlotsDemoArguments:
     """What to learn and how large; the defaults take a few minutes on two cores."""
 
     data: str | None = field(
@@ -86,7 +86,7 @@ class DemoArguments:
 
 
 @dataclass
-class Example:
+class DemoExample:
     """A passage, what the compressor is asked about it, and the text the generator is to write."""
 
     passage: str
@@ -104,13 +104,13 @@ class DemoCollator:
     def __init__(self, processor: ScaleDownProcessor):
         self.processor = processor
 
-    def __call__(self, examples: Sequence[Example]) -> dict:
+    def __call__(self, examples: Sequence[DemoExample]) -> dict:
         """Build a training batch of examples."""
         chunks, prompts = self.encode(examples, [example.target for example in examples])
         batch = {**prompts, **chunks}
         return {**batch, "logits_to_keep": num_answer_positions(batch["labels"])}
 
-    def encode(self, examples: Sequence[Example], targets: Sequence[str] | None = None) -> tuple[dict, dict]:
+    def encode(self, examples: Sequence[DemoExample], targets: Sequence[str] | None = None) -> tuple[dict, dict]:
         """Build the compressor's and the generator's side of a batch, with labels where there are targets."""
         documents = [[example.passage] for example in examples]
         chunks = self.processor.encode_documents([example.query for example in examples], documents)
@@ -216,7 +216,9 @@ def train_tokenizer(texts: list[str], vocab_size: int = 2048) -> PreTrainedToken
     return tokenizer
 
 
-def train_generator(texts: list[str], tokenizer: PreTrainedTokenizerFast, folder: Path, args: DemoArguments) -> None:
+def train_generator(
+    texts: list[str], tokenizer: PreTrainedTokenizerFast, folder: Path, args: SlotsDemoArguments
+) -> None:
     """Train a small Llama-shaped language model from scratch on the passages, and save it like any other.
 
     Args:
@@ -250,7 +252,7 @@ def train_generator(texts: list[str], tokenizer: PreTrainedTokenizerFast, folder
     tokenizer.save_pretrained(folder)
 
 
-def save_encoder(tokenizer: PreTrainedTokenizerFast, folder: Path, args: DemoArguments) -> None:
+def save_encoder(tokenizer: PreTrainedTokenizerFast, folder: Path, args: SlotsDemoArguments) -> None:
     """Save a small ModernBERT with random weights.
 
     Args:
@@ -277,7 +279,7 @@ def save_encoder(tokenizer: PreTrainedTokenizerFast, folder: Path, args: DemoArg
 
 
 def train_scaledown(
-    examples: list[Example], generator: Path, compressor: Path | None, output: Path, args: DemoArguments
+    examples: list[DemoExample], generator: Path, compressor: Path | None, output: Path, args: SlotsDemoArguments
 ) -> None:
     """Train compressor, heads and LoRA on the examples, and save the model.
 
@@ -340,7 +342,7 @@ def _training_arguments(arguments_class, output_dir: Path, args, **settings):
 
 
 @torch.no_grad()
-def measure(model, processor: ScaleDownProcessor, examples: list[Example], others: list[int] | None = None) -> dict:
+def measure(model, processor: ScaleDownProcessor, examples: list[DemoExample], others: list[int] | None = None) -> dict:
     """Measure how many of the targets' tokens the model writes, and how many when the slots lie.
 
     Args:
@@ -378,7 +380,7 @@ def measure(model, processor: ScaleDownProcessor, examples: list[Example], other
     return result
 
 
-def run(args: DemoArguments) -> dict[str, Any]:
+def run(args: SlotsDemoArguments) -> dict[str, Any]:
     """Train tokenizer, generator and ScaleDown, load the model as a user would, and measure.
 
     Args:
@@ -393,8 +395,8 @@ def run(args: DemoArguments) -> dict[str, Any]:
     started, output = time.perf_counter(), Path(args.output_dir)
     passages = read_passages(args.data, args.num_passages, args.seed)
     set_seed(args.seed)
-    whole = [Example(item["passage"], WHOLE, item["passage"]) for item in passages]
-    asked = [Example(item["passage"], query, text) for item in passages for query, text in item["questions"]]
+    whole = [DemoExample(item["passage"], WHOLE, item["passage"]) for item in passages]
+    asked = [DemoExample(item["passage"], query, text) for item in passages for query, text in item["questions"]]
     targets = [example.target for example in whole + asked]
     tokenizer = train_tokenizer([*targets, *(example.query for example in asked), WHOLE, INSTRUCTION])
     logger.info("Training a generator of %d layers on %d passages", args.num_layers, len(passages))
@@ -447,7 +449,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
 
     def command() -> str:
-        args = parse_options(DemoArguments, argv, prog="python -m scaledown.tools.slots_demo")
+        args = parse_options(SlotsDemoArguments, argv, prog="python -m scaledown.tools.slots_demo")
         report = run(args)
         return (
             f"\n{args.num_passages} passages, one and the same prompt for all; {args.compressor_type}\n"

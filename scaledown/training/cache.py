@@ -35,7 +35,7 @@ from ..common.text import shorten
 FORMAT = 1
 RECORD_FIELDS = ("id", "query", "answer", "gold_answers", "reranking_scores", "positives")
 INDEX_NAME = "index.json"
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+STATE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -69,7 +69,7 @@ class CachePlan:
     Args:
         fingerprint: Data, settings and weights; a cache serves a run only where all of it agrees.
         hidden_size: Width of a state.
-        dtype: Type of a state, one of `DTYPES`.
+        dtype: Type of a state, one of `STATE_DTYPES`.
         has_rerank_states: Whether there are states to score.
         shards: The parts, in the order of the examples.
     """
@@ -91,7 +91,7 @@ class CachePlan:
             return sum(self.num_bytes(part) for part in self.shards)
         states = shard.num_slots + shard.num_chunks * self.has_rerank_states
         counts = 2 * shard.num_chunks + (shard.end - shard.start + 1)
-        return states * self.hidden_size * DTYPES[self.dtype].itemsize + 4 * counts
+        return states * self.hidden_size * STATE_DTYPES[self.dtype].itemsize + 4 * counts
 
 
 def parse_size(size: str | int) -> int:
@@ -139,10 +139,10 @@ def make_plan(
     Raises:
         ValueError: `dtype` or `max_shard_size` is unknown.
     """
-    if dtype not in DTYPES:
-        raise ScaleDownError(f"cache_dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+    if dtype not in STATE_DTYPES:
+        raise ScaleDownError(f"cache_dtype is {dtype!r}; expected one of {', '.join(STATE_DTYPES)}.")
     limit = parse_size(max_shard_size)
-    width = hidden_size * DTYPES[dtype].itemsize
+    width = hidden_size * STATE_DTYPES[dtype].itemsize
     ranges, size, first, chunks, slots = [], 0, 0, 0, 0
     for i, (num_chunks, num_slots) in enumerate(counts):
         needed = (num_slots + num_chunks * has_rerank_states) * width + 4 * (2 * num_chunks + 1)
@@ -243,7 +243,7 @@ def write_shard(folder: str | Path, plan: CachePlan, shard: Shard, tensors: dict
     path = Path(folder) / shard.file
     temporary = path.with_name(f".{path.name}.tmp")
     converted = {
-        name: tensor.to("cpu", DTYPES[plan.dtype] if name.endswith("_states") else torch.int32).contiguous()
+        name: tensor.to("cpu", STATE_DTYPES[plan.dtype] if name.endswith("_states") else torch.int32).contiguous()
         for name, tensor in tensors.items()
     }
     try:

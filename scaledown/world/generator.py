@@ -71,7 +71,7 @@ def collate(rows: list[Row], padding: int) -> Row:
     return Row(*(torch.tensor([part + [fill] * (length - len(part)) for part in parts]) for fill, parts in columns))
 
 
-Reading = Callable[[PreTrainedModel, Row], tuple[torch.Tensor, torch.Tensor]]
+ReadBatch = Callable[[PreTrainedModel, Row], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
@@ -301,7 +301,7 @@ def build_generator(tokenizer: PreTrainedTokenizerBase, args: BackboneArguments)
     return model
 
 
-def teach(model: PreTrainedModel, lessons: list[Lesson], args: BackboneArguments, read: Reading) -> list[dict]:
+def teach(model: PreTrainedModel, lessons: list[Lesson], args: BackboneArguments, read: ReadBatch) -> list[dict]:
     """Take a backbone through the lessons; what was learned is saved after each.
 
     Args:

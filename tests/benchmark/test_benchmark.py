@@ -8,10 +8,10 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
 from scaledown import ScaleDownConfig
 from scaledown.benchmark.arguments import parse_arguments
+from scaledown.benchmark.configurations import SHAPES, build_config, load_shape
 from scaledown.benchmark.flops import count_compression, count_generation, count_rows
-from scaledown.benchmark.models import SHAPES, build_config, load_shape
-from scaledown.benchmark.protocol import Protocol
 from scaledown.benchmark.run import main
+from scaledown.benchmark.workload import Workload
 from scaledown.common.tracing import build_on_meta
 
 WIDTH, INNER, LAYERS, HEADS, GROUPS, VOCABULARY = 32, 48, 3, 4, 2, 100
@@ -63,19 +63,19 @@ def test_compression_of_a_tiny_shape_by_hand():
         .to(torch.bfloat16)
         .eval()
     )
-    protocol = Protocol(num_documents=3, document_length=32, compression_rate=8)
+    workload = Workload(num_documents=3, document_length=32, compression_rate=8)
     length, read = 32 + 4 + 1, 4 + 1
-    whole = count_compression(model, protocol, whole=True)
+    whole = count_compression(model, workload, whole=True)
     assert whole.weights == 2 * 3 * 2 * LAYER * length
     assert_attention(whole.attention, 2 * 3 * 2 * 2 * WIDTH * length * length, length)
-    pruned = count_compression(model, protocol)
+    pruned = count_compression(model, workload)
     # The few positions' own keys and values are computed and not used.
     assert pruned.weights == 2 * 3 * (LAYER * length + LAYER * read + KEYS_AND_VALUES * length)
     assert_attention(pruned.attention, 2 * 3 * 2 * WIDTH * (length * length + read * length), length)
 
 
 def test_the_papers_table_and_the_projects_targets():
-    rows = {row.compressor: row for row in count_rows("mistral-7b", ["5", "8", "modernbert-base"], Protocol())}
+    rows = {row.compressor: row for row in count_rows("mistral-7b", ["5", "8", "modernbert-base"], Workload())}
     assert rows["5"].ratio >= 3.3
     assert rows["8"].ratio >= 2.6
     assert rows["modernbert-base"].ratio >= 5
@@ -157,5 +157,5 @@ def test_an_unknown_shape_is_told(capsys):
 
 def test_a_sweep_changes_one_setting_at_a_time():
     arguments = parse_arguments([*SPEED, "--sweep", "batch_size=1,8", "num_documents=50"])
-    found = [(protocol.num_documents, batch) for protocol, batch in arguments.settings]
+    found = [(workload.num_documents, batch) for workload, batch in arguments.settings]
     assert found == [(10, 1), (10, 8), (50, 1)]

@@ -7,12 +7,12 @@ import torch
 
 from scaledown import ScaleDownModel
 from scaledown.benchmark.arguments import BenchmarkArguments
-from scaledown.benchmark.models import SHAPES
-from scaledown.benchmark.protocol import Protocol
+from scaledown.benchmark.configurations import SHAPES
 from scaledown.benchmark.run import main
 from scaledown.benchmark.scaling import DOCUMENTS, LENGTHS, count_scaling, fit_exponents
-from scaledown.benchmark.speed import Contestants, draw_inputs, measure
+from scaledown.benchmark.speed import TimedModels, draw_inputs, measure
 from scaledown.benchmark.training import measure_training
+from scaledown.benchmark.workload import Workload
 from tiny import ENCODER_SHAPE, SHAPE
 
 
@@ -58,24 +58,24 @@ def test_speed_of_every_contestant_at_every_setting():
 
 
 def test_documents_of_mixed_length_fill_their_slots():
-    contestants = Contestants(arguments(mixed_lengths=True))
-    inputs = draw_inputs(contestants.arguments.protocol, 2, 400, True, 400, seed=0)
+    contestants = TimedModels(arguments(mixed_lengths=True))
+    inputs = draw_inputs(contestants.arguments.workload, 2, 400, True, 400, seed=0)
     lengths = inputs.chunks["compressor_attention_mask"].sum(dim=1)
     assert len(set(lengths.tolist())) > 1
     assert inputs.chunks["chunk_slots"].sum() == inputs.slot_mask.sum()
     assert inputs.truncated.shape == inputs.slot_mask.shape
     questions = inputs.chunks["compressor_input_ids"][:, :5].reshape(2, 3, 5)
     assert (questions == questions[:, :1]).all() and not torch.equal(questions[0], questions[1])
-    for run in contestants.runs(contestants.arguments.protocol, 2).values():
+    for run in contestants.runs(contestants.arguments.workload, 2).values():
         assert run().total > 0
 
 
 def test_long_documents_are_cut_as_the_processor_cuts_them():
-    protocol = Protocol(document_length=300, chunk_length=128)
-    assert protocol.chunks(300) == [100, 100, 100]
-    inputs = draw_inputs(protocol, 1, 400, False, 400, seed=0)
+    workload = Workload(document_length=300, chunk_length=128)
+    assert workload.chunks(300) == [100, 100, 100]
+    inputs = draw_inputs(workload, 1, 400, False, 400, seed=0)
     assert inputs.chunks["compressor_input_ids"].shape == (30, 100)
-    assert int(inputs.slot_mask.sum()) == protocol.slots == 10 * 3 * 7
+    assert int(inputs.slot_mask.sum()) == workload.slots == 10 * 3 * 7
 
 
 def test_files_of_a_speed_run(tmp_path, capsys):

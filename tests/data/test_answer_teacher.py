@@ -10,7 +10,7 @@ from processing_scaledown import ScaleDownProcessor
 from scaledown.common.prompts import PromptEncoder, build_messages
 from scaledown.data.journal import Journal
 from scaledown.data.teachers.answers import LocalTeacher, TeacherError, duration
-from scaledown.data.teachers.cost import estimate
+from scaledown.data.teachers.cost import estimate_cost
 from scaledown.evaluation.data import Example
 from scaledown.evaluation.systems import TextSystem
 from tiny import DOCUMENTS, QUESTIONS, SPECIAL_TOKENS, build_tokenizer
@@ -113,14 +113,14 @@ def test_a_teacher_without_a_chat_template_answers_too(tmp_path):
 
 def test_the_estimate_counts_requests_tokens_and_money(tokenizer):
     records = RECORDS * 300
-    found = estimate(records.__getitem__, range(1200), 128, price_input=2.0, price_output=10.0)
+    found = estimate_cost(records.__getitem__, range(1200), 128, price_input=2.0, price_output=10.0)
     characters = sum(len("\n".join(m["content"] for m in build_messages(r["query"], r["documents"]))) for r in RECORDS)
     assert found.requests == 1200
     assert found.prompt_tokens == pytest.approx(characters / 4 * 300, rel=0.05)
     assert found.completion_tokens == 1200 * 128
     assert found.price == pytest.approx((found.prompt_tokens * 2 + found.completion_tokens * 10) / 1e6)
     assert "1,200 requests" in str(found) and "about 1.70" in str(found)
-    by_tokens = estimate(records.__getitem__, range(1200), 128, tokenizer)
+    by_tokens = estimate_cost(records.__getitem__, range(1200), 128, tokenizer)
     assert by_tokens.prompt_tokens > found.prompt_tokens and by_tokens.price is None
-    assert estimate(records.__getitem__, [], 128).prompt_tokens == 0
+    assert estimate_cost(records.__getitem__, [], 128).prompt_tokens == 0
     assert [duration(seconds) for seconds in (5, 89.6, 1200, 12000)] == ["5 s", "90 s", "20 min", "3 h 20 min"]

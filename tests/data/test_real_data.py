@@ -11,7 +11,7 @@ from transformers import set_seed
 
 from scaledown.data.preparation import main as prepare
 from scaledown.data.records import read_records
-from scaledown.tools.slots_demo import DemoArguments, save_encoder, train_generator, train_tokenizer
+from scaledown.tools.slots_demo import SlotsDemoArguments, save_encoder, train_generator, train_tokenizer
 from scaledown.training.run import main as train
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -36,7 +36,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
-    args = DemoArguments(hidden_size=64, num_layers=5, generator_steps=5, batch_size=8)
+    args = SlotsDemoArguments(hidden_size=64, num_layers=5, generator_steps=5, batch_size=8)
     for name, source in SOURCES.items():
         options = ["--source", str(source), "--output", str(folder / f"{name}.jsonl"), "--num_examples", "60"]
         assert prepare([*options, "--num_documents", "10" if name == "hotpotqa" else "5"]) == 0

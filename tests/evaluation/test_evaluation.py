@@ -18,10 +18,10 @@ from scaledown import ScaleDownModel
 from scaledown.common.choices import BASELINES
 from scaledown.evaluation.answering import answer_all
 from scaledown.evaluation.arguments import EvaluationArguments
+from scaledown.evaluation.contestants import build_systems, check_lengths, load_contestants
 from scaledown.evaluation.data import Example
 from scaledown.evaluation.evaluate import _fitting, evaluate, main
-from scaledown.evaluation.models import build_systems, check_lengths, load_contestants
-from scaledown.evaluation.run import Run
+from scaledown.evaluation.run_folder import EvaluationRun
 from scaledown.evaluation.systems import Answer, choose_donors, greedy
 from tiny import ANSWERS, DOCUMENTS, QUESTIONS, build_tokenizer, randomize_lora
 
@@ -372,7 +372,7 @@ def test_report_and_plots(run):
 
 
 def test_a_run_is_read_as_it_was_written(run, tmp_path):
-    found = Run.read(run)
+    found = EvaluationRun.read(run)
     found.write(tmp_path)
     for name in ("predictions.jsonl", "metrics.json", "report.md"):
         assert (tmp_path / name).read_bytes() == (run / name).read_bytes()

@@ -17,7 +17,7 @@ import quantization_scaledown
 from folders import assert_same_outputs, from_backbones, load_silently, outputs, save_encoder, save_generator
 from scaledown import ScaleDownModel
 from scaledown.evaluation.arguments import EvaluationArguments
-from scaledown.evaluation.models import load_contestants
+from scaledown.evaluation.contestants import load_contestants
 from tiny import ANSWERS, DOCUMENTS, QUESTIONS, build_tokenizer, randomize_lora
 
 # Blocks of 64 values share a scale, so layers must not be smaller than that.

@@ -25,7 +25,7 @@ from scaledown.common.tracing import MemoryTracker, storage_bytes, training_peak
 from scaledown.training.arguments import DataArguments, ModelArguments, parse_arguments
 from scaledown.training.build import build_model
 from scaledown.training.collators import JointCollator
-from scaledown.training.dry_run.estimate import Memory, estimate
+from scaledown.training.dry_run.estimate import Memory, estimate_stage
 from scaledown.training.dry_run.report import dry_run
 from scaledown.training.dry_run.skeleton import build_skeleton
 from scaledown.training.run import main, run
@@ -76,7 +76,7 @@ def model_arguments(folders, kind, **settings) -> ModelArguments:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_model_is_the_one_that_would_be_trained(backbones, without_weights, kind, stage, tmp_path):
     args = training_arguments(tmp_path, stage=stage)
-    found = estimate(model_arguments(without_weights, kind), DataArguments(train_file="nowhere"), args)
+    found = estimate_stage(model_arguments(without_weights, kind), DataArguments(train_file="nowhere"), args)
     sides = {"with_generator": stage != "compress", "with_backbone": stage != "generate"}
     model = build_model(model_arguments(backbones, kind), args, **sides)
     on_meta = build_skeleton(model_arguments(without_weights, kind), args, torch.float32, **sides)
@@ -97,11 +97,11 @@ def test_a_trained_model_is_looked_at_without_its_weights(backbones, kind, train
     arguments = ModelArguments(model_name_or_path=str(tmp_path / "trained"), lora_r=4, compression_rate=16)
     for stage in STAGES[:1] + STAGES[2:]:
         args = training_arguments(tmp_path, stage=stage)
-        found = estimate(arguments, DataArguments(train_file=str(train_file)), args)
+        found = estimate_stage(arguments, DataArguments(train_file=str(train_file)), args)
         assert found.kind == kind and found.reading.num_examples == 15
     arguments.chunk_length = 16
     with pytest.raises(ValueError, match="chunk_length=16 cannot be changed in a trained model"):
-        estimate(arguments, DataArguments(train_file=str(train_file)), args)
+        estimate_stage(arguments, DataArguments(train_file=str(train_file)), args)
 
 
 def test_both_stages_of_two_are_reported_and_nothing_is_written(without_weights, train_file, tmp_path, capsys):
@@ -120,7 +120,7 @@ def test_both_stages_of_two_are_reported_and_nothing_is_written(without_weights,
 
 
 def test_without_data_the_paper_stands_in_for_it(without_weights, tmp_path):
-    found = estimate(
+    found = estimate_stage(
         model_arguments(without_weights, "n_layers"),
         DataArguments(train_file="nowhere.jsonl", max_answer_length=32),
         training_arguments(tmp_path, per_device_train_batch_size=3, max_steps=-1),
@@ -143,7 +143,7 @@ def test_without_data_the_paper_stands_in_for_it(without_weights, tmp_path):
 def test_steps_are_those_the_trainer_makes(backbones, train_file, tmp_path, settings, monkeypatch):
     args = training_arguments(tmp_path, **{"max_steps": -1, "num_train_epochs": 1, **settings})
     arguments, data = model_arguments(backbones, "n_layers"), DataArguments(train_file=str(train_file))
-    expected = estimate(arguments, data, args).steps
+    expected = estimate_stage(arguments, data, args).steps
     build, trainers = ScaleDownTrainer.__init__, []
 
     def spy(self, *positional, **named):
@@ -302,7 +302,7 @@ def test_the_estimate_is_within_15_percent_of_a_run(middling, case, checkpointin
     peaks = json.loads(line.removeprefix("PEAKS "))
     model_args, data_args, args = parse_arguments(argv)
     args.stage = "generate" if case == "generate" else "joint"
-    needed = estimate(model_args, data_args, args).needed
+    needed = estimate_stage(model_args, data_args, args).needed
     measured = peaks["train"] - peaks["before"]
     print(
         f"{case}, checkpointing {checkpointing}: {measured / 1e6:.0f} MB measured, {needed.total / 1e6:.0f} estimated"

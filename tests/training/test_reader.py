@@ -11,8 +11,8 @@ from folders import SETTINGS, write_rows
 from scaledown import ScaleDownModel
 from scaledown.common.adapters import start_lora_from
 from scaledown.evaluation.arguments import EvaluationArguments
+from scaledown.evaluation.contestants import load_contestants
 from scaledown.evaluation.data import Example
-from scaledown.evaluation.models import load_contestants
 from scaledown.evaluation.systems import TextSystem
 from scaledown.training.arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments
 from scaledown.training.reader import ReaderCollator

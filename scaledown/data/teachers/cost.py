@@ -15,7 +15,7 @@ SAMPLE = 500
 
 
 @dataclass(frozen=True)
-class Estimate:
+class CostEstimate:
     """Requests, tokens and money.
 
     Args:
@@ -49,14 +49,14 @@ class Estimate:
         return text if self.price is None else f"{text}, about {self.price:,.2f} in the currency of the prices"
 
 
-def estimate(
+def estimate_cost(
     record_at: Callable[[int], dict[str, Any]],
     indices: Sequence[int],
     max_tokens: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
     price_input: float | None = None,
     price_output: float | None = None,
-) -> Estimate:
+) -> CostEstimate:
     """Estimate what the answers cost, from a sample of the records.
 
     Args:
@@ -81,4 +81,4 @@ def estimate(
     else:
         tokens = sum(map(len, tokenizer(prompts, verbose=False)["input_ids"])) if prompts else 0
     prompt_tokens = round(tokens / max(len(prompts), 1) * len(indices))
-    return Estimate(len(indices), prompt_tokens, len(indices) * max_tokens, price_input, price_output)
+    return CostEstimate(len(indices), prompt_tokens, len(indices) * max_tokens, price_input, price_output)

@@ -156,7 +156,7 @@ class EndpointTeacher:
         client = self._openai.AsyncOpenAI(
             base_url=self.url, api_key=self._key or "none", max_retries=0, timeout=self.timeout
         )
-        run = _Run(record_at, journal)
+        run = _Shared(record_at, journal)
         missing = journal.missing(count)
         async with client:
             with tqdm(desc=self.doing, unit="answer", total=count, initial=len(journal), disable=None) as progress:
@@ -178,7 +178,7 @@ class EndpointTeacher:
                 f"({self.url}) if need be; the same command then asks for the missing ones only."
             )
 
-    async def _work(self, client: Any, run: "_Run", indices: Iterator[int]) -> None:
+    async def _work(self, client: Any, run: "_Shared", indices: Iterator[int]) -> None:
         """Answer records with as many workers as requests may be under way."""
         workers = [asyncio.create_task(self._worker(client, run, indices)) for _ in range(self.concurrency)]
         try:
@@ -188,7 +188,7 @@ class EndpointTeacher:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _worker(self, client: Any, run: "_Run", indices: Iterator[int]) -> None:
+    async def _worker(self, client: Any, run: "_Shared", indices: Iterator[int]) -> None:
         for index in indices:
             record = run.record_at(index)
             messages = self.messages(record)
@@ -222,7 +222,7 @@ class EndpointTeacher:
             self._keep_refusals(run)
             run.progress.update(1)
 
-    def _keep_refusals(self, run: "_Run", final: bool = False) -> None:
+    def _keep_refusals(self, run: "_Shared", final: bool = False) -> None:
         """Write down refusals once a success shows that the settings are right."""
         if run.successes == 0 and len(run.journal) == 0 and (len(run.refused) >= REFUSALS_BEFORE_SUCCESS or final):
             if run.refused:
@@ -330,7 +330,7 @@ class EndpointTeacher:
     def _redacted(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
 
-    def _tell_pace(self, seconds: float, run: "_Run", left: int) -> None:
+    def _tell_pace(self, seconds: float, run: "_Shared", left: int) -> None:
         tokens = run.completion_tokens / max(run.successes, 1)
         logger.info(
             "at the pace of the first requests, the other %d answers take about %s", left, duration(seconds * left)
@@ -339,7 +339,7 @@ class EndpointTeacher:
             self.on_pace(seconds, tokens)
 
 
-class _Run:
+class _Shared:
     """What the workers of one run share."""
 
     def __init__(self, record_at: Callable[[int], dict[str, Any]], journal: Journal):

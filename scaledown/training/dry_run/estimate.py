@@ -108,11 +108,13 @@ def estimate_stages(
     estimates = []
     for stage in ("compress", "generate") if args.two_stage else (args.stage,):
         args.stage = stage
-        estimates.append(estimate(model_args, data_args, args))
+        estimates.append(estimate_stage(model_args, data_args, args))
     return estimates
 
 
-def estimate(model_args: ModelArguments, data_args: DataArguments, args: ScaleDownTrainingArguments) -> StageEstimate:
+def estimate_stage(
+    model_args: ModelArguments, data_args: DataArguments, args: ScaleDownTrainingArguments
+) -> StageEstimate:
     """Estimate what the stage `args.stage` trains and needs.
 
     Args:

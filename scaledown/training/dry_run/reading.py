@@ -14,7 +14,7 @@ from reranking_scaledown import slots_by_document
 
 from ...data.records import load_records
 from ..arguments import DataArguments, ScaleDownTrainingArguments
-from ..cache import DTYPES, make_plan
+from ..cache import STATE_DTYPES, make_plan
 from ..collators import CompressionCollator, GenerationCollator, JointCollator, PretrainingCollator
 from ..pretraining import AUTOENCODING, load_pretraining_data
 
@@ -74,7 +74,7 @@ def read_sample(
         _read_chunks(reading, processor, config, rows, data_args)
         return reading
     if args.stage == "generate":
-        rows = [_as_cached(row, processor, config, DTYPES[data_args.cache_dtype]) for row in rows]
+        rows = [_as_cached(row, processor, config, STATE_DTYPES[data_args.cache_dtype]) for row in rows]
     collators: dict[str, Callable] = {
         "joint": JointCollator(processor, data_args.max_answer_length),
         "pretrain": PretrainingCollator(processor),

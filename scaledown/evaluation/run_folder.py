@@ -16,7 +16,7 @@ from errors_scaledown import ScaleDownError
 from .data import Example
 from .plots import plot_answers
 from .report import write_report
-from .results import Columns
+from .results import Measurements
 
 METRICS_NAME = "metrics.json"
 PREDICTIONS_NAME = "predictions.jsonl"
@@ -25,7 +25,7 @@ ROW_KEYS = ("id", "query", "gold_answers", "num_documents", "positives", "rerank
 
 
 @dataclass
-class Run:
+class EvaluationRun:
     """What was asked, answered and measured.
 
     Args:
@@ -40,7 +40,7 @@ class Run:
     examples: list[Example]
     texts: dict[str, list[str]]
     scores: list[list[float] | None]
-    columns: Columns
+    columns: Measurements
     metrics: dict[str, Any]
     num_documents: list[int]
 
@@ -58,7 +58,7 @@ class Run:
         write_report(folder, self.metrics, plot_answers(folder, self.metrics))
 
     @classmethod
-    def read(cls, folder: str | Path) -> "Run":
+    def read(cls, folder: str | Path) -> "EvaluationRun":
         """Read a folder.
 
         Args:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Protocol:
+class Workload:
     """What is read and written for a question.
 
     Args:
