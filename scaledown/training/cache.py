@@ -180,10 +180,11 @@ def open_plan(folder: str | Path, fingerprint: dict[str, Any]) -> CachePlan | No
         plan = CachePlan(**{name: content[name] for name in names}, shards=shards)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise CacheError(f"{index} is damaged ({error!r}); delete {folder} and compress again.") from error
+    both = {name: (plan.fingerprint.get(name), fingerprint.get(name)) for name in {*plan.fingerprint, *fingerprint}}
     changed = [
-        f"{name} was {shorten(plan.fingerprint.get(name))} and is {shorten(fingerprint.get(name))}"
-        for name in sorted({*plan.fingerprint, *fingerprint})
-        if plan.fingerprint.get(name) != fingerprint.get(name)
+        f"{name} was {shorten(json.dumps(before))} and is {shorten(json.dumps(now))}"
+        for name, (before, now) in sorted(both.items())
+        if before != now
     ]
     if changed:
         raise CacheError(
