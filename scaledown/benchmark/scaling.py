@@ -52,24 +52,23 @@ def count_scaling(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
     return rows
 
 
-def fit_exponents(rows: list[dict[str, Any]], figure: str = "tflop") -> list[dict[str, Any]]:
-    """Fit `cost ~ size ** exponent` to the upper half of each sweep, where what does not grow matters little.
+def fit_exponents(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Fit `TFLOP ~ size ** exponent` to the upper half of each sweep, where what does not grow matters little.
 
     Args:
         rows: What `count_scaling` returned.
-        figure: The cost.
 
     Returns:
-        A JSON object for each sweep and contestant: the exponent, and the cost at both ends.
+        A JSON object for each sweep and contestant: the exponent, and the TFLOP at both ends.
     """
     found = []
     for swept, contestant in dict.fromkeys((row["swept"], row["contestant"]) for row in rows):
         own = [row for row in rows if (row["swept"], row["contestant"]) == (swept, contestant)]
         own.sort(key=lambda row: row[swept])
         upper = own[len(own) // 2 :]
-        slope, _ = np.polyfit(np.log([row[swept] for row in upper]), np.log([row[figure] for row in upper]), 1)
+        slope, _ = np.polyfit(np.log([row[swept] for row in upper]), np.log([row["tflop"] for row in upper]), 1)
         ends = {"smallest": own[0][swept], "largest": own[-1][swept]}
-        costs = {"cost_smallest": own[0][figure], "cost_largest": own[-1][figure]}
+        costs = {"cost_smallest": own[0]["tflop"], "cost_largest": own[-1]["tflop"]}
         found.append({"swept": swept, "contestant": contestant, "exponent": float(slope), **ends, **costs})
     return found
 

@@ -21,7 +21,7 @@ from modeling_scaledown import ScaleDownModel
 
 from ..common.devices import find_device, pick_dtype, wait_for
 from ..common.tables import table
-from ..common.tracing import MemoryTracker, storage_bytes
+from ..common.tracing import MemoryTracker
 from .arguments import BenchmarkArguments
 from .configurations import build_config, label
 from .workload import Workload
@@ -361,19 +361,6 @@ def _peak_memory(contestants: TimedModels, name: str, run: Callable[[], Timing])
     with tracker:
         run()
     return tracker.peak
-
-
-def weights_bytes(contestants: TimedModels) -> dict[str, int]:
-    """Bytes of weights: of the generator alone, and of each model.
-
-    Args:
-        contestants: The models.
-
-    Returns:
-        Bytes by name.
-    """
-    sizes = {name: storage_bytes(model) for name, model in contestants.models.items()}
-    return {FULL_TEXT: storage_bytes(contestants.generator), **sizes}
 
 
 def spread(values: list[float]) -> dict[str, float | None]:

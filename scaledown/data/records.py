@@ -68,16 +68,13 @@ def read_records(path: str | os.PathLike, require_answer: bool = True) -> Iterat
     return _generate_records(str(path), require_answer)
 
 
-def load_records(
-    path: str | os.PathLike, require_answer: bool = True, cache_dir: str | os.PathLike | None = None
-) -> datasets.Dataset:
+def load_records(path: str | os.PathLike) -> datasets.Dataset:
     """Load a file of records as a disk-backed dataset; memory does not grow with the file.
+
+    The Arrow file is kept in the cache folder of `datasets`; a changed file is read anew.
 
     Args:
         path: As in `read_records`.
-        require_answer: As in `read_records`.
-        cache_dir: Where the Arrow file is kept; the cache folder of `datasets` by default. A changed file is read
-            anew.
 
     Returns:
         A `datasets.Dataset` with the columns that `read_records` names as keys.
@@ -92,17 +89,12 @@ def load_records(
     # Size and modification time are arguments of the generator only to be part of the cache's key.
     arguments = {
         "path": str(path),
-        "require_answer": require_answer,
+        "require_answer": True,
         "size": stat.st_size,
         "mtime_ns": stat.st_mtime_ns,
     }
     try:
-        return datasets.Dataset.from_generator(
-            _generate_records,
-            features=FEATURES,
-            gen_kwargs=arguments,
-            cache_dir=None if cache_dir is None else str(cache_dir),
-        )
+        return datasets.Dataset.from_generator(_generate_records, features=FEATURES, gen_kwargs=arguments)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, RecordError):
             raise error.__cause__ from None

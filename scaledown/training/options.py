@@ -5,7 +5,6 @@ They stand apart since the `Trainer`'s take ten seconds to import, and help shou
 
 import argparse
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -263,16 +262,13 @@ class OwnTrainingOptions:
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
 
 
-def show_help(argv: Sequence[str] | None = None) -> None:
+def show_help() -> None:
     """Print the project's own options and exit, where help is asked for.
-
-    Args:
-        argv: The command line by default.
 
     Raises:
         SystemExit: `-h` or `--help` is among the options.
     """
-    if {"-h", "--help"}.isdisjoint(sys.argv[1:] if argv is None else argv):
+    if {"-h", "--help"}.isdisjoint(sys.argv[1:]):
         return
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, OwnTrainingOptions),
