@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..common.devices import load_model
+from ..common.loading import load_model
 from .arguments import PreparationArguments
 from .corpus import CorpusReader, build_passages
 from .indexes.index import Index, open_index

@@ -15,7 +15,8 @@ from weights_scaledown import load_complete
 
 from ..common.adapters import merge_adapter, without_lora
 from ..common.choices import MEMORY_BASELINES, TEXT_BASELINES
-from ..common.devices import is_quantized, load_model, pick_dtype
+from ..common.devices import is_quantized, pick_dtype
+from ..common.loading import load_model
 from .arguments import EvaluationArguments
 from .data import Example
 from .systems import CompressedSystem, System, TextSystem, choose_donors

@@ -17,7 +17,7 @@ from modeling_scaledown import ScaleDownModel
 
 from ..common.adapters import without_lora
 from ..common.command_line import check_least, parse_options, run_command
-from ..common.devices import load_model
+from ..common.loading import load_model
 from ..common.metrics import exact_match
 from ..common.tables import table
 from ..evaluation.data import Example

@@ -16,7 +16,7 @@ from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 
 from ..common.command_line import parse_options, run_command
-from ..common.devices import load_model
+from ..common.loading import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_BYTES = 25_000_000  # every clone carries it

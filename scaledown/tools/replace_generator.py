@@ -18,7 +18,7 @@ from modeling_scaledown import ScaleDownModel
 from weights_scaledown import absolute_name, load_complete, weights_fingerprint
 
 from ..common.command_line import parse_options, run_command
-from ..common.devices import load_model
+from ..common.loading import load_model
 from .extract_generator import generator_weights
 
 # What a generator's configuration says of where it comes from, not of what it computes.

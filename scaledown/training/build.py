@@ -12,7 +12,7 @@ from modeling_scaledown import ScaleDownModel
 
 from ..common.adapters import start_lora_from
 from ..common.command_line import settings_checked_by_libraries, split_names
-from ..common.devices import load_model
+from ..common.loading import load_model
 from .arguments import ModelArguments, ScaleDownTrainingArguments
 
 CONFIG_ARGUMENTS = (

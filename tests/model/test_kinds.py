@@ -9,7 +9,7 @@ from transformers import AlbertConfig, AutoModel, ElectraConfig, OPTConfig, T5Co
 
 from folders import from_backbones, outputs, save_encoder, save_generator
 from scaledown import ScaleDownConfig, ScaleDownModel
-from scaledown.common.devices import load_model
+from scaledown.common.loading import load_model
 from tiny import ANSWERS, DOCUMENTS, ENCODER_SHAPE, GENERATORS, QUESTIONS, build_model, build_tokenizer
 
 

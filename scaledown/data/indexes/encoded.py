@@ -14,8 +14,9 @@ from transformers.utils import cached_file
 
 from errors_scaledown import ScaleDownError
 
-from ...common.devices import check_head, import_sentence_transformers, load_model, pick_dtype
+from ...common.devices import pick_dtype
 from ...common.files import atomic_writer
+from ...common.loading import check_head, import_sentence_transformers, load_model
 from ..journal import blocks
 from .scoring import top_indices
 
@@ -31,7 +32,7 @@ class EncodingIndex:
         passages: The data set they were made from, or are to be.
         model_name_or_path: The encoder.
         revision: Branch, tag or commit of the encoder.
-        dtype: One of `scaledown.common.devices.DTYPES`.
+        dtype: One of `scaledown.common.choices.DTYPES`.
         batch_size: Texts encoded at once.
 
     Raises:

@@ -22,7 +22,8 @@ from errors_scaledown import ScaleDownError
 from prompt_scaledown import pad
 from text_scaledown import padding_id
 
-from ...common.devices import load_model, pick_device, pick_dtype, refuse_missing
+from ...common.devices import pick_device, pick_dtype
+from ...common.loading import load_model, refuse_missing
 from ...common.prompts import PromptEncoder
 from ..journal import Journal, blocks, run_in_batches
 
@@ -58,7 +59,7 @@ class LocalTeacher:
     Args:
         model_name_or_path: The model.
         revision: Branch, tag or commit of the model.
-        dtype: One of `scaledown.common.devices.DTYPES`.
+        dtype: One of `scaledown.common.choices.DTYPES`.
         batch_size: Prompts answered at once.
         max_new_tokens: Tokens of an answer at most.
         temperature: 0 is greedy; above, answers are sampled.

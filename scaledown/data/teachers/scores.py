@@ -7,7 +7,8 @@ import torch
 
 from errors_scaledown import ScaleDownError
 
-from ...common.devices import check_head, import_sentence_transformers, load_model, pick_dtype
+from ...common.devices import pick_dtype
+from ...common.loading import check_head, import_sentence_transformers, load_model
 
 # The DeBERTa-v3 reranker of the paper.
 
@@ -21,7 +22,7 @@ class RerankingTeacher:
     Args:
         model_name_or_path: A cross-encoder with one output: any sequence classification model.
         revision: Branch, tag or commit of the model.
-        dtype: One of `scaledown.common.devices.DTYPES`.
+        dtype: One of `scaledown.common.choices.DTYPES`.
         batch_size: Pairs scored at once; those of one call are sorted by length.
         max_length: Tokens of question and document together; longer pairs are cut.
 

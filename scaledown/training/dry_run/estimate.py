@@ -1,4 +1,4 @@
-"""What a run would train and need, told before any weights are downloaded: `train.py RECIPE --dry_run true`.
+"""What a run would train and need, reported before any weights are downloaded: `train.py RECIPE --dry_run true`.
 
 Only configurations and tokenizers are read. The model is built on `meta` as training would have it, and one step of
 training is traced there (`scaledown.common.tracing`).

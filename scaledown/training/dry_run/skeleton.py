@@ -14,7 +14,7 @@ from gguf_scaledown import read_config
 from modeling_scaledown import ScaleDownModel
 from processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor
 
-from ...common.devices import load_model
+from ...common.loading import load_model
 from ...common.tracing import QUANTIZED_BYTES, build_on_meta
 from ..arguments import ModelArguments, ScaleDownTrainingArguments
 from ..build import (
