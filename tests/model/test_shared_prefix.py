@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload
-from test_last_layer import CASES, WHOLE, build
+from tiny_compressors import CASES, WHOLE, build
 
 from scaledown import ScaleDownConfig, ScaleDownModel
 from tiny import build_model

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_last_layer import CASES, build
+from tiny_compressors import CASES, build
 from transformers.utils import logging
 
 import shortcuts_scaledown

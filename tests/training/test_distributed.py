@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import yaml
-from test_training import rows
+from tiny_training import rows
 
 from folders import ROOT, TRAINING_SETTINGS, files, load_silently, options, outputs, save_backbones, write_rows
 from hub_standin import HubStandIn

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from peak_memory import ENVIRONMENT
-from test_training import rows, training_arguments
+from tiny_training import rows, training_arguments
 from transformers import (
     AutoConfig,
     AutoModel,

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import rows
+from tiny_training import rows
 
 from folders import ROOT, TRAINING_SETTINGS, options, save_backbones, write_rows
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from test_training import training_arguments
+from tiny_training import training_arguments
 
 from folders import load_silently, save_backbones, train_with_two_processes
 from scaledown import ScaleDownModel

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from safetensors.torch import load
-from test_training import rows, training_arguments
+from tiny_training import rows, training_arguments
 
 from folders import (
     TRAINING_SETTINGS,
