@@ -8,13 +8,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "scaledown"
-# common → data → training, evaluation, benchmark → world → the outermost; those of one row are peers.
+# common → data → training, evaluation, benchmark → world → the outermost; those of one row are peers. The console
+# commands, a file beside the folders, call whatever they start.
 ROWS = (
     {"common"},
     {"data"},
     {"training", "evaluation", "benchmark"},
     {"world"},
     {"serving", "integrations", "tools"},
+    {"commands"},
 )
 PLACES = {folder: place for place, row in enumerate(ROWS) for folder in row}
 MAX_LINES = 520
