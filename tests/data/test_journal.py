@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from scaledown.common.files import atomic_writer, explained_disk_errors
+from scaledown.common.files import explained_disk_errors
 from scaledown.common.reading import RecordError
 from scaledown.data.journal import Journal, WorkFolder, WorkFolderError, blocks, run_in_batches
 
@@ -113,24 +113,6 @@ def test_a_full_disk_keeps_what_the_journal_had(tmp_path, monkeypatch, moment):
     assert path.read_bytes() == before
     journal.append([(1, "second try")])
     assert Journal(path)[1] == "second try"
-
-
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, error):
-    (tmp_path / "out").write_text("old")
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(error, "full")))
-    with (
-        pytest.raises(OSError, match=r"disk of .* is full .* out was not written"),
-        atomic_writer(tmp_path / "out", overwrite=True) as stream,
-    ):
-        stream.write(b"new")
-    assert (tmp_path / "out").read_text() == "old"
-    assert os.listdir(tmp_path) == ["out"]
-
-
-def test_other_errors_stay_as_they_are(tmp_path):
-    with pytest.raises(PermissionError, match=r"^no$"), explained_disk_errors(tmp_path, "Free space."):
-        raise PermissionError("no")
 
 
 class _FullAfter:
