@@ -14,16 +14,16 @@ from .opening import DAMAGED, open_binary
 from .text import shorten
 
 PARQUET_MAGIC = b"PAR1"
+# The two forms of Arrow's files.
 ARROW_MAGIC = b"ARROW1"
 ARROW_STREAM_MAGIC = b"\xff\xff\xff\xff"
 # Large enough for Parquet to compress well, small enough not to matter for memory.
 PARQUET_ROWS = 1000
 CONVERT = "have prepare_data.py make records of the file (--source)"
-# The two forms of Arrow's files.
 
 
 class RecordError(ScaleDownError):
-    """A record that breaks the format; the message names the file, the line, the finding and the remedy."""
+    """A record or a file that breaks its format; the message names the file, the line, the finding and the remedy."""
 
 
 def is_columnar(path: str | os.PathLike) -> bool:
