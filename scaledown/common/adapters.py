@@ -1,6 +1,8 @@
-"""LoRA adapters of PEFT, as `train.py --stage reader` saves them: started from, or merged into a generator."""
+"""LoRA and the generator: adapters that are started from or merged into it, and the generator without them."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -95,3 +97,43 @@ def without_lora(generator: PreTrainedModel) -> PreTrainedModel:
     if hasattr(twin, "peft_config"):
         del twin.peft_config
     return twin
+
+
+@contextmanager
+def adapters_off(generator: PreTrainedModel) -> Iterator[None]:
+    """Let a generator compute without its LoRA layers for the time of a block.
+
+    Args:
+        generator: A generator with LoRA layers, not merged.
+    """
+    layers = [module for module in generator.modules() if hasattr(module, "lora_A")]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def generator_weights(model: ScaleDownModel) -> dict[str, torch.Tensor]:
+    """The generator's own weights under the names they have without LoRA.
+
+    Args:
+        model: A model whose LoRA stands beside its generator's weights.
+
+    Returns:
+        The tensors by name; they are the model's, not copies.
+
+    Raises:
+        ValueError: The model has no LoRA: it was merged into the weights.
+    """
+    if model.config.lora_config is None:
+        raise ScaleDownError(
+            "the model has no LoRA apart from its generator: it was merged; train with merge_lora=false."
+        )
+    return {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in model.generator.state_dict().items()
+        if ".lora_" not in name
+    }

@@ -13,8 +13,8 @@
 import copy
 import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ from prompt_scaledown import pad
 from reranking_scaledown import scores_by_example, select_chunks, slots_by_document
 from text_scaledown import encode_as_text, encode_continuations, padding_id
 
+from ..common.adapters import adapters_off
 from ..common.devices import wait_for
 from ..common.prompts import encode_texts, text_prompts
 from ..data.choice import stable_hash
@@ -248,7 +249,7 @@ class TextSystem:
         prompts = self.prompts(examples)
         input_ids, attention_mask = pad(prompts, padding_id(self.processor.tokenizer), side="left")
         device = self._generator.device
-        with _without_adapters(self._generator) if self._adapters_off else nullcontext():
+        with adapters_off(self._generator) if self._adapters_off else nullcontext():
             sequences = self._generator.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
@@ -392,15 +393,3 @@ def _written(new: torch.Tensor, generation_config: GenerationConfig) -> list[int
     is_end = torch.isin(new, torch.tensor([end for end in ends if end is not None], device=new.device))
     length = torch.where(is_end.any(dim=1), is_end.long().argmax(dim=1) + 1, new.shape[1])
     return length.tolist()
-
-
-@contextmanager
-def _without_adapters(generator: PreTrainedModel) -> Iterator[None]:
-    layers = [module for module in generator.modules() if hasattr(module, "lora_A")]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)

@@ -9,12 +9,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from transformers import AutoModelForCausalLM
 
-from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 
+from ..common.adapters import generator_weights
 from ..common.command_line import parse_options, run_command
 from ..common.loading import load_model
 
@@ -25,29 +24,6 @@ class ExtractionArguments:
 
     model: str = field(metadata={"help": "Folder of a trained model whose LoRA was not merged."})
     output: str = field(metadata={"help": "Folder for the generator."})
-
-
-def generator_weights(model: ScaleDownModel) -> dict[str, torch.Tensor]:
-    """The generator's own weights under the names they have without LoRA.
-
-    Args:
-        model: A model whose LoRA stands beside its generator's weights.
-
-    Returns:
-        The tensors by name; they are the model's, not copies.
-
-    Raises:
-        ValueError: The model has no LoRA: it was merged into the weights.
-    """
-    if model.config.lora_config is None:
-        raise ScaleDownError(
-            "the model has no LoRA apart from its generator: it was merged; train with merge_lora=false."
-        )
-    return {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in model.generator.state_dict().items()
-        if ".lora_" not in name
-    }
 
 
 def extract_generator(model: ScaleDownModel, output: Path) -> None:

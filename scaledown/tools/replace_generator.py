@@ -17,9 +17,9 @@ from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 from weights_scaledown import absolute_name, load_complete, weights_fingerprint
 
+from ..common.adapters import generator_weights
 from ..common.command_line import parse_options, run_command
 from ..common.loading import load_model
-from .extract_generator import generator_weights
 
 # What a generator's configuration says of where it comes from, not of what it computes.
 NO_MATTER = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
