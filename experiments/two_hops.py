@@ -19,7 +19,8 @@ from scaledown.common.command_line import parse_options, run_command
 from scaledown.common.tables import table
 from scaledown.evaluation.bootstrap import Bootstrap, Estimate
 from scaledown.evaluation.report import estimate
-from scaledown.world.generator import Curriculum, collate, read_causally
+from scaledown.world.curriculum import Curriculum, collate
+from scaledown.world.generator import read_causally
 from scaledown.world.tokenizer import build_tokenizer
 from scaledown.world.world import World
 

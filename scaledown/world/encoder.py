@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from ..common.command_line import parse_options, run_command
-from .generator import BackboneArguments, Curriculum, Lesson, Row, teach, whole
+from .curriculum import Curriculum, Lesson, Row, whole
+from .teaching import BackboneArguments, teach
 from .tokenizer import build_tokenizer
 
 MASK = "<|system|>"  # not in what an encoder reads otherwise

@@ -7,17 +7,11 @@ import zlib
 import pytest
 import torch
 
+from scaledown.world.curriculum import Curriculum, Rows, collate
 from scaledown.world.encoder import EncoderCurriculum, build_encoder, encoder_tokenizer, read_masked
-from scaledown.world.generator import (
-    BackboneArguments,
-    Curriculum,
-    Rows,
-    build_generator,
-    collate,
-    read_causally,
-    teach,
-)
+from scaledown.world.generator import build_generator, read_causally
 from scaledown.world.names import SPLITS, split_of
+from scaledown.world.teaching import BackboneArguments, teach
 from scaledown.world.text import NAME_PARTS, RELATIONS
 from scaledown.world.tokenizer import build_tokenizer
 from scaledown.world.world import RIGHT, World
