@@ -28,7 +28,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, set_seed
 
-from modeling_scaledown import LORA_DEFAULTS, ScaleDownModel
+from lora_scaledown import LORA_DEFAULTS
+from modeling_scaledown import ScaleDownModel
 from scaledown.common.metrics import ANSWER_METRICS
 from scaledown.data.records import read_records
 from scaledown.evaluation.data import Example

@@ -20,7 +20,7 @@ from modeling_scaledown import ScaleDownModel
 from scaledown.common.command_line import parse_options, run_command
 from scaledown.common.tables import table
 from scaledown.evaluation.bootstrap import Bootstrap
-from scaledown.evaluation.report import estimate
+from scaledown.evaluation.report import with_interval
 from scaledown.world.world import Passage, World, WorldQuestion
 
 BATCH_SIZE = 25
@@ -113,7 +113,7 @@ def measure(model: ScaleDownModel, args: NameArguments) -> list[str]:
             note(PARTS[3 if place else 2], context, hits[begin:end])
             told += f"{entry}, "
     bootstrap = Bootstrap(seed=args.seed)
-    return [estimate(asdict(bootstrap.clustered_mean(*right[part]))) for part in PARTS]
+    return [with_interval(asdict(bootstrap.clustered_mean(*right[part]))) for part in PARTS]
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from scaledown.common.command_line import parse_options, run_command
 from scaledown.common.tables import table
 from scaledown.evaluation.bootstrap import Bootstrap, Estimate
-from scaledown.evaluation.report import estimate
+from scaledown.evaluation.report import with_interval
 from scaledown.world.curriculum import Curriculum, collate
 from scaledown.world.generator import read_causally
 from scaledown.world.tokenizer import build_tokenizer
@@ -93,7 +93,7 @@ def main() -> int:
         for folder in tqdm(args.generators, disable=None):
             model = AutoModelForCausalLM.from_pretrained(folder).eval()
             found = [measure(model, curriculum, *kind, args) for kind in CONTEXTS.values()]
-            rows.append((Path(folder).name, *(estimate(asdict(value)) for value in found)))
+            rows.append((Path(folder).name, *(with_interval(asdict(value)) for value in found)))
         return table(rows)
 
     return run_command(command)

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig, set_seed
 
 from errors_scaledown import ScaleDownError
-from modeling_scaledown import LORA_DEFAULTS
+from lora_scaledown import LORA_DEFAULTS
 from scaledown.benchmark.configurations import load_shape
 from scaledown.benchmark.speed import draw_inputs, spread
 from scaledown.benchmark.workload import Workload

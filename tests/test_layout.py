@@ -20,8 +20,8 @@ ROWS = (
 )
 PLACES = {folder: place for place, row in enumerate(ROWS) for folder in row}
 MAX_LINES = 520
-# Of more than one idea as yet; each is to be cut where the second begins.
-LONG_FILES = {"modeling_scaledown.py", "processing_scaledown.py"}
+# ScaleDownModel itself, 529 lines: a few above the limit are no second idea.
+LONG_FILES = {"modeling_scaledown.py"}
 
 
 @dataclass(frozen=True)
