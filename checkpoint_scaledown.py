@@ -33,6 +33,7 @@ try:
     from .backbones_scaledown import refuse_adapter
     from .card_scaledown import CARD_NAME, CARD_TEMPLATE_NAME, HUB_NAME, is_rendered, read_card_fields, write_card
     from .configuration_scaledown import WEIGHTS_FORMATS
+    from .embeddings_scaledown import embeddings_name, fill_embeddings, read_embeddings, shared_embeddings
     from .errors_scaledown import ScaleDownError
     from .gguf_scaledown import gguf_files, split_gguf
     from .lora_scaledown import check_lora, freeze, load_lora
@@ -42,6 +43,7 @@ try:
         absolute_name,
         changed_weights,
         check_fingerprint,
+        checkpoint_index,
         load_complete,
         pin_revision,
         remove_stale_weights,
@@ -54,6 +56,7 @@ except ImportError:
     from backbones_scaledown import refuse_adapter
     from card_scaledown import CARD_NAME, CARD_TEMPLATE_NAME, HUB_NAME, is_rendered, read_card_fields, write_card
     from configuration_scaledown import WEIGHTS_FORMATS
+    from embeddings_scaledown import embeddings_name, fill_embeddings, read_embeddings, shared_embeddings
     from errors_scaledown import ScaleDownError
     from gguf_scaledown import gguf_files, split_gguf
     from lora_scaledown import check_lora, freeze, load_lora
@@ -63,6 +66,7 @@ except ImportError:
         absolute_name,
         changed_weights,
         check_fingerprint,
+        checkpoint_index,
         load_complete,
         pin_revision,
         remove_stale_weights,
@@ -182,7 +186,12 @@ class CheckpointMixin:
         model, info = super().from_pretrained(name_or_path, *model_args, config=config, with_generator=False, **kwargs)
         if quantized is not None:
             model.config.generator_config.quantization_config = config.generator_config.quantization_config = quantized
+        later = _without_downloading_again(hub)
+        lacks_embeddings = _lacks_embeddings(model, name_or_path, later)
         if not with_generator:
+            if lacks_embeddings:
+                check_fingerprint(name_or_path, config, source)
+                fill_embeddings(model, read_embeddings(model, source))
             return model, info
         generator_kwargs.setdefault("dtype", model.dtype)
         model.generator = load_complete(
@@ -193,8 +202,11 @@ class CheckpointMixin:
             **source,
         )
         model.remember_generator()
+        if lacks_embeddings:
+            values = model.generator.get_input_embeddings().weight
+            fill_embeddings(model, read_embeddings(model, source) if values.is_meta else values)  # meta: offloaded
         if model.config.lora_config is not None:
-            load_lora(model, name_or_path, _without_downloading_again(hub))
+            load_lora(model, name_or_path, later)
         model.generator.eval()
         # What a generator passes on to the whole model when it is there from the start.
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -259,10 +271,11 @@ class CheckpointMixin:
         self.config.weights_format = weights_format
         try:
             if weights_format == "delta":
-                names = self.state_dict() if state_dict is None else state_dict
+                weights = self.state_dict() if state_dict is None else state_dict
                 self._keys_to_ignore_on_save = {
-                    name for name in names if name.startswith("generator.") and "lora_" not in name
+                    name for name in weights if name.startswith("generator.") and "lora_" not in name
                 }
+                self._keys_to_ignore_on_save |= {shared_embeddings(self, weights)} - {None}
                 self.config.__dict__.pop("quantization_config", None)  # what is saved is not quantised
             with _as_plain_class(self):
                 super().save_pretrained(
@@ -372,6 +385,14 @@ class CheckpointMixin:
 def _is_delta(config_class: type, name_or_path: str, config: PreTrainedConfig | None, hub: dict) -> bool:
     saved = config.to_dict() if config is not None else config_class.get_config_dict(name_or_path, **hub)[0]
     return saved.get("weights_format") == "delta"
+
+
+def _lacks_embeddings(model: PreTrainedModel, name_or_path: str, hub: dict) -> bool:
+    """Whether a delta leaves it to the generator which token embeddings its compressor has."""
+    if model.compressor.backbone is None or model.config.compressor_type != "n_layers":
+        return False
+    name = f"compressor.backbone.{embeddings_name(model.compressor.backbone)}"
+    return name not in checkpoint_index(name_or_path, **hub)
 
 
 def _leave_out_saved(config_class: type, settings: dict, name_or_path: str, hub: dict) -> dict:

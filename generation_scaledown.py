@@ -21,16 +21,20 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Pre
 from transformers.utils import logging
 
 try:
+    from .compression_scaledown import CompressionCache
     from .compressor_scaledown import CHUNK_INPUTS, COMPRESSED_INPUTS
     from .errors_scaledown import ScaleDownError
+    from .quantization_scaledown import is_quantized
     from .shortcuts_scaledown import CACHE_NAME
     from .text_scaledown import padding_id
     from .weights_scaledown import is_offloaded
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
+    from compression_scaledown import CompressionCache
     from compressor_scaledown import CHUNK_INPUTS, COMPRESSED_INPUTS
     from errors_scaledown import ScaleDownError
+    from quantization_scaledown import is_quantized
     from shortcuts_scaledown import CACHE_NAME
     from text_scaledown import padding_id
     from weights_scaledown import is_offloaded
@@ -45,6 +49,37 @@ DEFAULT_MAX_NEW_TOKENS = 128
 
 class ScaleDownGenerationMixin(GenerationMixin):
     """transformers' `generate()` over compressed documents."""
+
+    def optimize_for_inference(
+        self, cache_entries: int | None = None, compile: bool = False
+    ) -> "ScaleDownGenerationMixin":
+        """
+        Prepares the model for answering: LoRA merged, nothing trainable, and on demand more.
+
+        Args:
+            cache_entries (`int`, *optional*):
+                Chunks whose compression is remembered with their question; `model.compression_cache.hit_rate` tells
+                whether that pays.
+            compile (`bool`, defaults to `False`):
+                Write answers with a static cache, for which transformers compiles the steps after the prompt: each new
+                batch size compiles for about a minute, then steps are faster. Call it once the model is on its device;
+                where device, architecture or quantisation cannot, a warning says so and nothing changes.
+
+        Returns:
+            `ScaleDownModel`: The model itself, in evaluation mode.
+        """
+        if self.generator is None:
+            pass  # compresses and ranks
+        elif self.config.lora_config is not None and (is_offloaded(self.generator) or is_quantized(self.generator)):
+            reason = "offloaded" if is_offloaded(self.generator) else "quantised"
+            logger.warning(f"The generator is {reason}; its LoRA layers stay unmerged, and slower.")
+        else:
+            self.merge_lora()
+        self.eval().requires_grad_(False)
+        if cache_entries is not None:
+            self.compression_cache = CompressionCache(cache_entries)
+        self.compiles_decoding = compile and can_compile_decoding(self)
+        return self
 
     def generate(self, inputs: torch.LongTensor | None = None, *args, **kwargs):
         r"""

@@ -13,6 +13,7 @@
 # limitations under the License.
 """ScaleDown model: a query-dependent compressor in front of a causal language model (OSCAR, arXiv 2504.07109)."""
 
+import re
 from dataclasses import dataclass
 
 try:  # first, since it says which transformers is needed
@@ -35,13 +36,13 @@ try:
     from .checkpoint_scaledown import CheckpointMixin
     from .compression_scaledown import CompressionCache, check_batch_size, chunks_per_pass, compress_by_length
     from .compressor_scaledown import COMPRESSORS, CompressedDocuments, ScaleDownCompressor
+    from .embeddings_scaledown import embeddings_name
     from .errors_scaledown import WITHOUT_GENERATOR, ScaleDownError
-    from .generation_scaledown import ScaleDownGenerationMixin, can_compile_decoding
+    from .generation_scaledown import ScaleDownGenerationMixin
     from .lora_scaledown import LoraMixin, freeze, inject_lora
-    from .quantization_scaledown import is_quantized
     from .reranking_scaledown import document_scores, reranking_loss
     from .shortcuts_scaledown import CACHE_NAME
-    from .weights_scaledown import execution_device, is_offloaded, is_slow_on_cpu
+    from .weights_scaledown import execution_device, is_slow_on_cpu
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
@@ -50,13 +51,13 @@ except ImportError:
     from checkpoint_scaledown import CheckpointMixin
     from compression_scaledown import CompressionCache, check_batch_size, chunks_per_pass, compress_by_length
     from compressor_scaledown import COMPRESSORS, CompressedDocuments, ScaleDownCompressor
+    from embeddings_scaledown import embeddings_name
     from errors_scaledown import WITHOUT_GENERATOR, ScaleDownError
-    from generation_scaledown import ScaleDownGenerationMixin, can_compile_decoding
+    from generation_scaledown import ScaleDownGenerationMixin
     from lora_scaledown import LoraMixin, freeze, inject_lora
-    from quantization_scaledown import is_quantized
     from reranking_scaledown import document_scores, reranking_loss
     from shortcuts_scaledown import CACHE_NAME
-    from weights_scaledown import execution_device, is_offloaded, is_slow_on_cpu
+    from weights_scaledown import execution_device, is_slow_on_cpu
 
 logger = logging.get_logger(__name__)
 
@@ -166,6 +167,10 @@ class ScaleDownModel(
         self.post_init()
         if not with_generator:
             self._keys_to_ignore_on_load_unexpected.add(r"^generator\.")
+            if config.weights_format == "delta" and config.compressor_type == "n_layers" and with_backbone:
+                # Where a delta has none, they are the generator's.
+                name = re.escape(embeddings_name(self.compressor.backbone))
+                self._keys_to_ignore_on_load_missing.add(rf"^compressor\.backbone\.{name}$")
         if not with_backbone:
             self._keys_to_ignore_on_load_unexpected.add(r"^compressor\.backbone\.")
         freeze(self)
@@ -490,35 +495,6 @@ class ScaleDownModel(
                 "with one call of the processor, with the same compression_rate and num_memory_tokens."
             )
         return embeds.masked_scatter(slot_mask.to(embeds.device).unsqueeze(-1), memory.to(embeds.device, embeds.dtype))
-
-    def optimize_for_inference(self, cache_entries: int | None = None, compile: bool = False) -> "ScaleDownModel":
-        """
-        Prepares the model for answering: LoRA merged, nothing trainable, and on demand more.
-
-        Args:
-            cache_entries (`int`, *optional*):
-                Chunks whose compression is remembered with their question; `model.compression_cache.hit_rate` tells
-                whether that pays.
-            compile (`bool`, defaults to `False`):
-                Write answers with a static cache, for which transformers compiles the steps after the prompt: a minute
-                for each new number of questions at a time, then faster steps. Call it once the model is on its device;
-                where device, architecture or quantisation cannot, a warning says so and nothing changes.
-
-        Returns:
-            `ScaleDownModel`: The model itself, in evaluation mode.
-        """
-        if self.generator is None:
-            pass  # compresses and ranks
-        elif self.config.lora_config is not None and (is_offloaded(self.generator) or is_quantized(self.generator)):
-            reason = "offloaded" if is_offloaded(self.generator) else "quantised"
-            logger.warning(f"The generator is {reason}; its LoRA layers stay unmerged, and slower.")
-        else:
-            self.merge_lora()
-        self.eval().requires_grad_(False)
-        if cache_entries is not None:
-            self.compression_cache = CompressionCache(cache_entries)
-        self.compiles_decoding = compile and can_compile_decoding(self)
-        return self
 
 
 if not IS_REMOTE_CODE:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from embeddings_scaledown import embeddings_name
 from errors_scaledown import ScaleDownError
 from weights_scaledown import checkpoint_index, read_tensors
 
@@ -355,6 +356,9 @@ class ScaleDownTrainer(Trainer):
         if self.model.config.weights_format == "delta":
             missing = load_result.missing_keys
             missing[:] = [n for n in missing if not n.startswith("generator.") or "lora_" in n]
+            if self.model.config.compressor_type == "n_layers":  # the generator's, where they have not learned
+                embeddings = f"compressor.backbone.{embeddings_name(self.model.compressor.backbone)}"
+                missing[:] = [n for n in missing if n != embeddings]
         tied = getattr(self.model, "all_tied_weights_keys", {})  # saved once
         load_result.missing_keys[:] = [n for n in load_result.missing_keys if n not in tied]
         if self._load_backbone is not None:

@@ -238,6 +238,23 @@ def test_device_map_by_part(weights_format, backbones, tmp_path):
     assert_same_outputs(load_silently(tmp_path, device_map=parts), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_delta_stores_no_embeddings_that_are_still_the_generators(whole, dtype, backbones, tmp_path):
+    model = prepared(from_backbones(backbones["n_layers"], dtype=dtype), "unmerged")
+    model.save_pretrained(tmp_path / "delta", weights_format="delta")
+    saved = load_file(tmp_path / "delta" / "model.safetensors")
+    assert not any("embed_tokens" in name for name in saved)
+    assert any(name.startswith("compressor.backbone.layers.0.") for name in saved)
+    loaded = load_silently(tmp_path / "delta", with_generator=whole)
+    expected = model.compress(QUESTIONS, DOCUMENTS)
+    assert torch.equal(loaded.compress(QUESTIONS, DOCUMENTS).memory_embeddings, expected.memory_embeddings)
+    with torch.no_grad():
+        model.compressor.backbone.get_input_embeddings().weight[5] += 1
+    model.save_pretrained(tmp_path / "learned", weights_format="delta")
+    assert "compressor.backbone.embed_tokens.weight" in load_file(tmp_path / "learned" / "model.safetensors")
+
+
 @pytest.mark.parametrize("weights_format", ["full", "delta"])
 def test_attention_implementation_reaches_both_sides(weights_format, backbones, tmp_path):
     from_backbones(backbones["n_layers"]).save_pretrained(tmp_path, weights_format=weights_format)
@@ -250,6 +267,8 @@ def test_attention_implementation_reaches_both_sides(weights_format, backbones, 
 def test_a_compressor_alone_is_loaded_without_the_generator(weights_format, backbones, tmp_path):
     generator = shutil.copytree(backbones["n_layers"][0], tmp_path / "generator")
     model = prepared(from_backbones((generator, None)), "unmerged")
+    with torch.no_grad():  # embeddings that have learned are the compressor's own
+        model.compressor.backbone.get_input_embeddings().weight[5] += 1
     model.save_pretrained(tmp_path / "model", weights_format=weights_format)
     os.remove(generator / "model.safetensors")
     loaded = load_silently(tmp_path / "model", with_generator=False)
@@ -304,7 +323,9 @@ def test_delta_round_trip(kind, lora, backbones, tmp_path):
     assert model.config.weights_format == "full"  # saving changes nothing about the model
 
     names = tensor_names(tmp_path / "delta")
-    assert names == {name for name in model.state_dict() if name.startswith("compressor.") or "lora_" in name}
+    own = {name for name in model.state_dict() if name.startswith("compressor.") or "lora_" in name}
+    still_the_generators = {"compressor.backbone.embed_tokens.weight"} if kind == "n_layers" else set()
+    assert names == own - still_the_generators
     assert files(tmp_path / "delta") == files(tmp_path / "full")
     assert json.loads((tmp_path / "delta" / "config.json").read_text())["weights_format"] == "delta"
     delta, full = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("delta", "full"))
