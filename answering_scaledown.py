@@ -13,23 +13,20 @@
 # limitations under the License.
 """Plain text in and out: answers, rankings and compressions, and the names of published OSCAR and PISCO models."""
 
-import itertools
-from dataclasses import dataclass
-
 import torch
 from torch import nn
-from transformers import BatchFeature, PreTrainedModel
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
 try:
     from .compression_scaledown import check_batch_size, compress_chunks
     from .compressor_scaledown import CompressedDocuments
     from .configuration_scaledown import IS_REMOTE_CODE
     from .errors_scaledown import ScaleDownError
+    from .filling_scaledown import PromptSettings, check_context, embed_prompts, fill_prompts, require_reranking
     from .generation_scaledown import answer_lengths, with_length
     from .processing_scaledown import ScaleDownProcessor
-    from .reranking_scaledown import check_limits, document_scores, scores_by_example, select_chunks, slots_by_document
-    from .text_scaledown import Conversation, is_conversation, listed
+    from .reranking_scaledown import check_limits, document_scores
+    from .text_scaledown import is_conversation, listed
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
@@ -37,12 +34,11 @@ except ImportError:
     from compressor_scaledown import CompressedDocuments
     from configuration_scaledown import IS_REMOTE_CODE
     from errors_scaledown import ScaleDownError
+    from filling_scaledown import PromptSettings, check_context, embed_prompts, fill_prompts, require_reranking
     from generation_scaledown import answer_lengths, with_length
     from processing_scaledown import ScaleDownProcessor
-    from reranking_scaledown import check_limits, document_scores, scores_by_example, select_chunks, slots_by_document
-    from text_scaledown import Conversation, is_conversation, listed
-
-logger = logging.get_logger(__name__)
+    from reranking_scaledown import check_limits, document_scores
+    from text_scaledown import is_conversation, listed
 
 
 class AnswerOutput(tuple):
@@ -191,23 +187,21 @@ class AnsweringMixin:
         check_limits(min_reranking_score, max_documents=max_documents, max_slots=max_slots)
         generation_kwargs, max_new_tokens = with_length(generation_kwargs, self.generation_config)
         check_batch_size(batch_size)
-        settings = _PromptSettings(
+        settings = PromptSettings(
             compression_rate, num_memory_tokens, limits, max_new_tokens, with_scores=return_reranking_scores
         )
         columns = [[] for _ in range(5)]
         for start in range(0, len(questions), batch_size):
             part = slice(start, start + batch_size)
-            batch, compressed, scores, read = _fill_prompts(
-                self, questions[part], documents[part], conversations[part], start, settings
-            )
-            sequences = _sequences(self.generate(**batch, **compressed, **generation_kwargs))
-            start_of_answers = batch["input_ids"].shape[1]
+            filled = fill_prompts(self, questions[part], documents[part], conversations[part], settings, start)
+            sequences = _sequences(self.generate(**filled.batch, **filled.compressed, **generation_kwargs))
+            start_of_answers = filled.batch["input_ids"].shape[1]
             answers = self.processor.decode_answers(sequences, start_of_answers)
             lengths = answer_lengths(sequences[:, start_of_answers:], generation_kwargs, self.generation_config)
-            per_question = len(answers) // len(scores)  # as many as sequences were asked for
-            prompts = batch["attention_mask"].sum(dim=1).tolist()
+            per_question = len(answers) // len(filled.scores)  # as many as sequences were asked for
+            prompts = filled.batch["attention_mask"].sum(dim=1).tolist()
             prompts = [length for length in prompts for _ in range(per_question)]
-            for column, values in zip(columns, (answers, scores, read, prompts, lengths), strict=True):
+            for column, values in zip(columns, (answers, filled.scores, filled.read, prompts, lengths), strict=True):
                 column += values
         if single:
             several = len(columns[0]) > 1
@@ -245,10 +239,9 @@ class AnsweringMixin:
         conversations = self.processor.conversations(given, system_prompt)
         check_limits(min_reranking_score, max_documents=max_documents, max_slots=max_slots)
         limits = (min_reranking_score, max_documents, max_slots)
-        settings = _PromptSettings(compression_rate, num_memory_tokens, limits)
-        batch, compressed, _, _ = _fill_prompts(self, questions, documents, conversations, 0, settings)
-        documents = CompressedDocuments(**compressed)
-        return self._embed_prompt(batch["input_ids"], batch["slot_mask"], documents), batch["attention_mask"]
+        settings = PromptSettings(compression_rate, num_memory_tokens, limits)
+        filled = fill_prompts(self, questions, documents, conversations, settings)
+        return embed_prompts(self, filled), filled.batch["attention_mask"]
 
     @torch.no_grad()
     def rank(
@@ -275,7 +268,7 @@ class AnsweringMixin:
         Raises:
             ValueError, TypeError: see `ScaleDownProcessor`; the model was built without reranking.
         """
-        _require_reranking(self)
+        require_reranking(self)
         if not isinstance(question, str) and not is_conversation(question):
             raise TypeError(f"question must be one string, got {type(question).__name__}; call rank once per question.")
         check_limits(top_k=top_k)
@@ -383,7 +376,7 @@ class AnsweringMixin:
         settings, max_new_tokens = with_length(
             {"max_new_tokens": max_new_tokens, "do_sample": False}, self.generation_config
         )
-        _check_context(self, batch, max_new_tokens, 0)
+        check_context(self, batch, max_new_tokens, 0)
         sequences = self.generate(
             **batch.to(self.device),
             memory_embeddings=memory.to(self.device),
@@ -391,60 +384,6 @@ class AnsweringMixin:
             **settings,
         )
         return self.processor.decode_answers(sequences, batch["input_ids"].shape[1])
-
-
-@dataclass(frozen=True)
-class _PromptSettings:
-    """What a call of `answer` asks for, the same for all its questions."""
-
-    compression_rate: int | None
-    num_memory_tokens: int | None
-    limits: tuple[float | int | None, ...]  # min_reranking_score, max_documents, max_slots
-    max_new_tokens: int | None = 0
-    with_scores: bool = False
-
-
-def _fill_prompts(
-    model: PreTrainedModel,
-    questions: list[str],
-    documents: list[list[str]],
-    conversations: list[Conversation],
-    first_question: int,
-    settings: _PromptSettings,
-) -> tuple[BatchFeature, dict[str, torch.Tensor], list[list[float]], list[list[int]]]:
-    """The prompts of some questions, what fills them, and of each question's documents scores and those read."""
-    selects = any(limit is not None for limit in settings.limits)
-    if settings.with_scores or selects:
-        _require_reranking(model)
-    chunks = model.processor.encode_documents(
-        questions, documents, settings.compression_rate, settings.num_memory_tokens
-    )
-    slots = slots_by_document(chunks, documents)
-    context = (conversations, settings.max_new_tokens, first_question)
-    if not selects:  # a prompt that is too long is reported before the work
-        batch = _build_prompts(model, questions, slots, *context)
-    read = [list(range(len(row))) for row in documents]
-    compressed, scores = {}, [[] for _ in documents]
-    if chunks:
-        memory = compress_chunks(model, chunks, model.chunks_per_pass)
-        compressed = {"memory_embeddings": memory.memory_embeddings, "memory_mask": memory.memory_mask}
-        if settings.with_scores or selects:
-            scores = scores_by_example(memory.reranking_scores, chunks, documents)
-    if selects:
-        slots, stays = select_chunks(scores, slots, chunks, *settings.limits)
-        if chunks:
-            compressed["memory_mask"] = memory.memory_mask & stays.to(memory.memory_mask.device).unsqueeze(1)
-            kept, places = set(chunks["chunk_to_document"][stays].tolist()), itertools.count()
-            read = [[i for i in range(len(row)) if next(places) in kept] for row in documents]
-        for i, (row, left) in enumerate(zip(documents, read, strict=True)):
-            if row and not left:
-                logger.warning_once(
-                    f"questions[{first_question + i}] is answered without documents: none of its {len(row)} is "
-                    "left by min_reranking_score, max_documents and max_slots. return_reranking_scores=True "
-                    "returns which documents were read."
-                )
-        batch = _build_prompts(model, questions, slots, *context)
-    return batch, compressed, scores, read
 
 
 def _compress_texts(model: PreTrainedModel, questions, documents, compression_rate, num_memory_tokens, batch_size):
@@ -457,36 +396,6 @@ def _compress_texts(model: PreTrainedModel, questions, documents, compression_ra
     compressed.chunk_to_document = batch["chunk_to_document"].to(device)
     compressed.document_to_example = batch["document_to_example"].to(device)
     return compressed
-
-
-def _build_prompts(model: PreTrainedModel, questions, slots, conversations, max_new_tokens, first_question: int):
-    batch = model.processor.build_prompts(questions, slots, conversations=conversations)
-    _check_context(model, batch, max_new_tokens, first_question)
-    return batch.to(model.device)
-
-
-def _require_reranking(model: PreTrainedModel):
-    if not model.config.enable_reranking:
-        raise ScaleDownError("This model was built with enable_reranking=False and has no reranking scores.")
-    if model.config.reranking_trained is False:
-        logger.warning_once(
-            "The reranking head of this model has not learned: its scores order documents at random. Train it on "
-            "records with `reranking_scores` or `positives`."
-        )
-
-
-def _check_context(model: PreTrainedModel, batch, max_new_tokens: int | None, first_question: int):
-    limit = getattr(model.config.generator_config, "max_position_embeddings", None)
-    if limit is None or max_new_tokens is None:
-        return
-    lengths = batch["attention_mask"].sum(dim=1)
-    longest = int(lengths.argmax())
-    if int(lengths[longest]) + max_new_tokens > limit:
-        raise ScaleDownError(
-            f"questions[{first_question + longest}] has a prompt of {int(lengths[longest])} tokens; with "
-            f"max_new_tokens={max_new_tokens} that exceeds the generator's {limit} positions. Pass fewer "
-            "documents, a higher compression_rate or a smaller max_new_tokens."
-        )
 
 
 def _sequences(output) -> torch.LongTensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import TextGenerationPipeline
 
-import answering_scaledown
+import filling_scaledown
 from scaledown import ScaleDownModel, ScaleDownProcessor
 from tiny import CHAT_TEMPLATE, DOCUMENTS, QUESTIONS, build_config, build_model, build_tokenizer
 
@@ -44,7 +44,7 @@ def test_one_object_says_what_was_read(model):
 
 def test_answering_from_nothing_is_told(model, monkeypatch):
     warnings = []
-    monkeypatch.setattr(answering_scaledown.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(filling_scaledown.logger, "warning_once", warnings.append)
     output = model.answer(QUESTIONS, DOCUMENTS, min_reranking_score=1e9, return_reranking_scores=True, **SHORT)
     assert output.documents_read == [[], [], []]
     assert output.answers == model.answer(QUESTIONS, **SHORT)
