@@ -40,11 +40,11 @@ class FactArguments:
     """How large the world is, and how long the generator learns."""
 
     output: str = field(metadata={"help": "Folder for generator/, train.jsonl, dev.jsonl and text.txt."})
-    num_train: int = field(default=20000, metadata={"help": "Questions to learn from."})
-    num_dev: int = field(default=500, metadata={"help": "Questions to measure on."})
+    num_train: int = field(default=20000, metadata={"help": "Questions for training."})
+    num_dev: int = field(default=500, metadata={"help": "Questions for the test set."})
     num_documents: int = field(default=4, metadata={"help": "Documents per question."})
-    max_steps: int = field(default=2500, metadata={"help": "Steps per lesson at most."})
-    seed: int = field(default=0, metadata={"help": "Decides everything."})
+    max_steps: int = field(default=2500, metadata={"help": "Maximum steps per lesson."})
+    seed: int = field(default=0, metadata={"help": "Random seed."})
 
 
 class World:

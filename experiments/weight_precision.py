@@ -44,7 +44,7 @@ class PrecisionArguments:
     kinds: str | None = field(
         default=None, metadata={"help": "Kinds of weights, separated by commas; all by default. Gains are the first's."}
     )
-    new_tokens: int = field(default=32, metadata={"help": "Tokens of an answer."})
+    new_tokens: int = field(default=32, metadata={"help": "Tokens per answer."})
     repeats: int = field(default=3, metadata={"help": "Measurements of each figure, after one warm-up run."})
     threads: int | None = field(default=None, metadata={"help": "Threads on a CPU; torch's choice by default."})
     seed: int = field(default=0, metadata={"help": "Decides weights and ids."})

@@ -45,19 +45,19 @@ class BenchmarkArguments:
         default=DEFAULT_COMPRESSORS,
         metadata={"help": "Separated by commas: a number of the generator's layers, or the name of a compressor."},
     )
-    prompt_length: int = field(default=128, metadata={"help": "Tokens of the prompt beside the documents."})
-    num_documents: int = field(default=10, metadata={"help": "Documents of a question."})
-    document_length: int = field(default=128, metadata={"help": "Tokens of a document."})
+    prompt_length: int = field(default=128, metadata={"help": "Tokens of the prompt, without the documents."})
+    num_documents: int = field(default=10, metadata={"help": "Documents per question."})
+    document_length: int = field(default=128, metadata={"help": "Tokens per document."})
     query_length: int = field(
         default=0,
         metadata={
-            "help": "Question tokens the compressor reads beside a document; 0 counts them among its tokens. flops and "
-            "scaling count them for every document, speed measures them as the model reads them, once where it can."
+            "help": "Question tokens that the compressor reads with each document; 0 counts them among the document's. "
+            "flops and scaling count them for every document, speed measures what the model does: once if it can."
         },
     )
-    new_tokens: int = field(default=32, metadata={"help": "Tokens of an answer."})
+    new_tokens: int = field(default=32, metadata={"help": "Tokens per answer."})
     compression_rate: int = field(default=16, metadata={"help": "Document tokens per slot."})
-    batch_size: int = field(default=1, metadata={"help": "Questions at a time."})
+    batch_size: int = field(default=1, metadata={"help": "Questions per batch."})
     sweep: list[str] | None = field(
         default=None,
         metadata={
@@ -66,21 +66,24 @@ class BenchmarkArguments:
         },
     )
     mixed_lengths: bool = field(
-        default=False, metadata={"help": "Draw the lengths of documents evenly between an eighth of it and all of it."}
+        default=False,
+        metadata={"help": "Draw document lengths uniformly, from an eighth of document_length up."},
     )
     compile: bool = field(
         default=False,
-        metadata={"help": "Both sides write with a static cache, whose steps transformers compiles on a GPU."},
+        metadata={"help": "Both sides decode with a static cache, which transformers compiles on a GPU."},
     )
-    repeats: int = field(default=5, metadata={"help": "Measurements of each figure, after one that warms up."})
+    repeats: int = field(default=5, metadata={"help": "Measurements of each figure, after one warm-up run."})
     threads: int | None = field(default=None, metadata={"help": "Threads on a CPU; torch's choice by default."})
     dtype: Literal[DTYPES] = field(
         default="auto",
-        metadata={"help": "Type of the weights; auto is bfloat16 where the GPU computes in it, float32 on a CPU."},
+        metadata={"help": "Type of the weights; auto is bfloat16 if the GPU supports it, float32 on a CPU."},
     )
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, mps …"})
-    seed: int = field(default=0, metadata={"help": "Decides weights, ids and lengths."})
-    output_dir: str | None = field(default=None, metadata={"help": "A new folder for JSON, table and plots."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights, ids and lengths."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "A new folder for the JSON file, the table and the plots."}
+    )
 
     def __post_init__(self):
         check_least(self, {**dict.fromkeys((*SWEPT, "prompt_length", "repeats"), 1), "query_length": 0})

@@ -1,4 +1,4 @@
-"""What the command lines share: logging, and errors told in one line."""
+"""What the command lines share: logging, and errors reported in one line."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ Arguments = TypeVar("Arguments")
 
 logger = logging.getLogger(__name__)
 OWN_LOGGER = logging.getLogger("scaledown")
-# These speak at every step of their work, below what a user of a command needs.
+# Libraries that log too much at INFO.
 QUIET = ("bm25s", "datasets", "httpx")
 
 
@@ -61,10 +61,10 @@ def run_command(command: Callable[[], str], interrupted: str = "") -> int:
 
 @contextlib.contextmanager
 def settings_checked_by_libraries(what: str) -> Iterator[None]:
-    """Tell as a user's error what a library refuses of the settings handed over to it.
+    """Report settings that a library refuses as a user's error.
 
     Args:
-        what: What the settings are of, for the message.
+        what: What the settings belong to, for the message.
 
     Raises:
         ScaleDownError: A library raised a ValueError or ImportError; those of our own code stay what they are.
@@ -97,7 +97,7 @@ def parse_with(parser: HfArgumentParser, argv: Sequence[str] | None = None) -> t
     """Parse options into the dataclasses of a parser, and `--debug`, which every command line has.
 
     Args:
-        parser: The parser; its help is told of `--debug`.
+        parser: The parser; `--debug` is added to its help.
         argv: `[recipe.yaml] [--option value …]`; None for the command line.
 
     Returns:

@@ -33,7 +33,7 @@ def num_processes_started() -> int:
 
 
 def must_use_cpu() -> bool:
-    """Whether several processes were started where there are only CPUs, on which they meet when they are told so."""
+    """Whether several processes were started on a machine with only CPUs, which they must be told to use."""
     return num_processes_started() > 1 and not torch.accelerator.is_available()
 
 

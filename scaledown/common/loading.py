@@ -73,7 +73,7 @@ def refuse_missing(info: dict[str, Any], name: str, option: str) -> None:
     """Refuse a checkpoint that lacks weights.
 
     Args:
-        info: What `from_pretrained(output_loading_info=True)` tells.
+        info: The loading information that `from_pretrained(output_loading_info=True)` returns.
         name: Name or folder of the checkpoint.
         option: The option that named it.
 
@@ -95,7 +95,7 @@ def import_sentence_transformers() -> Any:
         import sentence_transformers
     except ImportError as error:
         raise ImportError(
-            "sentence-transformers is missing, which loads rerankers and retrieval encoders; install it with "
-            "`pip install sentence-transformers`."
+            "sentence-transformers, which loads rerankers and retrieval encoders, is missing; install it with "
+            '`pip install "scaledown[data]"`.'
         ) from error
     return sentence_transformers

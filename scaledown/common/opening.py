@@ -79,7 +79,7 @@ def archived_name(path: str | os.PathLike) -> str:
 
 
 def kind_suffix(path: Path) -> str:
-    """The suffix that tells the kind of a file: that before .gz and the like, or that of the file in a zip archive."""
+    """The suffix that shows the kind of a file: that before .gz and the like, or that of the file in a zip archive."""
     if path.suffix not in COMPRESSIONS:
         return path.suffix
     inner = Path(path.stem).suffix

@@ -65,7 +65,7 @@ class PreparationArguments:
         default=None, metadata={"help": "The file to write: .parquet, or JSON Lines; .gz and .xz are compressed."}
     )
     format: Literal[FORMATS] | None = field(
-        default=None, metadata={"help": "The source's format; told from its content by default."}
+        default=None, metadata={"help": "The source's format; recognized from its content by default."}
     )
     config: str | None = field(default=None, metadata={"help": "Configuration of a data set, such as distractor."})
     split: str | None = field(default=None, metadata={"help": "Split of a data set; train by default."})
@@ -77,13 +77,13 @@ class PreparationArguments:
     num_examples: int | None = field(
         default=None, metadata={"help": "Questions to write, sampled by the seed; all by default."}
     )
-    seed: int = field(default=0, metadata={"help": "Decides the sample and the order of the documents."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sample and of the order of the documents."})
     keep_unanswered: bool = field(
         default=False, metadata={"help": "Keep questions without an answer, for a later run with a teacher."}
     )
 
     closed_book: bool = field(
-        default=False, metadata={"help": "It is meant that no question has a document; without this it is an error."}
+        default=False, metadata={"help": "Allow that no question has a document; without this it is an error."}
     )
 
     num_documents: int | None = field(
@@ -94,7 +94,7 @@ class PreparationArguments:
         },
     )
     distractors: Literal["bm25", "random"] = field(
-        default="bm25", metadata={"help": "How the other documents are chosen from the source's own passages."}
+        default="bm25", metadata={"help": "How distractors are chosen from the source's own passages."}
     )
 
     corpus: str | None = field(
@@ -106,20 +106,21 @@ class PreparationArguments:
     corpus_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a corpus."})
     text_column: str = field(default="text", metadata={"help": "Column of the corpus's texts; dots lead into objects."})
     title_column: str | None = field(
-        default=None, metadata={"help": "Column of the titles, put before each passage; title, where there is one."}
+        default=None,
+        metadata={"help": "Column of the titles, put before each passage; title by default."},
     )
     merge_lines: bool = field(
-        default=False, metadata={"help": "In text files, lines up to a blank one are one text, not one each."}
+        default=False, metadata={"help": "In text files, join lines up to a blank one into one text."}
     )
-    passage_length: int = field(default=128, metadata={"help": "Tokens of a passage at most."})
-    passage_overlap: int = field(default=0, metadata={"help": "Tokens a passage repeats of the one before."})
+    passage_length: int = field(default=128, metadata={"help": "Maximum tokens per passage."})
+    passage_overlap: int = field(default=0, metadata={"help": "Tokens that a passage repeats from the one before."})
     tokenizer_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Counts the tokens of passages; without it a token is taken as 3/4 of a word."},
+        metadata={"help": "Counts the tokens of passages; without it a token counts as 3/4 of a word."},
     )
     corpus_dir: str | None = field(
         default=None,
-        metadata={"help": "Keep passages and indexes here for other runs; by default they go when the run is done."},
+        metadata={"help": "Keep passages and indexes here for other runs; by default they are deleted after the run."},
     )
     retriever: Literal[RETRIEVERS] = field(default="bm25", metadata={"help": "How the corpus is searched."})
     retriever_name_or_path: str | None = field(
@@ -127,16 +128,14 @@ class PreparationArguments:
         metadata={"help": "Encoder; by default " + ", ".join(f"{v} ({k})" for k, v in DEFAULT_MODELS.items()) + "."},
     )
     retriever_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the encoder."})
-    retriever_batch_size: int = field(default=64, metadata={"help": "Texts encoded at once."})
+    retriever_batch_size: int = field(default=64, metadata={"help": "Texts encoded per batch."})
     top_k: int | None = field(
         default=None,
         metadata={"help": "Documents per question from the corpus, known gold ones included; 5 by default."},
     )
     document_order: Literal["auto", "best_first", "shuffled"] = field(
         default="auto",
-        metadata={
-            "help": "Order of documents from the corpus. auto: best first, but shuffled where gold ones are known."
-        },
+        metadata={"help": "Order of documents from the corpus. auto: best first, but shuffled if gold ones are known."},
     )
 
     reranker: str | None = field(
@@ -148,15 +147,19 @@ class PreparationArguments:
         },
     )
     reranker_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the reranker."})
-    reranker_batch_size: int = field(default=64, metadata={"help": "Pairs scored at once."})
-    reranker_max_length: int = field(default=512, metadata={"help": "Tokens of question and document at most."})
+    reranker_batch_size: int = field(default=64, metadata={"help": "Pairs scored per batch."})
+    reranker_max_length: int = field(
+        default=512, metadata={"help": "Maximum tokens of question and document together."}
+    )
     keep_best: int | None = field(
-        default=None, metadata={"help": "After scoring, keep only so many documents; known gold ones stay."}
+        default=None, metadata={"help": "After scoring, keep only this many documents; known gold ones stay."}
     )
 
     teacher: str | None = field(
         default=None,
-        metadata={"help": "Have the answers written: a causal language model, or with teacher_url its name there."},
+        metadata={
+            "help": "The model that writes the answers: a causal language model, or with teacher_url its name there."
+        },
     )
     teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
     teacher_url: str | None = field(
@@ -165,21 +168,23 @@ class PreparationArguments:
     teacher_api_key_env: str | None = field(
         default=None, metadata={"help": "Environment variable that holds the endpoint's key, such as OPENAI_API_KEY."}
     )
-    teacher_batch_size: int = field(default=16, metadata={"help": "Prompts a local teacher answers at once."})
-    teacher_concurrency: int = field(default=16, metadata={"help": "Requests to an endpoint under way at once."})
-    teacher_retries: int = field(default=8, metadata={"help": "Further tries of a failed request."})
-    teacher_timeout: float = field(default=120.0, metadata={"help": "Seconds for one request."})
-    teacher_backoff: float = field(default=1.0, metadata={"help": "Seconds before the second try; then it doubles."})
-    teacher_max_tokens: int = field(default=128, metadata={"help": "Tokens of an answer at most."})
+    teacher_batch_size: int = field(default=16, metadata={"help": "Prompts per batch of a local teacher."})
+    teacher_concurrency: int = field(default=16, metadata={"help": "Concurrent requests to an endpoint."})
+    teacher_retries: int = field(default=8, metadata={"help": "Retries of a failed request."})
+    teacher_timeout: float = field(default=120.0, metadata={"help": "Timeout of one request in seconds."})
+    teacher_backoff: float = field(
+        default=1.0, metadata={"help": "Seconds before the first retry; they double with each retry."}
+    )
+    teacher_max_tokens: int = field(default=128, metadata={"help": "Maximum tokens per answer."})
     teacher_temperature: float = field(default=0.0, metadata={"help": "0 is greedy."})
     teacher_extra_body: str | None = field(
-        default=None, metadata={"help": "More fields of each request to an endpoint, as a JSON object."}
+        default=None, metadata={"help": "Additional fields of each request to an endpoint, as a JSON object."}
     )
-    teacher_price_input: float | None = field(default=None, metadata={"help": "Price of a million tokens of prompt."})
-    teacher_price_output: float | None = field(default=None, metadata={"help": "Price of a million tokens of answer."})
+    teacher_price_input: float | None = field(default=None, metadata={"help": "Price per million prompt tokens."})
+    teacher_price_output: float | None = field(default=None, metadata={"help": "Price per million answer tokens."})
 
     dtype: Literal[DTYPES] = field(default="auto", metadata={"help": "Precision of encoder, reranker and teacher."})
-    dry_run: bool = field(default=False, metadata={"help": "Choose the documents, tell the costs, and stop."})
+    dry_run: bool = field(default=False, metadata={"help": "Choose the documents, report the costs, and stop."})
     overwrite: bool = field(default=False, metadata={"help": "Replace an existing output, its report and its card."})
 
     def __post_init__(self):

@@ -157,7 +157,7 @@ def build_passages(
 
     Args:
         folder: Where the passages are kept; it belongs to one corpus and one way to cut it.
-        read: Opens the corpus's texts, passing over as many as it is told.
+        read: Opens the corpus's texts, skipping the given number.
         splitter: Cuts them.
 
     Returns:

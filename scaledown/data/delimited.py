@@ -200,7 +200,7 @@ def _without_numpy(tokens: list[tokenize.TokenInfo], text: str, location: str) -
     plain: list[str] = []
     depth_of_arrays: list[int] = []
     depth = 0
-    skipping = False  # the type behind an array's elements
+    skipping = False  # the type after an array's elements
     for before, token in itertools.pairwise([None, *tokens]):
         string = token.string
         if string in (".", "np", "numpy") and not skipping:

@@ -338,7 +338,7 @@ def _add_msmarco(collector: QuestionCollector, element: dict[str, Any], location
         get_identifier(element, default_id, "query_id", "id"),
         get_field(element, "query", str, location),
         answers,
-        # No passage was selected where the annotator found no answer, which tells nothing about the others.
+        # No passage was selected where the annotator found no answer, which says nothing about the others.
         positives or None,
         [passage for passage, _ in passages if passage is not None],
     )

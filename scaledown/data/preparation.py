@@ -83,7 +83,7 @@ def prepare(arguments: PreparationArguments) -> dict[str, Any]:
             try:
                 report = _Preparation(arguments, work).run()
             except (ValueError, OSError):
-                # A run that was refused before it had done anything leaves nothing behind.
+                # A run that is refused before it has done anything leaves no files.
                 journals = work.path.glob("*.jsonl")
                 if not any(path.stat().st_size for path in journals) and not (work.path / "corpus").exists():
                     work.remove()
@@ -404,7 +404,7 @@ class _Preparation:
         if self.statistics.num_questions == 0:
             raise ScaleDownError(
                 f"the teacher gave no answer that can be used to any of {count} questions, expected at least one; "
-                f"{self.answers.path} tells why. Check the teacher, and delete {self.work.path} to ask again."
+                f"{self.answers.path} says why. Check the teacher, and delete {self.work.path} to ask again."
             )
 
     def _write(self, count: int, source_counts: dict[str, Any]) -> dict[str, Any]:

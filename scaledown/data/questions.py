@@ -52,7 +52,7 @@ class Source:
         questions: The usable questions in the order of the source.
         passages: The pool: every passage of the source once, in order of appearance.
         dropped: Ids of the questions left out, by reason.
-        num_scores_discarded: Records whose reranking scores were left behind, since their documents change.
+        num_scores_discarded: Records whose reranking scores were dropped, because their documents change.
         other_fields: What records have besides the fields of the format, each name once.
         columns: Names under which questions, answers and documents were found, each once; none where nothing was.
     """
@@ -253,7 +253,7 @@ def is_true(value: Any, name: str, location: str) -> bool:
 
 
 def titled(title: str, text: str) -> str:
-    """A passage behind its title, which names the entity that the text itself often calls only "he" or "the film"."""
+    """A passage after its title, which names the entity that the text itself often calls only "he" or "the film"."""
     return f"{title.strip()}: {text}" if title.strip() else text
 
 

@@ -29,7 +29,7 @@ def read_source(
     Args:
         source: A local JSON, JSON Lines, CSV or Parquet file (plain, gzip or xz), a local folder that
             `datasets.load_dataset` opens, or a name on the Hub.
-        format: One of `FORMATS`; told from the content by default.
+        format: One of `FORMATS`; recognized from the content by default.
         config: The data set's configuration; not for files.
         split: The data set's split, by default `train`; not for files.
         revision: Branch, tag or commit of the data set; not for files.

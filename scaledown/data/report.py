@@ -1,4 +1,4 @@
-"""What a preparation tells about itself: the versions it was made with, and its report as a table."""
+"""The report of a preparation: its versions, and its results as a table."""
 
 import importlib.metadata
 import platform

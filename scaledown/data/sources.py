@@ -99,7 +99,7 @@ def check_is_no_missing_path(source: str) -> None:
 
 
 def describe_source(source: str) -> dict[str, Any]:
-    """What tells whether a source is still the same: for files their sizes and times, for a name the name."""
+    """A fingerprint of a source: sizes and times of files, or a data set's name."""
     path = Path(source)
     if path.is_file():
         stat = path.stat()
@@ -127,7 +127,7 @@ def dataset_elements(name: str, config: str | None, split: str, revision: str | 
 
 
 def file_elements(path: Path, mappings: bool = True) -> Elements:
-    """Iterate over the elements of a file; the content tells JSON, JSON Lines, Parquet and Arrow, the name tells CSV.
+    """Iterate over the elements of a file; JSON, JSON Lines, Parquet and Arrow are recognized by content, CSV by name.
 
     Args:
         path: The file.

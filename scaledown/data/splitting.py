@@ -82,7 +82,7 @@ class PassageSplitter:
         spans = self._spans(leads + bodies)
         lead_spans, body_spans = spans[: len(texts)], spans[len(texts) :]
         passages: list[list[str]] = [[]] * len(texts)
-        # Room for the first word of a passage, which may take one token more than behind a blank.
+        # Room for the first word of a passage, which may take one token more than after a space.
         lengths = dict.fromkeys(range(len(texts)), self.length - (self.tokenizer is not None))
         for attempt in range(MAX_CUTS):
             for index, length in lengths.items():

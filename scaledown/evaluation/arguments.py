@@ -36,15 +36,15 @@ class EvaluationArguments:
     generator: str | None = field(
         default=None,
         metadata={
-            "help": "The generator that reads whole documents. By default the model's own without its LoRA or, where "
-            "that was merged, the original the model names; own: the model's own as it is."
+            "help": "The generator that reads whole documents. By default the model's own without its LoRA or, if "
+            "LoRA was merged, the original that the model names; own: the model's own, unchanged."
         },
     )
     generator_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the generator."})
     reader: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of what train.py --stage reader left: the baselines read text with the generator and that "
+            "help": "Output folder of train.py --stage reader: the baselines read text with the generator and that "
             "LoRA, so that a trained model is compared with a trained reader."
         },
     )
@@ -57,7 +57,7 @@ class EvaluationArguments:
         },
     )
     format: Literal[FORMATS] | None = field(
-        default=None, metadata={"help": "The data's format; told from its content by default."}
+        default=None, metadata={"help": "The data's format; recognized from its content by default."}
     )
     config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
     split: str | None = field(default=None, metadata={"help": "Split of a data set on the Hub."})
@@ -66,20 +66,20 @@ class EvaluationArguments:
         default=None, metadata={"help": "Questions to ask, a sample decided by the seed; all by default."}
     )
     closed_book: bool = field(
-        default=False, metadata={"help": "It is meant that no question has a document; without this it is an error."}
+        default=False, metadata={"help": "Allow that no question has a document; without this it is an error."}
     )
     num_documents: int | None = field(
         default=None,
         metadata={
-            "help": "Documents per question. Of records the first distinct ones are kept, those in `positives` "
-            "before others. For other formats so many are chosen, 5 by default, as prepare_data.py does."
+            "help": "Documents per question. For records, the first distinct ones are kept, those in `positives` "
+            "first. For other formats they are chosen as in prepare_data.py, 5 by default."
         },
     )
     too_long: Literal["error", "skip"] = field(
         default="error",
         metadata={
-            "help": "What to do about a question whose prompt exceeds the generator's context in any of the systems "
-            "compared: stop, or leave it out everywhere and count it."
+            "help": "What to do with a question whose prompt exceeds the generator's context in one of the systems: "
+            "stop, or leave it out for all of them and count it."
         },
     )
     group_by: str | None = field(
@@ -96,30 +96,30 @@ class EvaluationArguments:
     )
     max_documents: int | None = field(
         default=None,
-        metadata={"help": "Of a question's documents, the model's generator reads so many that the model ranks best."},
+        metadata={"help": "The generator reads only the N documents that the model ranks best."},
     )
     max_slots: int | None = field(
-        default=None, metadata={"help": "It reads the best documents that have so many slots together."}
+        default=None, metadata={"help": "The generator reads the best documents that fit into N slots together."}
     )
     min_reranking_score: float | None = field(
-        default=None, metadata={"help": "It reads the documents that score at least this."}
+        default=None, metadata={"help": "The generator reads only documents that score at least this."}
     )
-    max_new_tokens: int = field(default=128, metadata={"help": "Length of an answer at most, in tokens."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Maximum tokens per answer."})
     batch_size: str = field(
         default="auto",
-        metadata={"help": "Questions at a time; auto starts at 32 (8 on a CPU) and is halved when memory runs out."},
+        metadata={"help": "Questions per batch; auto starts at 32 (8 on a CPU) and is halved when memory runs out."},
     )
     dtype: Literal[DTYPES] = field(
         default="auto",
-        metadata={"help": "Type of the weights; auto is bfloat16 where the GPU computes in it, float32 on a CPU."},
+        metadata={"help": "Type of the weights; auto is bfloat16 if the GPU supports it, float32 on a CPU."},
     )
-    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the generator; its LoRA stays unmerged."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the generator; its LoRA stays unmerged."})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, mps …"})
-    seed: int = field(default=0, metadata={"help": "Decides the sample, the random baselines and the intervals."})
-    resamples: int = field(default=1000, metadata={"help": "Resamples of the bootstrap behind each interval."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sample, the random baselines and the intervals."})
+    resamples: int = field(default=1000, metadata={"help": "Bootstrap resamples for each interval."})
 
     judge: str | None = field(
-        default=None, metadata={"help": "Have answers judged by this model behind an OpenAI-compatible endpoint."}
+        default=None, metadata={"help": "Model behind an OpenAI-compatible endpoint that judges the answers."}
     )
     judge_url: str | None = field(default=None, metadata={"help": "The endpoint, such as http://localhost:8000/v1."})
     judge_api_key_env: str | None = field(
@@ -127,15 +127,15 @@ class EvaluationArguments:
     )
     judge_against: str | None = field(
         default=None,
-        metadata={"help": "Also have each answer compared with that of these baselines, separated by commas."},
+        metadata={"help": "Also judge each answer against that of these baselines, separated by commas."},
     )
-    judge_concurrency: int = field(default=16, metadata={"help": "Requests under way at once."})
-    judge_max_tokens: int = field(default=32, metadata={"help": "Length of a judgement at most, in tokens."})
+    judge_concurrency: int = field(default=16, metadata={"help": "Concurrent requests."})
+    judge_max_tokens: int = field(default=32, metadata={"help": "Maximum tokens per judgement."})
     judge_extra_body: str | None = field(
-        default=None, metadata={"help": "More fields of each request to the judge, as a JSON object."}
+        default=None, metadata={"help": "Additional fields of each request to the judge, as a JSON object."}
     )
     judge_cache: str = field(
-        default="runs/judge_cache", metadata={"help": "Folder of judgements, which no run asks for again."}
+        default="runs/judge_cache", metadata={"help": "Folder that stores judgements, so that none is requested twice."}
     )
 
     output_dir: str | None = field(
@@ -147,10 +147,10 @@ class EvaluationArguments:
     )
     rejudge: str | None = field(
         default=None,
-        metadata={"help": "Folder of an earlier run whose answers to judge, in place of a model to ask."},
+        metadata={"help": "Folder of an earlier run whose answers are judged, instead of running a model."},
     )
     compare: list[str] | None = field(
-        default=None, metadata={"nargs": "+", "help": "Folders of earlier runs to put into one report with this one."}
+        default=None, metadata={"nargs": "+", "help": "Folders of earlier runs to include in one report with this one."}
     )
 
     def __post_init__(self):

@@ -137,7 +137,7 @@ def _clustered(pairs: np.ndarray, clusters: Sequence[int]) -> np.ndarray:
 
 def _estimate(value: float, resampled: np.ndarray, n: int) -> Estimate:
     resampled = resampled[np.isfinite(resampled)]
-    if n < 2 or len(resampled) == 0:  # one alone tells nothing about others
+    if n < 2 or len(resampled) == 0:  # a single one says nothing about others
         return Estimate(float(value))
     low, high = np.percentile(resampled, LEVEL)
     return Estimate(float(value), float(low), float(high))

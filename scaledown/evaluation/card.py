@@ -43,7 +43,7 @@ def update_card(folder: str | Path, metrics: dict[str, Any]) -> None:
     """
     check_card(folder)
     config = ScaleDownConfig.from_pretrained(folder)
-    with torch.device("meta"):  # the card tells its size, and no weight
+    with torch.device("meta"):  # the card reports the size, and needs no weights
         model = ScaleDownModel(config)
     model.name_or_path, model._card_fields = str(folder), None  # those of the card beside the weights
     model.card_fields = {**model.card_fields, **merge_results(model.card_fields, metrics)}

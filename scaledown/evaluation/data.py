@@ -76,7 +76,7 @@ def load_data(
 
     Args:
         source: A file, a folder that `datasets.load_dataset` opens, or a name on the Hub.
-        format: One of `formats.FORMATS`; told from the content by default.
+        format: One of `formats.FORMATS`; recognized from the content by default.
         config, split, revision: Of a data set; not for files.
         num_documents: Documents per question; those of records stay as they are by default.
         limit: Questions at most, sampled by the seed; a smaller sample is part of every larger one.

@@ -39,7 +39,7 @@ class DemoArguments:
     compression_rate: int | None = field(
         default=None, metadata={"help": "Tokens per slot; the model's own by default."}
     )
-    seed: int = field(default=0, metadata={"help": "Decides questions and passages."})
+    seed: int = field(default=0, metadata={"help": "Seed of questions and passages."})
 
     def __post_init__(self):
         check_least(self, {"num_questions": 1, "num_documents": 2})

@@ -3,7 +3,7 @@
     python -m scaledown.tools.embed --model runs/embedded/model
 
 Weights, configuration and tokenizers go to the repository's root, beside the code and the README that are there; names
-of folders on this machine stay behind.
+of folders on this machine are left out.
 """
 
 import shutil

@@ -30,7 +30,7 @@ class ReplacementArguments:
     """Which model, which generator, and where to."""
 
     model: str = field(metadata={"help": "Folder of a trained model whose LoRA was not merged."})
-    generator: str = field(metadata={"help": "Folder of the generator to put in."})
+    generator: str = field(metadata={"help": "Folder of the new generator."})
     output: str = field(metadata={"help": "Folder for the new model."})
 
 

@@ -74,15 +74,15 @@ class SlotsDemoArguments:
     compressor_type: Literal["n_layers", "modernbert", "llm"] = field(
         default="n_layers", metadata={"help": "n_layers, modernbert (an encoder) or llm (a second language model)."}
     )
-    num_passages: int = field(default=32, metadata={"help": "Passages to learn."})
+    num_passages: int = field(default=32, metadata={"help": "Passages to train on."})
     hidden_size: int = field(default=128, metadata={"help": "Width of the backbones, a multiple of 32."})
     num_layers: int = field(default=4, metadata={"help": "Layers of the generator."})
     generator_steps: int = field(default=200, metadata={"help": "Steps that train the generator."})
     steps: int = field(default=250, metadata={"help": "Steps that train ScaleDown."})
     batch_size: int = field(default=32, metadata={"help": "Texts per step."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Of both trainings."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Learning rate of both trainings."})
     lora_r: int = field(default=32, metadata={"help": "Rank of the generator's LoRA."})
-    seed: int = field(default=0, metadata={"help": "Decides passages and weights."})
+    seed: int = field(default=0, metadata={"help": "Seed of passages and weights."})
 
 
 @dataclass

@@ -63,7 +63,7 @@ class ScaleDownTrainingArguments(OwnTrainingOptions, TrainingArguments):
                     f"early_stopping_patience={self.early_stopping_patience} counts evaluations, and there are none; "
                     "set eval_strategy=steps, eval_steps and eval_file."
                 )
-            self.load_best_model_at_end = True  # what was learned since then is what one does not want
+            self.load_best_model_at_end = True  # restore the best checkpoint
             self.restore_callback_states_from_checkpoint = True  # patience goes on where it was
         if self.accelerator_config is None:
             # Streamed rows of several processes differ in length, and one process could not deal them out.

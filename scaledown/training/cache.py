@@ -325,7 +325,7 @@ class CachedDataset(torch.utils.data.Dataset):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the open files behind: each process maps the shards itself."""
+        """Drop the open files: each process maps the shards itself."""
         return {**self.__dict__, "_open": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -45,7 +45,7 @@ class JointCollator:
             records: Rows of the data set. Of several gold answers the first is learned.
 
         Returns:
-            The batch; documents of all rows lie behind one another, so rows may differ in their number.
+            The batch; the documents of all rows follow one another, so their number may differ between rows.
 
         Raises:
             ValueError: A record does not fit the generator's context, or the compressor's tokenizer leaves nothing of
@@ -75,7 +75,7 @@ class PretrainingCollator:
     """Builds batches for pretraining: passages to be written again or continued, from their slots alone.
 
     Rows are those of `load_pretraining_data` (`task`, `text`, `target`). The compressor sees the passage without a
-    question; the generator is told the task in its place.
+    question; the generator gets the task instead.
 
     Args:
         processor: The processor of the model that is trained.

@@ -1,6 +1,6 @@
-"""Options of `train.py` that are the project's own; `arguments` adds them to those of the `Trainer`.
+"""The project's own options of `train.py`; `arguments` adds them to those of the `Trainer`.
 
-They stand apart since the `Trainer`'s take ten seconds to import, and help should not.
+They are separate because the `Trainer`'s take ten seconds to import, and help should not.
 """
 
 import argparse
@@ -22,7 +22,7 @@ class ModelArguments:
     """Which backbones to train, or which trained model to go on with."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A ScaleDown model to continue from, in place of backbones."}
+        default=None, metadata={"help": "A ScaleDown model to continue from, instead of backbones."}
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of model_name_or_path."})
     generator_name_or_path: str | None = field(
@@ -46,17 +46,17 @@ class ModelArguments:
     )
     # Unset options take the configuration's defaults, or what the model that is continued has.
     num_compressor_layers: int | None = field(
-        default=None, metadata={"help": "Layers of the generator n_layers copies; 8 by default."}
+        default=None, metadata={"help": "Layers of the generator that n_layers copies; 8 by default."}
     )
     num_memory_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Memory embeddings per chunk at most; what chunk_length and compression_rate ask for by default: 8."
+            "help": "Maximum memory embeddings per chunk; by default as chunk_length and compression_rate imply: 8."
         },
     )
     compression_rate: int | None = field(
         default=None,
-        metadata={"help": "Document tokens per memory embedding; 16 by default, or what num_memory_tokens stands for."},
+        metadata={"help": "Document tokens per memory embedding; 16 by default, or as num_memory_tokens implies."},
     )
     slot_pooling: Literal["memory_tokens", "span_mean"] | None = field(
         default=None,
@@ -67,7 +67,7 @@ class ModelArguments:
     )
     chunk_length: int | None = field(default=None, metadata={"help": "Document tokens per chunk; 128 by default."})
     max_query_length: int | None = field(
-        default=None, metadata={"help": "Question tokens the compressor sees; 128 by default."}
+        default=None, metadata={"help": "Maximum question tokens for the compressor; 128 by default."}
     )
     enable_reranking: bool | None = field(
         default=None, metadata={"help": "Whether the compressor also scores relevance; true by default."}
@@ -84,7 +84,7 @@ class ModelArguments:
     train_token_embeddings: bool = field(
         default=True,
         metadata={
-            "help": "Whether the token embeddings of the compressor's backbone learn; false keeps them as they are."
+            "help": "Whether to train the token embeddings of the compressor's backbone; false keeps them fixed."
         },
     )
     lora_r: int | None = field(
@@ -94,7 +94,7 @@ class ModelArguments:
     lora_dropout: float | None = field(default=None, metadata={"help": "Dropout of LoRA; 0.1 by default."})
     lora_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Folder of a PEFT adapter that LoRA starts from, such as --stage reader leaves."},
+        metadata={"help": "Folder of a PEFT adapter to initialize LoRA from, such as the output of --stage reader."},
     )
     lora_target_modules: str | None = field(
         default=None, metadata={"help": "all-linear (the default), or names such as q_proj,v_proj."}
@@ -143,7 +143,7 @@ class ModelArguments:
             part: generator or compressor.
 
         Returns:
-            Folder or repository, and what `from_pretrained` is told besides: `revision` and `gguf_file`.
+            Folder or repository, and further arguments of `from_pretrained`: `revision` and `gguf_file`.
 
         Raises:
             ScaleDownError: There is no such GGUF file.
@@ -165,34 +165,32 @@ class DataArguments:
             ".jsonl, .csv, .parquet) or the name of a data set."
         },
     )
-    eval_file: str | None = field(default=None, metadata={"help": "What to evaluate on, in the same form."})
-    text_column: str = field(default="text", metadata={"help": "Pretraining: column that holds the text."})
+    eval_file: str | None = field(default=None, metadata={"help": "Records to evaluate on, in the same format."})
+    text_column: str = field(default="text", metadata={"help": "Pretraining: column of the text."})
     dataset_config: str | None = field(default=None, metadata={"help": "Pretraining: configuration of a data set."})
-    train_split: str = field(default="train", metadata={"help": "Pretraining: split of a data set to learn from."})
+    train_split: str = field(default="train", metadata={"help": "Pretraining: split of a data set to train on."})
     eval_split: str = field(default="validation", metadata={"help": "Pretraining: split of a data set to evaluate on."})
     streaming: bool = field(
-        default=False, metadata={"help": "Pretraining: read text as training goes on; needs max_steps."}
+        default=False, metadata={"help": "Pretraining: read the text during training; requires max_steps."}
     )
-    max_train_examples: int | None = field(default=None, metadata={"help": "Learn from the first records only."})
-    max_eval_examples: int | None = field(default=None, metadata={"help": "Evaluate on the first records only."})
-    max_answer_length: int = field(default=128, metadata={"help": "Answer tokens learned at most."})
+    max_train_examples: int | None = field(default=None, metadata={"help": "Train on the first N records only."})
+    max_eval_examples: int | None = field(default=None, metadata={"help": "Evaluate on the first N records only."})
+    max_answer_length: int = field(default=128, metadata={"help": "Maximum answer tokens in the loss."})
     too_long: Literal["error", "skip"] = field(
         default="error",
-        metadata={"help": "What becomes of records that exceed the generator's context: skip leaves them out."},
+        metadata={"help": "What to do with records that exceed the generator's context: skip leaves them out."},
     )
-    closed_book: bool = field(default=False, metadata={"help": "It is meant that no record has a document."})
+    closed_book: bool = field(default=False, metadata={"help": "Allow that no record has a document."})
     cache_dir: str | None = field(
         default=None,
-        metadata={"help": "Two-stage training: where stage 1 leaves its states; output_dir/cache by default."},
+        metadata={"help": "Two-stage training: folder for the states of stage 1; output_dir/cache by default."},
     )
     cache_dtype: Literal["bfloat16", "float16", "float32"] = field(
-        default="bfloat16", metadata={"help": "Two-stage training: type of the cached states."}
+        default="bfloat16", metadata={"help": "Two-stage training: data type of the cached states."}
     )
-    max_shard_size: str = field(
-        default="500MB", metadata={"help": "Two-stage training: size of a file of the cache at most."}
-    )
+    max_shard_size: str = field(default="500MB", metadata={"help": "Two-stage training: maximum size of a cache file."})
     compression_batch_size: int = field(
-        default=64, metadata={"help": "Two-stage training: chunks that stage 1 compresses at a time."}
+        default=64, metadata={"help": "Two-stage training: chunks per batch in stage 1."}
     )
 
     def __post_init__(self):
@@ -206,12 +204,12 @@ class DataArguments:
 class OwnTrainingOptions:
     """What the `Trainer` has no option for, or another default."""
 
-    output_dir: str | None = field(default="runs/joint", metadata={"help": "Where checkpoints and the model go."})
+    output_dir: str | None = field(default="runs/joint", metadata={"help": "Folder for checkpoints and the model."})
     stage: Literal["joint", "pretrain", "compress", "generate", "reader"] = field(
         default="joint",
         metadata={
-            "help": "joint: compressor and generator at once. pretrain: both, on plain text. compress: write the cache "
-            "of two-stage training. generate: learn from the cache. reader: the generator's LoRA alone, on whole "
+            "help": "joint: compressor and generator together. pretrain: both, on plain text. compress: write the "
+            "cache of two-stage training. generate: train from it. reader: only the generator's LoRA, on whole "
             "documents; the baseline for evaluate.py --reader."
         },
     )
@@ -221,7 +219,7 @@ class OwnTrainingOptions:
     dry_run: bool = field(
         default=False,
         metadata={
-            "help": "Only tell what the run would train, how much memory it needs and how many tokens a step has; no "
+            "help": "Only report what the run would train, how much memory it needs and how many tokens a step has; no "
             "weights are read."
         },
     )
@@ -238,28 +236,30 @@ class OwnTrainingOptions:
     # The collator reads the records' own columns, and only the answer's labels decide whether there is a loss.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the collator reads records."})
     label_names: list[str] | None = field(
-        default_factory=lambda: ["labels"], metadata={"help": "What a batch must hold to have a loss."}
+        default_factory=lambda: ["labels"], metadata={"help": "Keys that a batch needs for a loss."}
     )
     # Every process gives every weight a gradient, if need be of 0, so that none is waited for in vain.
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Must stay off: no weight is left without a gradient."}
     )
     predict_with_generate: bool = field(
-        default=False, metadata={"help": "Evaluation also answers: exact_match, f1 and match beside the losses."}
+        default=False,
+        metadata={"help": "Evaluation also answers the questions: exact_match, f1 and match besides the losses."},
     )
-    generation_max_new_tokens: int = field(default=32, metadata={"help": "Length of these answers at most, in tokens."})
+    generation_max_new_tokens: int = field(default=32, metadata={"help": "Maximum tokens of these answers."})
     early_stopping_patience: int | None = field(
         default=None,
-        metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."},
+        metadata={"help": "Stop after N evaluations without a better metric_for_best_model."},
     )
     dataloader_num_workers: int | None = field(
-        default=None, metadata={"help": "Processes that tokenise ahead; 4 on a GPU and none on a CPU by default."}
+        default=None,
+        metadata={"help": "Worker processes that tokenize in advance; 4 on a GPU and none on a CPU by default."},
     )
     bf16: bool | None = field(
-        default=None, metadata={"help": "Compute in bfloat16; where neither this nor fp16 is set, the GPU decides."}
+        default=None, metadata={"help": "Compute in bfloat16; if neither this nor fp16 is set, the GPU decides."}
     )
-    fp16: bool | None = field(default=None, metadata={"help": "Compute in float16, with the loss scaled."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    fp16: bool | None = field(default=None, metadata={"help": "Compute in float16 with loss scaling."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between lines of the log."})
 
 
 def show_help() -> None:

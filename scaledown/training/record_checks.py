@@ -93,7 +93,7 @@ def keep_fitting(
 
 
 def learns_from_positives(data: Mapping[str, datasets.Dataset], config: Any) -> bool:
-    """Decide what the reranking head learns from, and tell.
+    """Decide what the reranking head learns from, and report it.
 
     Args:
         data: Records by split.

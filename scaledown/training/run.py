@@ -47,7 +47,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: ScaleDownTra
     """
     if args.dry_run:
         raise ScaleDownError(
-            "dry_run is told by scaledown.training.dry_run.report.dry_run, which train.py calls; run() trains."
+            "dry_run is done by scaledown.training.dry_run.report.dry_run, which train.py calls; run() trains."
         )
     if args.two_stage:
         _check_second_stage(model_args, data_args, args)

@@ -98,7 +98,7 @@ def read_data(data_args: DataArguments) -> dict[str, datasets.Dataset]:
 
 
 def _length(record: dict[str, Any]) -> dict[str, int]:
-    """Characters tell which records are of like length, and need no tokenizer."""
+    """Characters show which records are of similar length, without a tokenizer."""
     return {"length": len(record["query"]) + sum(map(len, record["documents"]))}
 
 

@@ -36,7 +36,7 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
 
     Args:
         seed: Decides the order.
-        epoch: Tells which epoch begins. Asked, not told: what skips batches in a run that goes on hides its sampler.
+        epoch: Returns the number of the starting epoch; asked for, because skipping batches hides the sampler.
         args, kwargs: As in `LengthGroupedSampler`.
     """
 
@@ -92,7 +92,7 @@ class ScaleDownTrainer(Trainer):
         self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
 
     def _check_every_record_has_documents(self) -> None:
-        records = getattr(self.train_dataset, "records", self.train_dataset)  # those behind a cache
+        records = getattr(self.train_dataset, "records", self.train_dataset)  # those of a cache
         if not isinstance(records, datasets.Dataset) or "documents" not in records.column_names:
             return
         for i, documents in enumerate(records["documents"]):

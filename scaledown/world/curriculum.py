@@ -48,7 +48,7 @@ def whole(ids: list[int], labels: list[int] | None = None, begin: int = 0, group
 
 
 def collate(rows: list[Row], padding: int) -> Row:
-    """Rows of any length as a batch; padding stands behind what a causal model reads, and no label looks at it."""
+    """Rows of any length as a batch; padding comes after what a causal model reads, and has no labels."""
     length = max(len(row.ids) for row in rows)
     columns = zip(Row(padding, -100, 0, 0), zip(*rows, strict=True), strict=True)
     return Row(*(torch.tensor([part + [fill] * (length - len(part)) for part in parts]) for fill, parts in columns))
@@ -216,7 +216,7 @@ class Curriculum:
         Args:
             documents: Texts of the documents.
             asked: Questions and their answers.
-            gaps: Positions left out in front of each document. Then each question stands right behind the documents
+            gaps: Positions left out in front of each document. Then each question comes right after the documents
                 and sees no other; else one follows the other.
 
         Returns:

@@ -3,7 +3,7 @@
     python -m scaledown.world.encoder --output runs/embedded/encoder
 
 The curriculum is the generator's, read in both directions: what is to be learned is masked. It sees one passage at a
-time, behind the questions, as the compressor of ScaleDown does.
+time, after the questions, as the compressor of ScaleDown does.
 """
 
 import random
@@ -43,7 +43,7 @@ class EncoderCurriculum(Curriculum):
         return row._replace(labels=[label if rng.random() < 0.5 else -100 for label in row.labels])
 
     def prompt(self, documents: list[str], asked: list[tuple[str, str]], gaps: list[int] | None = None) -> Row:
-        """Questions with their answers, and behind them the passage; without gaps."""
+        """Questions with their answers, then the passage; without gaps."""
         ids, labels = [self.tokenizer.bos_token_id], [-100]
         for question, answer in asked[:4]:
             part, learned = self._ids(question), self._ids(answer)

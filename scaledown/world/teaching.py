@@ -28,13 +28,13 @@ class BackboneArguments:
     hidden_size: int = field(default=128, metadata={"help": "Width, a multiple of 32."})
     num_layers: int = field(default=5, metadata={"help": "Layers."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate of AdamW."})
-    lesson_steps: int = field(default=3000, metadata={"help": "Steps per lesson at most."})
+    lesson_steps: int = field(default=3000, metadata={"help": "Maximum steps per lesson."})
     num_lessons: int | None = field(
-        default=None, metadata={"help": "Stop behind so many lessons; the same command without it goes on from there."}
+        default=None, metadata={"help": "Stop after N lessons; the same command without it continues from there."}
     )
-    bf16: bool = field(default=False, metadata={"help": "Multiply in bfloat16, where the processor can."})
-    torch_compile: bool = field(default=False, metadata={"help": "Compile the layers; needs a C++ compiler."})
-    seed: int = field(default=0, metadata={"help": "Decides everything."})
+    bf16: bool = field(default=False, metadata={"help": "Multiply in bfloat16, if the processor supports it."})
+    torch_compile: bool = field(default=False, metadata={"help": "Compile the layers; requires a C++ compiler."})
+    seed: int = field(default=0, metadata={"help": "Random seed."})
 
 
 def teach(model: PreTrainedModel, lessons: list[Lesson], args: BackboneArguments, read: ReadBatch) -> list[dict]:
@@ -52,7 +52,7 @@ def teach(model: PreTrainedModel, lessons: list[Lesson], args: BackboneArguments
     folder = Path(args.output)
     progress = folder / "training.json"
     report = []
-    if progress.is_file():  # a run that was stopped goes on behind its last lesson
+    if progress.is_file():  # a stopped run continues after its last lesson
         report = json.loads(progress.read_text(encoding="utf-8"))
         model = type(model).from_pretrained(folder)
     if args.torch_compile:

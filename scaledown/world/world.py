@@ -1,4 +1,4 @@
-"""A world made up for models too small to know ours: things with names, passages that tell of them, questions.
+"""An invented world for models too small to know ours: things with names, passages about them, questions.
 
     python -m scaledown.world.world --output runs/world
 
@@ -40,16 +40,16 @@ class WorldArguments:
     """How much of the world to write down."""
 
     output: str = field(metadata={"help": "Folder for train.jsonl, validation.jsonl and test.jsonl."})
-    num_train: int = field(default=32000, metadata={"help": "Questions to learn from."})
-    num_validation: int = field(default=500, metadata={"help": "Questions to watch a training with."})
-    num_test: int = field(default=1000, metadata={"help": "Questions to measure on."})
+    num_train: int = field(default=32000, metadata={"help": "Questions for training."})
+    num_validation: int = field(default=500, metadata={"help": "Questions for validation."})
+    num_test: int = field(default=1000, metadata={"help": "Questions for the test set."})
     num_documents: int = field(default=5, metadata={"help": "Passages per question of train and validation."})
     num_test_documents: int = field(
         default=20, metadata={"help": "Passages per question of test; the first 5 suffice."}
     )
     two_hops: float = field(default=0.25, metadata={"help": "Share of questions that need two passages."})
     alike: float = field(
-        default=0.0, metadata={"help": "Share of questions whose distractors are all of the kind that is asked about."}
+        default=0.0, metadata={"help": "Share of questions whose distractors are all of the right passage's kind."}
     )
     lists: float = field(
         default=0.0,
@@ -57,19 +57,19 @@ class WorldArguments:
     )
     repeats: float = field(
         default=0.0,
-        metadata={"help": "With one passage: share of questions that only ask to write it again ('What?')."},
+        metadata={"help": "With one passage: share of questions that only ask to repeat it ('What?')."},
     )
     same_facts: bool = field(
         default=False,
-        metadata={"help": "Passages of the kind that is asked about tell the same facts, of other things."},
+        metadata={"help": "Passages of the right kind state the same facts about other things."},
     )
     mixed_names: float = field(
         default=0.0,
-        metadata={"help": "Share of the books and ships of train that are called by words of either kind."},
+        metadata={"help": "Share of train's books and ships with names from either kind's words."},
     )
-    num_facts: int = field(default=7, metadata={"help": "Facts a passage tells at most."})
-    plain: bool = field(default=False, metadata={"help": "Tell facts and nothing else, as a first lesson has it."})
-    seed: int = field(default=0, metadata={"help": "Decides everything."})
+    num_facts: int = field(default=7, metadata={"help": "Maximum facts per passage."})
+    plain: bool = field(default=False, metadata={"help": "State facts and nothing else, as in a first lesson."})
+    seed: int = field(default=0, metadata={"help": "Random seed."})
 
 
 @dataclass
@@ -183,7 +183,7 @@ class World:
         """An opening, the facts, and between them sentences that tell nothing, and one about something else."""
         rng = self.random
         woman, target = rng.random() < 0.5, rng.randint(*PASSAGE_WORDS)
-        # Behind the sentence about something else, a pronoun would be that other's.
+        # After the sentence about something else, a pronoun would refer to that.
         place = rng.randint(1, len(facts))
         sentences = [
             self._state(kind, name, relation, value, woman, by_name=number == place)
@@ -353,7 +353,7 @@ class World:
         """
         if repeats > 0 and num_documents > 1:
             raise ScaleDownError(
-                f"repeats={repeats} needs num_documents=1, not {num_documents}: which one, nothing says."
+                f"repeats={repeats} needs num_documents=1, not {num_documents}: nothing says which one to repeat."
             )
         hops = 1 + (self.random.random() < two_hops)
         near = min(num_documents, 5)

@@ -177,7 +177,7 @@ def test_other_settings_or_another_source_do_not_take_over_unfinished_work(tmp_p
         assert "seed was 0, now 3. Give the same options" in capsys.readouterr().err
         # Where and how fast may change.
         assert main([*command, "--teacher_concurrency", "2"]) == 2
-        assert "Mend the endpoint" in capsys.readouterr().err
+        assert "Fix the endpoint" in capsys.readouterr().err
         Path(source).write_text(Path(source).read_text() + "\n")
         assert main(command) == 2
         assert "source was" in capsys.readouterr().err

@@ -138,7 +138,7 @@ class BM25Index:
                 columns.data / (relative[columns.indices] + columns.data)
             )
             per_stem = np.diff(columns.indptr)
-            # The n-th passage of this shard with a stem goes n places behind those of the shards before.
+            # The n-th passage of this shard with a stem goes n places after those of the earlier shards.
             target = np.repeat(places - columns.indptr[:-1], per_stem) + np.arange(columns.nnz)
             data[target] = scores
             indices[target] = columns.indices + first

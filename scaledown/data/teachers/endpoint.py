@@ -109,7 +109,7 @@ class EndpointTeacher:
             import openai
         except ImportError as error:
             raise ImportError(
-                "openai is missing, which speaks to endpoints; install it with `pip install openai`."
+                'openai, the client of endpoints, is missing; install it with `pip install "scaledown[data]"`.'
             ) from error
         self._openai = openai
         self._key = ""
@@ -174,7 +174,7 @@ class EndpointTeacher:
         if left:
             raise TeacherError(
                 f"{left} of {count} answers are missing; each was asked for {self.retries + 1} times, the last failure "
-                f"being: {run.last_failure}. The other {count - left} are kept in {journal.path}. Mend the endpoint "
+                f"being: {run.last_failure}. The other {count - left} are kept in {journal.path}. Fix the endpoint "
                 f"({self.url}) if need be; the same command then asks for the missing ones only."
             )
 
@@ -207,7 +207,7 @@ class EndpointTeacher:
                 if run.failures_in_a_row >= limit:
                     raise TeacherError(
                         f"{run.failures_in_a_row} requests in a row failed, each {self.retries + 1} times, the last "
-                        f"with: {error}. The {len(run.journal)} answers so far are kept in {run.journal.path}. Mend "
+                        f"with: {error}. The {len(run.journal)} answers so far are kept in {run.journal.path}. Fix "
                         f"the endpoint ({self.url}); the same command then goes on."
                     ) from error
                 continue

@@ -17,7 +17,7 @@ class RerankingTeacher:
     """Scores documents with a sentence-transformers `CrossEncoder`.
 
     The scores are the model's raw outputs, without the sigmoid that `CrossEncoder` applies by default: the paper's
-    loss is the squared error of raw scores, and behind a sigmoid most documents would be told apart by nothing.
+    loss is the squared error of raw scores, and after a sigmoid most documents would have the same score.
 
     Args:
         model_name_or_path: A cross-encoder with one output: any sequence classification model.

@@ -31,7 +31,7 @@ class Reading:
     """What micro-batches hold.
 
     Args:
-        source: Where the figures come from, told to the user.
+        source: Where the figures come from, as reported to the user.
         largest: The micro-batch that needs most memory, as the collator made it.
         batch_size: Its rows.
         compressor_tokens: Tokens the compressor reads for an example, memory embeddings included, padding aside.
