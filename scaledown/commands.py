@@ -42,6 +42,14 @@ def benchmark() -> int:
     return _run("benchmark.run", "eval")
 
 
+def serve() -> int:
+    """Serve a model over HTTP: `scaledown-serve`, `python -m scaledown.serving`."""
+    from .serving.arguments import parse_arguments
+
+    _show_help(parse_arguments)
+    return _run("serving.serve", "serve")
+
+
 def _show_help(parse_arguments: Callable[[], object]) -> None:
     if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
         parse_arguments()  # prints and exits

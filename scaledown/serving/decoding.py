@@ -1,0 +1,168 @@
+"""One `generate()` for several requests, each with its own sampling, limits and stop texts, and its own stream."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
+from transformers.generation import BaseStreamer, TemperatureLogitsWarper, TopPLogitsWarper
+
+from .jobs import AnswerJob, End, Piece, Sampling
+
+REPLACEMENT = "�"  # what the bytes of half a character decode to
+
+
+class Row:
+    """The answer of one request, as it is written.
+
+    Args:
+        job: The request.
+        limit: Tokens at most.
+        tokenizer: The generator's.
+        end_ids: Tokens that end an answer.
+    """
+
+    def __init__(self, job: AnswerJob, limit: int, tokenizer: PreTrainedTokenizerBase, end_ids: set[int]):
+        self._job, self._limit, self._tokenizer, self._end_ids = job, limit, tokenizer, end_ids
+        self._ids: list[int] = []
+        self._sent = ""
+        self._logprobs: list[dict[str, Any]] = []
+        self._done = False
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more is to be written, or nobody waits for it."""
+        return self._done or self._job.cancelled
+
+    def add_logprob(self, entry: dict[str, Any]) -> None:
+        """Keep the log probability of the token that comes next."""
+        self._logprobs.append(entry)
+
+    def add(self, token: int) -> None:
+        """Take the next token, and hand over the text that is certain by now."""
+        if self.done:
+            return
+        if token in self._end_ids:
+            self._logprobs = self._logprobs[: len(self._ids)]
+            self._finish("stop")
+            return
+        self._ids.append(token)
+        text = self._text()
+        cut = min((place for stop in self._job.sampling.stop if (place := text.find(stop)) >= 0), default=None)
+        if cut is not None:
+            self._finish("stop", text[:cut])
+        elif len(self._ids) >= self._limit:
+            self._finish("length")
+        elif not text.endswith(REPLACEMENT):
+            self._send(text[: len(text) - self._may_be_stop(text)])
+
+    def fail(self, error: Exception) -> None:
+        """End the answer with an error."""
+        self._done = True
+        self._job.put(error)
+
+    def _text(self) -> str:
+        return self._tokenizer.decode(self._ids, skip_special_tokens=True).strip()
+
+    def _may_be_stop(self, text: str) -> int:
+        """Characters at the end of a text that may be the beginning of a stop text."""
+        lengths = [n for stop in self._job.sampling.stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        return max(lengths, default=0)
+
+    def _send(self, text: str) -> None:
+        if len(text) > len(self._sent) or self._logprobs:
+            self._job.put(Piece(text[len(self._sent) :], self._logprobs))
+            self._sent, self._logprobs = max(self._sent, text, key=len), []
+
+    def _finish(self, reason: str, text: str | None = None) -> None:
+        self._send(self._text() if text is None else text)
+        self._done = True
+        self._job.put(End(reason, len(self._ids)))
+
+
+class RowSampler(LogitsProcessor):
+    """Chooses the next token of each row by the row's own settings; the greedy `generate()` around it takes it.
+
+    Args:
+        rows: The answers.
+        samplings: How each is written.
+        tokenizer: The generator's.
+        device: Where the logits are.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        samplings: Sequence[Sampling],
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+    ):
+        self._rows, self._samplings, self._tokenizer = rows, samplings, tokenizer
+        self._random = [torch.Generator(device) for _ in rows]
+        for random, sampling in zip(self._random, samplings, strict=True):
+            random.seed() if sampling.seed is None else random.manual_seed(sampling.seed)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """See `LogitsProcessor`; scores are `(batch, vocab_size)`."""
+        chosen = scores.clone()
+        for place, (row, sampling) in enumerate(zip(self._rows, self._samplings, strict=True)):
+            if row.done:
+                continue
+            own = scores[place : place + 1].float()  # (1, vocab_size)
+            token = own.argmax(dim=-1)
+            if sampling.temperature > 0:
+                warped = TemperatureLogitsWarper(sampling.temperature)(None, own)
+                if sampling.top_p < 1:
+                    warped = TopPLogitsWarper(sampling.top_p)(None, warped)
+                token = torch.multinomial(warped.softmax(dim=-1), 1, generator=self._random[place])[0]
+                chosen[place] = -torch.inf
+                chosen[place, token] = 0.0
+            if sampling.top_logprobs is not None:
+                row.add_logprob(self._entry(own[0].log_softmax(dim=-1), int(token), sampling.top_logprobs))
+        return chosen
+
+    def _entry(self, logprobs: torch.Tensor, token: int, count: int) -> dict[str, Any]:
+        best = logprobs.topk(count).indices.tolist() if count else []
+        entry = self._token(logprobs, token)
+        return {**entry, "top_logprobs": [self._token(logprobs, other) for other in best]}
+
+    def _token(self, logprobs: torch.Tensor, token: int) -> dict[str, Any]:
+        text = self._tokenizer.decode([token])
+        return {"token": text, "logprob": float(logprobs[token]), "bytes": list(text.encode())}
+
+
+class RowStreamer(BaseStreamer):
+    """Hands each row its next token.
+
+    Args:
+        rows: The answers.
+    """
+
+    def __init__(self, rows: Sequence[Row]):
+        self._rows, self._has_prompt = rows, False
+
+    def put(self, value: torch.LongTensor) -> None:
+        """See `BaseStreamer`; the first call brings the prompts."""
+        if not self._has_prompt:
+            self._has_prompt = True
+            return
+        for row, token in zip(self._rows, value.tolist(), strict=True):
+            row.add(token)
+
+    def end(self) -> None:
+        """Nothing: every row ends by itself."""
+
+
+class RowStopping(StoppingCriteria):
+    """Ends each row by itself.
+
+    Args:
+        rows: The answers.
+    """
+
+    def __init__(self, rows: Sequence[Row]):
+        self._rows = rows
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        """See `StoppingCriteria`; returns `(batch,)`."""
+        return torch.tensor([row.done for row in self._rows], device=input_ids.device)

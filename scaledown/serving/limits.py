@@ -1,0 +1,68 @@
+"""What keeps a request from harming the service: the size of its body, a key, and its time."""
+
+import hmac
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+
+from .errors import ServiceError
+
+
+class BodyLimit:
+    """Middleware that refuses a body larger than a limit, before it is read whole.
+
+    Args:
+        app: The application behind it.
+        max_bytes: Size of a body at most.
+    """
+
+    def __init__(self, app: Any, max_bytes: int):
+        self._app, self._max_bytes = app, max_bytes
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """See ASGI."""
+        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
+            await self._app(scope, receive, send)
+            return
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        messages, size = [], int(length) if length.isdigit() else 0
+        if size <= self._max_bytes:
+            size = 0
+            while True:
+                message = await receive()
+                messages.append(message)
+                size += len(message.get("body", b""))
+                if size > self._max_bytes or not message.get("more_body", False):
+                    break
+        if size > self._max_bytes:
+            error = ServiceError(
+                413, f"the body is larger than {self._max_bytes} bytes; send fewer or shorter documents"
+            )
+            reply = JSONResponse(error.body(), error.status, {"Connection": "close"})
+            await reply(scope, receive, send)
+            return
+
+        async def replay() -> Any:
+            return messages.pop(0) if messages else await receive()
+
+        await self._app(scope, replay, send)
+
+
+def check_key(request: Request, api_key: str | None) -> None:
+    """Refuse a request without the service's key.
+
+    Args:
+        request: The request.
+        api_key: The key; None asks for none.
+
+    Raises:
+        ServiceError: There is no key, or another.
+    """
+    if api_key is None:
+        return
+    given = request.headers.get("authorization", "").removeprefix("Bearer ")
+    if not hmac.compare_digest(given.encode(errors="replace"), api_key.encode()):
+        raise ServiceError(
+            401, "send the service's key as `Authorization: Bearer KEY`", headers={"WWW-Authenticate": "Bearer"}
+        )

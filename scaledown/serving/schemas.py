@@ -1,0 +1,155 @@
+"""Bodies of requests, as clients of OpenAI, Jina and Cohere send them, with the fields that ScaleDown adds."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Body(BaseModel):
+    """A request's body; a field that is not known is an error, since a misspelt one would change the answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Document(Body):
+    """A retrieved passage.
+
+    Args:
+        text: What it says.
+        title: Put in front of the text, as in the training data.
+        id: Comes back with the document's score.
+    """
+
+    text: Text
+    title: str | None = None
+    id: str | None = None
+
+    @field_validator("text")
+    @classmethod
+    def _is_not_blank(cls, text: str) -> str:
+        if not text.strip():
+            raise ValueError("the text is blank; leave the document out")
+        return text
+
+
+class Part(Body):
+    """A part of a message; only text can be read."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """A turn of a conversation; fields that say who speaks are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class StreamOptions(BaseModel):
+    """OpenAI's `stream_options`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    include_usage: bool = False
+
+
+class WithDocuments(Body):
+    """What every request says of its documents."""
+
+    model: str | None = None
+    documents: list[Document] = Field(default_factory=list)
+
+    @field_validator("documents", mode="before")
+    @classmethod
+    def _texts_are_documents(cls, documents: Any) -> Any:
+        if not isinstance(documents, list):
+            return documents
+        return [{"text": document} if isinstance(document, str) else document for document in documents]
+
+
+class ChatRequest(WithDocuments):
+    """`POST /v1/chat/completions`: OpenAI's fields, with documents and how they are read."""
+
+    messages: list[Message] = Field(min_length=1)
+    compression_rate: int | None = Field(default=None, ge=1)
+    max_documents: int | None = Field(default=None, ge=1)
+    min_reranking_score: float | None = Field(default=None, allow_inf_nan=False)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: list[Text] = Field(default_factory=list, max_length=16)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    # Only these values can be had.
+    n: Literal[1] | None = None
+    response_format: Any = None
+    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Literal[0] | None = None
+    # What clients send along and no answer depends on.
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop_is_a_list(cls, stop: Any) -> Any:
+        return [] if stop is None else [stop] if isinstance(stop, str) else stop
+
+    @field_validator("response_format")
+    @classmethod
+    def _is_text(cls, response_format: Any) -> Any:
+        if response_format not in (None, {"type": "text"}):
+            raise ValueError('only {"type": "text"} can be written')
+        return response_format
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream=true")
+        if self.messages[-1].role != "user":
+            raise ValueError("the last message must be the user's question")
+        return self
+
+    @property
+    def conversation(self) -> list[dict[str, str]]:
+        """The messages as `ScaleDownModel.answer` takes them."""
+        return [
+            {"role": "system" if turn.role == "developer" else turn.role, "content": turn.text}
+            for turn in self.messages
+        ]
+
+
+class RerankRequest(WithDocuments):
+    """`POST /v1/rerank`: the fields of Jina, Cohere and vLLM."""
+
+    query: Text
+    documents: list[Document] = Field(min_length=1)
+    top_n: int | None = Field(default=None, ge=1)
+    return_documents: bool = False
+
+
+class CompressRequest(WithDocuments):
+    """`POST /v1/compress`: a question and its documents, for those who run their own engine."""
+
+    query: Text
+    documents: list[Document] = Field(min_length=1)
+    compression_rate: int | None = Field(default=None, ge=1)
