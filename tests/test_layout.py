@@ -50,6 +50,8 @@ def imports_among(modules: dict[str, Path]) -> list[Import]:
     """The imports of modules by one another; a package's `__init__` counts as a module."""
     found = []
     for name, path in modules.items():
+        if path.stem == "__main__":  # a console command by another name
+            continue
         package = name if path.stem == "__init__" else name.rpartition(".")[0]
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):

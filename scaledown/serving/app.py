@@ -18,8 +18,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from safetensors.torch import save
 from starlette.exceptions import HTTPException
 
-import scaledown
-
 from ..data.questions import titled
 from .arguments import ServingArguments
 from .engine import Engine
@@ -53,7 +51,7 @@ def create_app(engine: Engine, arguments: ServingArguments, metrics: Metrics, mo
         yield
         await engine.close()
 
-    app = FastAPI(title="ScaleDown", version=scaledown.__version__, lifespan=lifespan)
+    app = FastAPI(title="ScaleDown", version="1", lifespan=lifespan)
     service = _Service(engine, arguments, metrics, model_name)
     keyed = [Depends(service.check_key)]
     errors = {status: {"description": text} for status, text in ERRORS.items()}

@@ -1,0 +1,67 @@
+"""A service on a port of this machine, in a thread of the tests."""
+
+import contextlib
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import uvicorn
+
+from scaledown import ScaleDownModel
+from scaledown.serving.app import create_app
+from scaledown.serving.arguments import ServingArguments
+from scaledown.serving.engine import Engine
+from scaledown.serving.metrics import Metrics
+from scaledown.serving.serve import build_engine
+
+
+class Service:
+    """A running service.
+
+    Args:
+        port: Where it listens.
+        engine: What answers.
+    """
+
+    def __init__(self, port: int, engine: Engine):
+        self.url, self.engine = f"http://127.0.0.1:{port}", engine
+
+    def client(self, api_key: str = "none") -> openai.OpenAI:
+        """OpenAI's own client."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0)
+
+    def send(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any, Any]:
+        """Status, JSON or text, and headers of a reply; `body` is JSON, or bytes as they are."""
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json", **(headers or {})})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                status, text, found = reply.status, reply.read().decode(), reply.headers
+        except urllib.error.HTTPError as error:
+            status, text, found = error.code, error.read().decode(), error.headers
+        return status, json.loads(text) if found.get_content_type() == "application/json" else text, found
+
+
+@contextlib.contextmanager
+def serving(model: ScaleDownModel, engine: Engine | None = None, **settings: Any) -> Iterator[Service]:
+    """Serves a model as `tiny` until the block ends."""
+    arguments = ServingArguments(**{"model": "tiny", "max_new_tokens": 8, **settings})
+    metrics = Metrics()
+    engine = engine or build_engine(model, arguments, metrics)
+    app = create_app(engine, arguments, metrics, "tiny")
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 30
+    while not server.started and time.monotonic() < deadline:
+        time.sleep(0.01)
+    try:
+        yield Service(server.servers[0].sockets[0].getsockname()[1], engine)
+    finally:
+        server.should_exit = True
+        thread.join(30)
