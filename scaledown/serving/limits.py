@@ -8,9 +8,12 @@ from fastapi.responses import JSONResponse
 
 from .errors import ServiceError
 
+# A body so many times too large is not even read to its end.
+DRAINED = 10
+
 
 class BodyLimit:
-    """Middleware that refuses a body larger than a limit, before it is read whole.
+    """Middleware that refuses a body larger than a limit, and keeps none of it.
 
     Args:
         app: The application behind it.
@@ -25,16 +28,14 @@ class BodyLimit:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
             await self._app(scope, receive, send)
             return
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        messages, size = [], int(length) if length.isdigit() else 0
-        if size <= self._max_bytes:
-            size = 0
-            while True:
-                message = await receive()
-                messages.append(message)
-                size += len(message.get("body", b""))
-                if size > self._max_bytes or not message.get("more_body", False):
-                    break
+        messages, size, more = [], 0, True
+        while more and size <= DRAINED * self._max_bytes:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+            # Read to its end all the same: a client that is still sending would not see the reply.
+            messages = [*messages, message] if size <= self._max_bytes else []
         if size > self._max_bytes:
             error = ServiceError(
                 413, f"the body is larger than {self._max_bytes} bytes; send fewer or shorter documents"
