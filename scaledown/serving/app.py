@@ -57,7 +57,8 @@ def create_app(engine: Engine, arguments: ServingArguments, metrics: Metrics, mo
     errors = {status: {"description": text} for status, text in ERRORS.items()}
     app.post("/v1/chat/completions", dependencies=keyed, responses=errors)(service.chat)
     app.post("/v1/rerank", dependencies=keyed, responses=errors)(service.rerank)
-    app.post("/rerank", dependencies=keyed, responses=errors, include_in_schema=False)(service.rerank)
+    for path in ("/rerank", "/v2/rerank"):  # as vLLM and Jina, and Cohere's second client, name it
+        app.post(path, dependencies=keyed, responses=errors, include_in_schema=False)(service.rerank)
     app.post("/v1/compress", dependencies=keyed, responses=errors)(service.compress)
     app.get("/v1/models", dependencies=keyed, responses={401: errors[401]})(service.models)
     app.get("/health", responses={503: errors[503]})(service.health)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -10,7 +10,7 @@ Text = Annotated[str, Field(min_length=1)]
 class Body(BaseModel):
     """A request's body; a field that is not known is an error, since a misspelt one would change the answer."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Document(Body):
@@ -47,7 +47,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Text | list[Part]
 
     @property
     def text(self) -> str:
@@ -63,18 +63,25 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+def _as_documents(documents: Any) -> Any:
+    if not isinstance(documents, list):
+        return documents
+    return [{"text": document} if isinstance(document, str) else document for document in documents]
+
+
+SomeDocuments = Annotated[list[Document], BeforeValidator(_as_documents, json_schema_input_type=list[Text | Document])]
+AtLeastOneDocument = Annotated[
+    list[Document],
+    Field(min_length=1),
+    BeforeValidator(_as_documents, json_schema_input_type=Annotated[list[Text | Document], Field(min_length=1)]),
+]
+
+
 class WithDocuments(Body):
     """What every request says of its documents."""
 
     model: str | None = None
-    documents: list[Document] = Field(default_factory=list)
-
-    @field_validator("documents", mode="before")
-    @classmethod
-    def _texts_are_documents(cls, documents: Any) -> Any:
-        if not isinstance(documents, list):
-            return documents
-        return [{"text": document} if isinstance(document, str) else document for document in documents]
+    documents: SomeDocuments = Field(default_factory=list)
 
 
 class ChatRequest(WithDocuments):
@@ -107,7 +114,7 @@ class ChatRequest(WithDocuments):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
 
-    @field_validator("stop", mode="before")
+    @field_validator("stop", mode="before", json_schema_input_type=str | list[str] | None)
     @classmethod
     def _one_stop_is_a_list(cls, stop: Any) -> Any:
         return [] if stop is None else [stop] if isinstance(stop, str) else stop
@@ -142,7 +149,7 @@ class RerankRequest(WithDocuments):
     """`POST /v1/rerank`: the fields of Jina, Cohere and vLLM."""
 
     query: Text
-    documents: list[Document] = Field(min_length=1)
+    documents: AtLeastOneDocument
     top_n: int | None = Field(default=None, ge=1)
     return_documents: bool = False
 
@@ -151,5 +158,5 @@ class CompressRequest(WithDocuments):
     """`POST /v1/compress`: a question and its documents, for those who run their own engine."""
 
     query: Text
-    documents: list[Document] = Field(min_length=1)
+    documents: AtLeastOneDocument
     compression_rate: int | None = Field(default=None, ge=1)

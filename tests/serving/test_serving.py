@@ -166,7 +166,7 @@ def test_a_stream_has_the_events_of_openai(service):
 # -- ranking and compression -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank"])
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank"])
 def test_rerank_is_rank(path, service, model):
     body = {"model": "tiny", "query": QUESTIONS[2], "documents": DOCUMENTS[2], "top_n": 2, "return_documents": True}
     status, reply, _ = service.send(path, body)
