@@ -9,7 +9,7 @@ VERSION_TESTS := $(patsubst %,tests/model/test_%.py, \
 NEWEST := transformers huggingface-hub tokenizers safetensors peft accelerate
 VERSIONS := -c "from importlib.metadata import version; print([f'{n} {version(n)}' for n in '$(NEWEST)'.split()])"
 
-.PHONY: demo test test-slow test-oldest test-newest test-wheel lint format clean
+.PHONY: demo test test-slow test-oldest test-newest test-wheel test-integrations lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m scaledown.tools.demo
@@ -42,6 +42,12 @@ test-oldest test-newest: test-%: $(VENV)/.installed-dev
 		$(VENV)-$*/bin/python -m pytest -n 2 $(VERSION_TESTS); \
 	fi
 
+# The components, each in a pipeline of its framework.
+test-integrations: $(VENV)/.installed-dev
+	$(call LAYER,integrations)
+	$(VENV)-integrations/bin/python -m pip install --quiet --requirement requirements-integrations.txt
+	$(VENV)-integrations/bin/python -m pytest tests/integrations
+
 # The wheel, tried where the sources are out of reach.
 test-wheel: $(VENV)/.installed-dev
 	$(call LAYER,wheel)
@@ -59,7 +65,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-wheel build *.egg-info runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-wheel $(VENV)-integrations build *.egg-info runs .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

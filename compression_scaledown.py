@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Many chunks at once: in passes of like length, and those that were compressed before from a cache."""
+"""Many chunks at once: in passes of similar length, and those that were compressed before from a cache."""
 
 import contextlib
 import itertools
@@ -30,7 +30,7 @@ except ImportError:
     from compressor_scaledown import CHUNK_INPUTS, CompressedDocuments, ScaleDownCompressor
     from errors_scaledown import ScaleDownError
 
-# Chunks are compressed with others of like length. A pass ends where the next chunk is this much shorter than its
+# Chunks are compressed with others of similar length. A pass ends where the next chunk is this much shorter than its
 # longest, once the pass is large enough to keep the device busy: tokens on a CPU, and on an accelerator.
 SIMILAR_LENGTH = 0.85
 
@@ -113,7 +113,7 @@ class CompressionCache:
 
 def pass_sizes(lengths: list[int], batch_size: int, large: int) -> list[int]:
     """
-    Cuts chunks into passes of like length.
+    Cuts chunks into passes of similar length.
 
     Args:
         lengths (`list[int]`): Tokens of each chunk, longest first.
@@ -140,7 +140,7 @@ def compress_by_length(
     batch_size: int,
 ) -> CompressedDocuments:
     """
-    Compresses chunks in passes of like length, and reads a question in front of several chunks once.
+    Compresses chunks in passes of similar length, and reads a question in front of several chunks once.
 
     Args:
         compressor (`ScaleDownCompressor`): The compressor.

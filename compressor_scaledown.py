@@ -110,7 +110,7 @@ class ScaleDownCompressor(nn.Module):
         config (`ScaleDownConfig`): The model's configuration.
         backbone (`PreTrainedModel`, *optional*): Built from `config.compressor_config` when left out.
         with_backbone (`bool`, defaults to `True`):
-            `False` leaves the backbone out: what is behind it can be trained on states from a cache.
+            `False` leaves the backbone out: what follows it can be trained on cached states.
     """
 
     has_projector = True

@@ -97,7 +97,7 @@ class ScaleDownConfig(PreTrainedConfig):
             `num_memory_tokens` has, or 16: a chunk of `n` tokens becomes
             `min(ceil(n / compression_rate), num_memory_tokens)` slots.
         slot_pooling (`str`, defaults to `"memory_tokens"`):
-            `"memory_tokens"`: a slot is the hidden state at a memory embedding behind the chunk, as in OSCAR.
+            `"memory_tokens"`: a slot is the hidden state at a memory embedding after the chunk, as in OSCAR.
             `"span_mean"`: it is the mean of the hidden states over the slot's share of the chunk's own tokens, and the
             reranking state is the first token's (encoders) or the last's; for a backbone that never saw memory
             embeddings and stays frozen, as in two-stage training.

@@ -148,12 +148,12 @@ def _build_prompts(model: PreTrainedModel, questions, slots, conversations, max_
 
 
 def require_reranking(model: PreTrainedModel):
-    """Refuses a model without a reranking head, and warns of one whose head has not learned."""
+    """Refuses a model without a reranking head, and warns if the head is untrained."""
     if not model.config.enable_reranking:
         raise ScaleDownError("This model was built with enable_reranking=False and has no reranking scores.")
     if model.config.reranking_trained is False:
         logger.warning_once(
-            "The reranking head of this model has not learned: its scores order documents at random. Train it on "
+            "The reranking head of this model is untrained: its scores order documents at random. Train it on "
             "records with `reranking_scores` or `positives`."
         )
 

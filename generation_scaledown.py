@@ -58,7 +58,7 @@ class ScaleDownGenerationMixin(GenerationMixin):
 
         Args:
             cache_entries (`int`, *optional*):
-                Chunks whose compression is remembered with their question; `model.compression_cache.hit_rate` tells
+                Chunks whose compression is remembered with their question; `model.compression_cache.hit_rate` shows
                 whether that pays.
             compile (`bool`, defaults to `False`):
                 Write answers with a static cache, for which transformers compiles the steps after the prompt: each new

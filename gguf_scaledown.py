@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Backbones in GGUF files: where they lie, which they are, and how they are read as ordinary models."""
+"""Backbones in GGUF files: finding them, identifying them, and reading them as ordinary models."""
 
 import hashlib
 from pathlib import Path

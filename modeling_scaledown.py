@@ -482,7 +482,7 @@ class ScaleDownModel(
         if slot_mask is not None and slot_mask.shape != embeds.shape[:2]:
             raise ScaleDownError(
                 f"slot_mask has shape {tuple(slot_mask.shape)} for a prompt of shape {tuple(embeds.shape[:2])}; where "
-                "tokens were added behind the processor's, add as many False."
+                "tokens were added after the processor's, add as many False."
             )
         if documents.memory_mask is not None:
             memory = memory[documents.memory_mask.to(memory.device)]

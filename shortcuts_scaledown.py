@@ -67,7 +67,7 @@ class SharedPrefixes:
         return replace(self, of_chunk=self.of_chunk[chunks])
 
     def backbone_inputs(self, attention_mask: torch.BoolTensor) -> dict:
-        """Arguments with which a backbone reads on behind the prefixes, given what to read there."""
+        """Arguments with which a backbone continues after the prefixes, given what to read there."""
         rows, cache = self.of_chunk, DynamicCache()
         for layer, (keys, values) in enumerate(self.keys_and_values):
             here = rows.to(keys.device)
@@ -96,7 +96,7 @@ def read_prefixes(
         of_chunk (`torch.LongTensor` of shape `(num_chunks,)`): Which prefix a chunk begins with.
 
     Returns:
-        `SharedPrefixes`: What chunks can be read behind.
+        `SharedPrefixes`: What the chunks continue.
     """
     cache = DynamicCache()
     backbone(

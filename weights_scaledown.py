@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Weights of the backbones: where they lie, whether they are the right ones, and how they are read."""
+"""Weights of the backbones: finding them, checking that they are the right ones, and reading them."""
 
 import hashlib
 import json

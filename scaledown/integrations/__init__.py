@@ -1,0 +1,1 @@
+"""Components for the frameworks that retrieval-augmented generation is written in; one file each."""

@@ -1,0 +1,301 @@
+"""What every component asks: a model in this process, or a service at an address. Both rank and answer."""
+
+import json
+import math
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from errors_scaledown import ScaleDownError
+
+
+@dataclass(frozen=True)
+class Source:
+    """What became of a document.
+
+    Args:
+        index: Its place among the question's documents.
+        id: The framework's name of it, where it has one.
+        score: Reranking score; None where the model has none.
+        read: Whether the generator read it.
+    """
+
+    index: int
+    id: str | None
+    score: float | None
+    read: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, for frameworks that pass on plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and what it was read from.
+
+    Args:
+        text: The answer.
+        sources: One for each document.
+    """
+
+    text: str
+    sources: list[Source]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are read and answers are written; None leaves it to the model.
+
+    Args:
+        compression_rate: Tokens per slot.
+        max_documents: Documents that the generator reads, the best of them.
+        min_reranking_score: Documents that score lower are not read.
+        max_new_tokens: Tokens of an answer.
+    """
+
+    compression_rate: int | None = None
+    max_documents: int | None = None
+    min_reranking_score: float | None = None
+    max_new_tokens: int | None = None
+
+
+class Backend(Protocol):
+    """Ranks and answers."""
+
+    def rank(self, question: str, documents: Sequence[str]) -> list[float]:
+        """Reranking score of each document, higher is more relevant."""
+
+    def answer(
+        self, questions: Sequence[str], documents: Sequence[Sequence[str]], reading: Reading, ids: Any = None
+    ) -> list[Answer]:
+        """Answer each question from its documents; `ids` holds a list of names for each list of documents."""
+
+    def stream(
+        self, question: str, documents: Sequence[str], reading: Reading, ids: Sequence[str | None] | None = None
+    ) -> Iterator[str | Answer]:
+        """Pieces of the answer as they are written, then the whole answer."""
+
+
+def open_backend(
+    model: Any = None, url: str | None = None, revision: str | None = None, api_key: str | None = None
+) -> Backend:
+    """Open what a component was told to use.
+
+    Args:
+        model: A loaded `ScaleDownModel`, or its folder or name on the Hub.
+        url: Address of a service, such as `http://127.0.0.1:8000`.
+        revision: Branch, tag or commit of the model.
+        api_key: Key of the service.
+
+    Returns:
+        The backend.
+
+    Raises:
+        ScaleDownError: Neither or both are given.
+    """
+    if (model is None) == (url is None):
+        raise ScaleDownError(
+            f"model is {model!r} and url is {url!r}; give one of them: a ScaleDown model, or a service's address."
+        )
+    return EndpointBackend(url, api_key) if url is not None else LocalBackend(model, revision)
+
+
+class LocalBackend:
+    """A model in this process.
+
+    Args:
+        model: A loaded `ScaleDownModel`, or its folder or name on the Hub.
+        revision: Branch, tag or commit, where it is a name.
+    """
+
+    def __init__(self, model: Any, revision: str | None = None):
+        if isinstance(model, str) or hasattr(model, "__fspath__"):
+            from modeling_scaledown import ScaleDownModel
+
+            model = ScaleDownModel.from_pretrained(str(model), revision=revision).optimize_for_inference()
+        self._model = model
+
+    def rank(self, question: str, documents: Sequence[str]) -> list[float]:
+        """See `Backend.rank`."""
+        scores = [math.nan] * len(documents)
+        for found in self._model.rank(question, list(documents)) if documents else ():
+            scores[found["corpus_id"]] = found["score"]
+        return scores
+
+    def answer(
+        self, questions: Sequence[str], documents: Sequence[Sequence[str]], reading: Reading, ids: Any = None
+    ) -> list[Answer]:
+        """See `Backend.answer`."""
+        if not questions:
+            return []
+        texts = [list(row) for row in documents]
+        ids = ids or [[None] * len(row) for row in texts]
+        settings = _arguments(reading)
+        if not self._model.config.enable_reranking:  # nothing is known but the answers
+            answers = self._model.answer(list(questions), texts, **settings)
+            return [
+                Answer(text, [Source(i, name, None, True) for i, name in enumerate(names)])
+                for text, names in zip(answers, ids, strict=True)
+            ]
+        found = self._model.answer(list(questions), texts, return_reranking_scores=True, **settings)
+        rows = zip(found.answers, found.reranking_scores, found.documents_read, ids, strict=True)
+        return [Answer(text, _sources(scores, read, names)) for text, scores, read, names in rows]
+
+    def stream(
+        self, question: str, documents: Sequence[str], reading: Reading, ids: Sequence[str | None] | None = None
+    ) -> Iterator[str | Answer]:
+        """See `Backend.stream`."""
+        from transformers import TextIteratorStreamer
+
+        streamer = TextIteratorStreamer(self._model.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        settings = _arguments(reading)
+        whole: list[Any] = []
+
+        def work() -> None:
+            try:
+                with_scores = self._model.config.enable_reranking
+                whole.append(
+                    self._model.answer(
+                        question, list(documents), return_reranking_scores=with_scores, streamer=streamer, **settings
+                    )
+                )
+            except Exception as error:
+                whole.append(error)
+            finally:
+                streamer.on_finalized_text("", stream_end=True)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        for text in streamer:
+            if text:
+                yield text
+        thread.join()
+        (found,) = whole
+        if isinstance(found, Exception):
+            raise found
+        names = ids or [None] * len(documents)
+        if isinstance(found, str):
+            yield Answer(found, [Source(i, name, None, True) for i, name in enumerate(names)])
+        else:
+            yield Answer(found.answers, _sources(found.reranking_scores, found.documents_read, names))
+
+
+class EndpointBackend:
+    """A service of `scaledown.serving`.
+
+    Args:
+        url: Its address, with or without `/v1`.
+        api_key: Its key.
+        timeout: Seconds that a reply may take.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None, timeout: float = 120.0):
+        self._url = url.rstrip("/").removesuffix("/v1")
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._timeout = timeout
+
+    def rank(self, question: str, documents: Sequence[str]) -> list[float]:
+        """See `Backend.rank`."""
+        if not documents:
+            return []
+        with self._post("/v1/rerank", {"query": question, "documents": list(documents)}) as reply:
+            results = json.load(reply)["results"]
+        scores = {result["index"]: result["relevance_score"] for result in results}
+        return [scores[place] for place in range(len(documents))]
+
+    def answer(
+        self, questions: Sequence[str], documents: Sequence[Sequence[str]], reading: Reading, ids: Any = None
+    ) -> list[Answer]:
+        """See `Backend.answer`; the service puts requests that come together into one batch."""
+        names = ids or [[None] * len(row) for row in documents]
+        if not questions:
+            return []
+        with ThreadPoolExecutor(min(len(questions), 32)) as pool:
+            return list(
+                pool.map(lambda row: self._answer(*row, reading), zip(questions, documents, names, strict=True))
+            )
+
+    def stream(
+        self, question: str, documents: Sequence[str], reading: Reading, ids: Sequence[str | None] | None = None
+    ) -> Iterator[str | Answer]:
+        """See `Backend.stream`."""
+        names = ids or [None] * len(documents)
+        text, sources = "", []
+        with self._post("/v1/chat/completions", {**_body(question, documents, reading), "stream": True}) as reply:
+            for line in reply:
+                data = line.decode().removeprefix("data: ").strip()
+                if not data or data == "[DONE]":
+                    continue
+                event = json.loads(data)
+                if "error" in event:
+                    raise ScaleDownError(event["error"]["message"])
+                if "documents" in event:
+                    sources = _reported(event["documents"], names)
+                piece = event["choices"][0]["delta"].get("content") if event["choices"] else None
+                if piece:
+                    text += piece
+                    yield piece
+        yield Answer(text, sources)
+
+    def _answer(self, question: str, documents: Sequence[str], names: Sequence[str | None], reading: Reading) -> Answer:
+        with self._post("/v1/chat/completions", _body(question, documents, reading)) as reply:
+            found = json.load(reply)
+        return Answer(found["choices"][0]["message"]["content"], _reported(found["documents"], names))
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        request = urllib.request.Request(self._url + path, json.dumps(body).encode(), self._headers)
+        try:
+            return urllib.request.urlopen(request, timeout=self._timeout)
+        except urllib.error.HTTPError as error:
+            text = error.read().decode(errors="replace")
+            try:
+                message = json.loads(text)["error"]["message"]
+            except (ValueError, KeyError, TypeError):
+                message = text[:200]
+            raise ScaleDownError(f"{self._url} answered with status {error.code}: {message}") from error
+        except OSError as error:
+            raise ScaleDownError(
+                f"{self._url} does not answer ({error}); start it with `python -m scaledown.serving`, or correct url."
+            ) from error
+
+
+def best_first(scores: Sequence[float], top_n: int | None) -> list[int]:
+    """Places in the order of their scores, at most `top_n` of them; equal scores keep their order."""
+    return sorted(range(len(scores)), key=lambda place: -scores[place])[:top_n]
+
+
+def check_top_n(top_n: int | None, name: str = "top_n") -> None:
+    """Refuse a number of documents below 1."""
+    if top_n is not None and top_n < 1:
+        raise ScaleDownError(f"{name} is {top_n}, expected at least 1, or None for all.")
+
+
+def _arguments(reading: Reading) -> dict[str, Any]:
+    return {name: value for name, value in asdict(reading).items() if value is not None}
+
+
+def _body(question: str, documents: Sequence[str], reading: Reading) -> dict[str, Any]:
+    settings = _arguments(reading)
+    if "max_new_tokens" in settings:
+        settings["max_tokens"] = settings.pop("max_new_tokens")
+    return {"messages": [{"role": "user", "content": question}], "documents": list(documents), **settings}
+
+
+def _sources(scores: Sequence[float], read: Sequence[int], names: Sequence[str | None]) -> list[Source]:
+    return [
+        Source(place, name, score, place in read) for place, (score, name) in enumerate(zip(scores, names, strict=True))
+    ]
+
+
+def _reported(documents: list[dict[str, Any]], names: Sequence[str | None]) -> list[Source]:
+    return [
+        Source(place, name, found["relevance_score"], found["read"])
+        for place, (found, name) in enumerate(zip(documents, names, strict=True))
+    ]

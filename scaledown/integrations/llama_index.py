@@ -1,0 +1,161 @@
+"""LlamaIndex: a node postprocessor that reranks, and a response synthesizer that reads nodes compressed.
+
+engine = RetrieverQueryEngine(
+    retriever,
+    response_synthesizer=ScaleDownSynthesizer(model=folder),
+    node_postprocessors=[ScaleDownRerank(model=folder, top_n=5)],
+)
+engine.query("Who wrote Ivanhoe?")
+"""
+
+import asyncio
+from collections.abc import Generator, Sequence
+from typing import Any
+
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.llms import MockLLM
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.prompts.mixin import PromptDictType
+from llama_index.core.response_synthesizers.base import BaseSynthesizer
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+
+from errors_scaledown import ScaleDownError
+
+from .backend import Answer, Backend, Reading, best_first, check_top_n, open_backend
+
+
+class ScaleDownRerank(BaseNodePostprocessor):
+    """Orders nodes by their relevance to the query, in the pass that would compress them.
+
+    Args:
+        model: A loaded `ScaleDownModel`, or its folder or name on the Hub.
+        url: Address of a service, in place of a model.
+        revision: Branch, tag or commit of the model.
+        api_key: Key of the service.
+        top_n: Nodes to return; all where None.
+    """
+
+    model: Any = Field(default=None, exclude=True)
+    url: str | None = None
+    revision: str | None = None
+    api_key: str | None = Field(default=None, exclude=True)
+    top_n: int | None = None
+
+    _backend: Backend = PrivateAttr()
+
+    def model_post_init(self, context: Any) -> None:
+        """Open the model or the service's address."""
+        super().model_post_init(context)
+        check_top_n(self.top_n)
+        self._backend = open_backend(self.model, self.url, self.revision, self.api_key)
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name in LlamaIndex's settings."""
+        return "ScaleDownRerank"
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        if query_bundle is None:
+            raise ScaleDownError("nodes are ranked by a query; pass query_str or query_bundle.")
+        # What the model will read, so that the score is of that.
+        texts = [node.node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes]
+        scores = self._backend.rank(query_bundle.query_str, texts)
+        return [NodeWithScore(node=nodes[place].node, score=scores[place]) for place in best_first(scores, self.top_n)]
+
+
+class ScaleDownSynthesizer(BaseSynthesizer):
+    """Answers from nodes that are read compressed.
+
+    The response's metadata has `sources` besides the nodes': index, id and reranking score of each node, and whether
+    it was read.
+
+    Args:
+        model, url, revision, api_key: As in `ScaleDownRerank`.
+        compression_rate: Tokens per slot; the model's own where None.
+        max_documents: Nodes that are read, the best of them; all where None.
+        min_reranking_score: Nodes that score lower are not read.
+        max_new_tokens: Tokens of an answer; the model's own limit where None.
+        streaming: Whether a response is written piece by piece.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        url: str | None = None,
+        revision: str | None = None,
+        api_key: str | None = None,
+        compression_rate: int | None = None,
+        max_documents: int | None = None,
+        min_reranking_score: float | None = None,
+        max_new_tokens: int | None = None,
+        streaming: bool = False,
+    ):
+        super().__init__(llm=MockLLM(), streaming=streaming)  # the base asks for one; it is never called
+        self._backend = open_backend(model, url, revision, api_key)
+        self._reading = Reading(compression_rate, max_documents, min_reranking_score, max_new_tokens)
+
+    def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> Any:
+        """Answer from texts; a generator of pieces where the synthesizer streams."""
+        if self._streaming:
+            return self._pieces(query_str, text_chunks)
+        return self._answer(query_str, text_chunks).text
+
+    async def aget_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> Any:
+        """Answer from texts, in a thread."""
+        if self._streaming:
+            return self._apieces(query_str, text_chunks)
+        return (await asyncio.to_thread(self._answer, query_str, text_chunks)).text
+
+    def synthesize(self, query: Any, nodes: list[NodeWithScore], *args: Any, **kwargs: Any) -> Any:
+        """Answer from nodes, and say what became of each."""
+        if self._streaming or not nodes:
+            return super().synthesize(query, nodes, *args, **kwargs)
+        answer = self._answer(_text_of(query), _texts_of(nodes))
+        return self._respond(answer, nodes, *args, **kwargs)
+
+    async def asynthesize(self, query: Any, nodes: list[NodeWithScore], *args: Any, **kwargs: Any) -> Any:
+        """Answer from nodes, in a thread."""
+        if self._streaming or not nodes:
+            return await super().asynthesize(query, nodes, *args, **kwargs)
+        answer = await asyncio.to_thread(self._answer, _text_of(query), _texts_of(nodes))
+        return self._respond(answer, nodes, *args, **kwargs)
+
+    def _respond(
+        self, answer: Answer, nodes: list[NodeWithScore], additional_source_nodes: Any = None, **_: Any
+    ) -> Any:
+        response = self._prepare_response_output(answer.text, [*nodes, *(additional_source_nodes or [])])
+        names = [node.node.node_id for node in nodes]
+        response.metadata = {
+            **(response.metadata or {}),
+            "sources": [{**source.as_dict(), "id": names[source.index]} for source in answer.sources],
+        }
+        return response
+
+    def _answer(self, question: str, texts: Sequence[str]) -> Answer:
+        return self._backend.answer([question], [texts], self._reading)[0]
+
+    def _pieces(self, question: str, texts: Sequence[str]) -> Generator[str, None, None]:
+        for piece in self._backend.stream(question, texts, self._reading):
+            if isinstance(piece, str):
+                yield piece
+
+    async def _apieces(self, question: str, texts: Sequence[str]) -> Any:
+        pieces, done = self._pieces(question, texts), object()
+        while (piece := await asyncio.to_thread(next, pieces, done)) is not done:
+            yield piece
+
+    def _get_prompts(self) -> PromptDictType:
+        return {}  # the prompt is the model's
+
+    def _update_prompts(self, prompts_dict: PromptDictType) -> None:
+        """Nothing: the prompt is what the model was trained with."""
+
+
+def _text_of(query: Any) -> str:
+    return query if isinstance(query, str) else query.query_str
+
+
+def _texts_of(nodes: Sequence[NodeWithScore]) -> list[str]:
+    return [node.node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes]
