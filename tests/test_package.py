@@ -29,7 +29,7 @@ def test_every_command_exists():
 
 
 def test_every_requirement_is_pinned():
-    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("requirements.txt", "requirements-dev.txt")]
+    texts = [path.read_text(encoding="utf-8") for path in ROOT.glob("requirements*.txt")]
     pinned = {name_of(line) for text in texts for line in text.splitlines() if re.match(r"[\w.-]+==", line)}
     extras = PROJECT["project"]["optional-dependencies"].values()
     required = {name_of(line) for group in [PROJECT["project"]["dependencies"], *extras] for line in group}

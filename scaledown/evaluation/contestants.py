@@ -79,7 +79,7 @@ def load_contestants(arguments: EvaluationArguments, device: torch.device) -> Co
         )
     found = Contestants(model)
     if config.enable_reranking and config.reranking_trained is False:
-        found.notes.append("The model's reranking head has not learned; its scores order documents at random.")
+        found.notes.append("The model's reranking head is untrained; its scores order documents at random.")
     found.description = {
         "name": arguments.model if not Path(arguments.model).exists() else Path(arguments.model).resolve().name,
         "revision": arguments.revision,

@@ -1,4 +1,4 @@
-"""What the reranking head learns from, and what is said where it has not learned."""
+"""What the reranking head learns from, and what is said where it is untrained."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ from scaledown.training.collators import JointCollator
 from scaledown.training.run import run
 from tiny import ANSWERS, DOCUMENTS, QUESTIONS, build_config, build_model
 
-NOT_LEARNED = "has not learned"
+NOT_LEARNED = "is untrained"
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_a_head_that_learns_nothing_is_told_of_in_the_log_the_card_and_at_rankin
     folder = train(backbones, tmp_path)
     assert "the reranking head does not learn" in caplog.text
     card = (folder / "README.md").read_text("utf-8")
-    assert "the head has not learned" in card and "model.rank" not in card
+    assert "the head is untrained" in card and "model.rank" not in card
     model = ScaleDownModel.from_pretrained(folder)
     caplog.clear()
     assert model.rank(QUESTIONS[0], DOCUMENTS[0])
