@@ -104,7 +104,8 @@ class _Service:
         texts = self._admit(body, body.compression_rate)
         settings = self.engine.compressor.settings(body.compression_rate, body.max_documents, body.min_reranking_score)
         sampling = Sampling(
-            max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+            max_tokens=body.limit,
+            min_tokens=body.min_tokens,
             temperature=body.temperature or 0.0,
             top_p=1.0 if body.top_p is None else body.top_p,
             seed=body.seed,

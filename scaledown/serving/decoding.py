@@ -7,6 +7,8 @@ import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation import BaseStreamer, TemperatureLogitsWarper, TopPLogitsWarper
 
+from modeling_scaledown import ScaleDownModel
+
 from .jobs import AnswerJob, End, Piece, Sampling
 
 REPLACEMENT = "�"  # what the bytes of half a character decode to
@@ -23,7 +25,7 @@ class Row:
     """
 
     def __init__(self, job: AnswerJob, limit: int, tokenizer: PreTrainedTokenizerBase, end_ids: set[int]):
-        self._job, self._limit, self._tokenizer, self._end_ids = job, limit, tokenizer, end_ids
+        self._job, self._limit, self._tokenizer, self.end_ids = job, limit, tokenizer, end_ids
         self._ids: list[int] = []
         self._sent = ""
         self._logprobs: list[dict[str, Any]] = []
@@ -34,6 +36,16 @@ class Row:
         """Whether nothing more is to be written, or nobody waits for it."""
         return self._done or self._job.cancelled
 
+    @property
+    def started(self) -> bool:
+        """Whether anything was written."""
+        return self._done or bool(self._ids)
+
+    @property
+    def too_short(self) -> bool:
+        """Whether the answer may not end yet."""
+        return len(self._ids) < self._job.sampling.min_tokens
+
     def add_logprob(self, entry: dict[str, Any]) -> None:
         """Keep the log probability of the token that comes next."""
         self._logprobs.append(entry)
@@ -42,7 +54,7 @@ class Row:
         """Take the next token, and hand over the text that is certain by now."""
         if self.done:
             return
-        if token in self._end_ids:
+        if token in self.end_ids:
             self._logprobs = self._logprobs[: len(self._ids)]
             self._finish("stop")
             return
@@ -55,6 +67,10 @@ class Row:
             self._finish("length")
         elif not text.endswith(REPLACEMENT):
             self._send(text[: len(text) - self._may_be_stop(text)])
+
+    def end(self, reason: str) -> None:
+        """End the answer where whoever writes it says that it ends."""
+        self._finish(reason)
 
     def fail(self, error: Exception) -> None:
         """End the answer with an error."""
@@ -78,6 +94,33 @@ class Row:
         self._send(self._text() if text is None else text)
         self._done = True
         self._job.put(End(reason, len(self._ids)))
+
+
+def logprob_entry(
+    tokenizer: PreTrainedTokenizerBase, chosen: tuple[int, float], best: Sequence[tuple[int, float]]
+) -> dict[str, Any]:
+    """An entry of OpenAI's `logprobs.content`.
+
+    Args:
+        tokenizer: The generator's.
+        chosen: The token that was written, and its log probability.
+        best: The likeliest in its place, the best first.
+
+    Returns:
+        A JSON object.
+    """
+
+    def token(number: int, logprob: float) -> dict[str, Any]:
+        text = tokenizer.decode([number])
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    return {**token(*chosen), "top_logprobs": [token(*pair) for pair in best]}
+
+
+def end_ids(model: ScaleDownModel) -> set[int]:
+    """Tokens that end an answer."""
+    ends = model.generation_config.eos_token_id
+    return {*(ends if isinstance(ends, list) else [ends]), model.processor.tokenizer.eos_token_id} - {None}
 
 
 class RowSampler(LogitsProcessor):
@@ -109,12 +152,17 @@ class RowSampler(LogitsProcessor):
             if row.done:
                 continue
             own = scores[place : place + 1].float()  # (1, vocab_size)
-            token = own.argmax(dim=-1)
+            allowed = own
+            if row.too_short:
+                ends = torch.tensor(sorted(row.end_ids), device=own.device)
+                allowed = own.index_fill(1, ends, -torch.inf)
+            token = allowed.argmax(dim=-1)
             if sampling.temperature > 0:
-                warped = TemperatureLogitsWarper(sampling.temperature)(None, own)
+                warped = TemperatureLogitsWarper(sampling.temperature)(None, allowed)
                 if sampling.top_p < 1:
                     warped = TopPLogitsWarper(sampling.top_p)(None, warped)
                 token = torch.multinomial(warped.softmax(dim=-1), 1, generator=self._random[place])[0]
+            if sampling.temperature > 0 or row.too_short:
                 chosen[place] = -torch.inf
                 chosen[place, token] = 0.0
             if sampling.top_logprobs is not None:
@@ -123,12 +171,9 @@ class RowSampler(LogitsProcessor):
 
     def _entry(self, logprobs: torch.Tensor, token: int, count: int) -> dict[str, Any]:
         best = logprobs.topk(count).indices.tolist() if count else []
-        entry = self._token(logprobs, token)
-        return {**entry, "top_logprobs": [self._token(logprobs, other) for other in best]}
-
-    def _token(self, logprobs: torch.Tensor, token: int) -> dict[str, Any]:
-        text = self._tokenizer.decode([token])
-        return {"token": text, "logprob": float(logprobs[token]), "bytes": list(text.encode())}
+        return logprob_entry(
+            self._tokenizer, (token, float(logprobs[token])), [(other, float(logprobs[other])) for other in best]
+        )
 
 
 class RowStreamer(BaseStreamer):

@@ -186,7 +186,9 @@ def reports(filled: FilledPrompts, row: int) -> list[DocumentReport]:
     ]
 
 
-def answer_limit(model: ScaleDownModel, prompt_tokens: int, max_tokens: int | None, default: int) -> int:
+def answer_limit(
+    model: ScaleDownModel, prompt_tokens: int, max_tokens: int | None, default: int, served: int | None = None
+) -> int:
     """Tokens that an answer may have.
 
     Args:
@@ -194,6 +196,7 @@ def answer_limit(model: ScaleDownModel, prompt_tokens: int, max_tokens: int | No
         prompt_tokens: Positions of the prompt.
         max_tokens: As asked for.
         default: Where nothing was asked for; cut to what fits.
+        served: Positions that another server gives the generator; None for all that it has.
 
     Returns:
         The limit.
@@ -202,6 +205,8 @@ def answer_limit(model: ScaleDownModel, prompt_tokens: int, max_tokens: int | No
         ScaleDownError: The prompt, or it with the answer that was asked for, exceeds the generator's context.
     """
     positions = getattr(model.config.generator_config, "max_position_embeddings", None)
+    if served is not None:
+        positions = served if positions is None else min(positions, served)
     room = default if positions is None else positions - prompt_tokens
     if room < 1 or (max_tokens is not None and positions is not None and max_tokens > room):
         raise ScaleDownError(

@@ -17,6 +17,7 @@ class Sampling:
 
     Args:
         max_tokens: Tokens at most; None for the model's own limit.
+        min_tokens: Tokens before the model may end the answer.
         temperature: 0 takes the likeliest token.
         top_p: Share of the probability to sample from.
         seed: Of the samples; None for a random one.
@@ -25,6 +26,7 @@ class Sampling:
     """
 
     max_tokens: int | None = None
+    min_tokens: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None

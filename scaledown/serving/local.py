@@ -10,7 +10,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from errors_scaledown import ScaleDownError
 
 from .batching import Work
-from .decoding import Row, RowSampler, RowStopping, RowStreamer
+from .decoding import Row, RowSampler, RowStopping, RowStreamer, end_ids
 from .engine import CompressorEngine, answer_limit, reports
 from .jobs import AnswerJob, Start
 
@@ -64,9 +64,7 @@ class LocalEngine:
         model, tokenizer = self.compressor.model, self.compressor.model.processor.tokenizer
         filled = self.compressor.fill(jobs)
         lengths = filled.batch["attention_mask"].sum(dim=1).tolist()
-        ends = model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
-        limits = []
+        ends, limits = end_ids(model), []
         for place, (job, length) in enumerate(zip(jobs, lengths, strict=True)):
             try:
                 limits.append(answer_limit(model, length, job.sampling.max_tokens, self._max_new_tokens))

@@ -93,6 +93,7 @@ class ChatRequest(WithDocuments):
     min_reranking_score: float | None = Field(default=None, allow_inf_nan=False)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    min_tokens: int = Field(default=0, ge=0)  # vLLM's name
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
@@ -132,9 +133,16 @@ class ChatRequest(WithDocuments):
             raise ValueError("top_logprobs needs logprobs=true")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream=true")
+        if self.limit is not None and self.min_tokens > self.limit:
+            raise ValueError(f"min_tokens is {self.min_tokens}, expected at most max_tokens, which is {self.limit}")
         if self.messages[-1].role != "user":
             raise ValueError("the last message must be the user's question")
         return self
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens that the answer may have, by either of OpenAI's names."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def conversation(self) -> list[dict[str, str]]:

@@ -48,20 +48,26 @@ class Service:
 
 
 @contextlib.contextmanager
-def serving(model: ScaleDownModel, engine: Engine | None = None, **settings: Any) -> Iterator[Service]:
-    """Serves a model as `tiny` until the block ends."""
-    arguments = ServingArguments(**{"model": "tiny", "max_new_tokens": 8, **settings})
-    metrics = Metrics()
-    engine = engine or build_engine(model, arguments, metrics)
-    app = create_app(engine, arguments, metrics, "tiny")
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
+def running(app: Any, port: int = 0) -> Iterator[int]:
+    """Runs an application until the block ends, on the port that it yields."""
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="critical"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 30
     while not server.started and time.monotonic() < deadline:
         time.sleep(0.01)
     try:
-        yield Service(server.servers[0].sockets[0].getsockname()[1], engine)
+        yield server.servers[0].sockets[0].getsockname()[1]
     finally:
         server.should_exit = True
         thread.join(30)
+
+
+@contextlib.contextmanager
+def serving(model: ScaleDownModel, **settings: Any) -> Iterator[Service]:
+    """Serves a model as `tiny` until the block ends."""
+    arguments = ServingArguments(**{"model": "tiny", "max_new_tokens": 8, **settings})
+    metrics = Metrics()
+    engine = build_engine(model, arguments, metrics)
+    with running(create_app(engine, arguments, metrics, "tiny")) as port:
+        yield Service(port, engine)

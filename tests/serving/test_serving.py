@@ -37,7 +37,7 @@ def chat(service: Service, question=QUESTIONS[0], documents=DOCUMENTS[0], **more
     )
 
 
-OUR_FIELDS = ("compression_rate", "max_documents", "min_reranking_score")
+OUR_FIELDS = ("compression_rate", "max_documents", "min_reranking_score", "min_tokens")
 
 
 def text_of(stream) -> str:
@@ -113,6 +113,20 @@ def test_the_limit_of_tokens_is_each_requests_own(service):
     assert short.usage.completion_tokens == 2 and short.choices[0].finish_reason == "length"
     assert whole.choices[0].message.content.startswith(short.choices[0].message.content)
     assert chat(service, max_completion_tokens=3).usage.completion_tokens == 3
+
+
+def test_an_answer_may_not_end_before_its_least_length(model):
+    with serving(model) as service:
+        ends = model.generation_config.eos_token_id
+        model.generation_config.eos_token_id = list(range(100, 400))  # nearly everything ends an answer
+        try:
+            assert chat(service).usage.completion_tokens < 8
+            assert chat(service, min_tokens=8).usage.completion_tokens == 8
+            assert chat(service, min_tokens=8, temperature=1.0, seed=3).usage.completion_tokens == 8
+        finally:
+            model.generation_config.eos_token_id = ends
+        status, reply, _ = service.send("/v1/chat/completions", {**ASKED, "min_tokens": 9, "max_tokens": 8})
+    assert status == 400 and "min_tokens is 9, expected at most max_tokens, which is 8" in reply["error"]["message"]
 
 
 def test_an_answer_ends_before_a_stop_text(service, model):
