@@ -9,10 +9,13 @@ VERSION_TESTS := $(patsubst %,tests/model/test_%.py, \
 NEWEST := transformers huggingface-hub tokenizers safetensors peft accelerate
 VERSIONS := -c "from importlib.metadata import version; print([f'{n} {version(n)}' for n in '$(NEWEST)'.split()])"
 
-.PHONY: demo test test-slow test-oldest test-newest test-wheel test-integrations lint format clean
+.PHONY: demo app test test-slow test-oldest test-newest test-wheel test-integrations test-app lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m scaledown.tools.demo
+
+app: $(VENV)-app/.installed
+	$(VENV)-app/bin/python app.py
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2
@@ -48,6 +51,11 @@ test-integrations: $(VENV)/.installed-dev
 	$(VENV)-integrations/bin/python -m pip install --quiet --requirement requirements-integrations.txt
 	$(VENV)-integrations/bin/python -m pytest tests/integrations
 
+# The page of app.py, in Chromium too where that is installed.
+test-app: $(VENV)-app/.installed $(VENV)/.installed-dev
+	$(VENV)-app/bin/python -m pip install --quiet playwright==1.65.2
+	$(VENV)-app/bin/python -m pytest tests/app -m "slow or not slow"
+
 # The wheel, tried where the sources are out of reach.
 test-wheel: $(VENV)/.installed-dev
 	$(call LAYER,wheel)
@@ -65,7 +73,8 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-wheel $(VENV)-integrations build *.egg-info runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(addprefix $(VENV)-,oldest newest wheel integrations app)
+	rm -rf build *.egg-info runs .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -77,6 +86,11 @@ $(VENV)/.installed: requirements.txt pyproject.toml setup.py | $(BIN)/python
 
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
+$(VENV)-app/.installed: requirements-app.txt $(VENV)/.installed
+	$(call LAYER,app)
+	$(VENV)-app/bin/python -m pip install --quiet --requirement requirements-app.txt
 	touch $@
 
 # make embedded, make embedded-comparison

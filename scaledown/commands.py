@@ -50,6 +50,14 @@ def serve() -> int:
     return _run("serving.serve", "serve")
 
 
+def app() -> int:
+    """Show a model in the browser: `scaledown-app`, `python app.py`."""
+    from .app.arguments import parse_arguments
+
+    _show_help(parse_arguments)
+    return _run("app.launch", "app")
+
+
 def _show_help(parse_arguments: Callable[[], object]) -> None:
     if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
         parse_arguments()  # prints and exits

@@ -15,7 +15,7 @@ ROWS = (
     {"data"},
     {"training", "evaluation", "benchmark"},
     {"world"},
-    {"serving", "integrations", "tools"},
+    {"serving", "integrations", "tools", "app"},
     {"commands"},
 )
 PLACES = {folder: place for place, row in enumerate(ROWS) for folder in row}

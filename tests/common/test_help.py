@@ -18,6 +18,7 @@ from scaledown.data.formats import FIELDS
         ("evaluate.py", "--baselines"),
         ("prepare_data.py", "--reranker"),
         ("benchmark.py", "--compressors"),
+        ("app.py", "--share"),
     ],
 )
 def test_help_needs_no_torch(script, option, tmp_path):

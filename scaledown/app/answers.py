@@ -1,0 +1,311 @@
+"""One question, answered twice and streamed: from the text of its passages, and from their slots."""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from queue import Queue
+from threading import Event, Thread
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation import BaseStreamer
+
+from errors_scaledown import ScaleDownError
+from filling_scaledown import FilledPrompts, PromptSettings, fill_prompts
+from generation_scaledown import DEFAULT_MAX_NEW_TOKENS
+
+from ..common.adapters import adapters_off
+from ..common.devices import wait_for
+from ..common.prompts import encode_texts, text_prompts
+from ..evaluation.contestants import Contestants
+from ..evaluation.systems import greedy
+
+MAX_PASSAGES = 100
+MAX_QUESTION_CHARACTERS = 2_000
+MAX_CHARACTERS = 100_000
+REPLACEMENT = "�"  # what the bytes of half a character decode to
+
+
+@dataclass(frozen=True)
+class Request:
+    """What somebody asks.
+
+    Args:
+        question: The question.
+        passages: The passages, in their order on the page.
+        compression_rate: Passage tokens per slot.
+        max_documents: How many of the best passages are read from slots; None for all.
+    """
+
+    question: str
+    passages: list[str]
+    compression_rate: int | None = None
+    max_documents: int | None = None
+
+
+@dataclass
+class Reading:
+    """An answer as far as it is written, and what it took. Seconds count from the texts on.
+
+    Args:
+        answer: The text.
+        tokens: Positions of the generator's prompt.
+        slots: Those of them that are slots.
+        compression: Seconds until the passages were compressed and the prompt was built.
+        first_token: Seconds until the first token.
+        whole: Seconds until the last one.
+        error: Why there is no answer.
+    """
+
+    answer: str = ""
+    tokens: int | None = None
+    slots: int | None = None
+    compression: float | None = None
+    first_token: float | None = None
+    whole: float | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What became of a passage.
+
+    Args:
+        number: Its place on the page, from 1.
+        text: Its text.
+        score: Its reranking score; None where the model has none.
+        slots: Slots it was compressed into.
+        read: Whether the generator reads these.
+    """
+
+    number: int
+    text: str
+    score: float | None
+    slots: int
+    read: bool
+
+
+@dataclass
+class Answers:
+    """Both answers as far as they are written.
+
+    Args:
+        from_text: The answer from whole passages.
+        from_slots: The answer from slots.
+        passages: The passages, in their order on the page; empty until they are compressed.
+    """
+
+    from_text: Reading = field(default_factory=Reading)
+    from_slots: Reading = field(default_factory=Reading)
+    passages: list[Passage] = field(default_factory=list)
+
+
+def read_request(question: str, passages: str, compression_rate: int | None, max_documents: int | None) -> Request:
+    """Read the fields of the page.
+
+    Args:
+        question: The question.
+        passages: Passages with a blank line between two.
+        compression_rate: Passage tokens per slot.
+        max_documents: How many passages are read at most.
+
+    Returns:
+        The request.
+
+    Raises:
+        ScaleDownError: Something is missing, or there is too much; the message is for the page.
+    """
+    question = question.strip()
+    if not question:
+        raise ScaleDownError("Please ask a question.")
+    if len(question) > MAX_QUESTION_CHARACTERS:
+        raise ScaleDownError(
+            f"The question has {len(question):,} characters; at most {MAX_QUESTION_CHARACTERS:,} are read. Please "
+            "shorten it."
+        )
+    parts = [part.strip() for part in re.split(r"\n\s*\n", passages.replace("\r\n", "\n"))]
+    parts = [part for part in parts if part]
+    if not parts:
+        raise ScaleDownError("Please paste at least one passage, or pick an example.")
+    if len(parts) > MAX_PASSAGES or len(passages) > MAX_CHARACTERS:
+        raise ScaleDownError(
+            f"That is too long: {len(parts):,} passages with {len(passages):,} characters. This page reads at most "
+            f"{MAX_PASSAGES} passages and {MAX_CHARACTERS:,} characters."
+        )
+    return Request(question, parts, compression_rate, max_documents)
+
+
+class Answerer:
+    """Answers one request at a time.
+
+    Args:
+        contestants: The model, its LoRA merged, and the generator that reads text, as for `evaluate.py`.
+    """
+
+    def __init__(self, contestants: Contestants):
+        self.model, self._generator = contestants.model, contestants.generator
+        self._adapters_off = contestants.adapters_off
+        self._max_new_tokens = self.model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+        self._writing = greedy(self.model.generation_config, self._max_new_tokens)
+
+    @property
+    def ranks(self) -> bool:
+        """Whether passages have scores."""
+        return self.model.config.enable_reranking
+
+    def answer(self, request: Request) -> Iterator[Answers]:
+        """Answer from slots, then from text: one after the other, so that neither is timed while the other runs.
+
+        Args:
+            request: The question and its passages.
+
+        Yields:
+            The same object after every token.
+        """
+        answers = Answers()
+        for read, reading in ((self._from_slots, answers.from_slots), (self._from_text, answers.from_text)):
+            try:
+                for _ in read(request, answers):
+                    yield answers
+            except ScaleDownError as error:
+                reading.error = str(error)
+            yield answers
+
+    def _from_text(self, request: Request, answers: Answers) -> Iterator[None]:
+        reading, started = answers.from_text, time.perf_counter()
+        processor = self.model.processor
+        (prompt,) = text_prompts(processor, [request.question], encode_texts(processor, [request.passages]))
+        reading.tokens = len(prompt)
+        self._check_length(reading.tokens, "Paste fewer or shorter passages.")
+        input_ids = torch.tensor([prompt], device=self._generator.device)
+
+        def generate(**streaming: Any) -> None:
+            inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+            if self._adapters_off:
+                with adapters_off(self._generator):
+                    self._generator.generate(**inputs, generation_config=self._writing, **streaming)
+            else:
+                self._generator.generate(**inputs, generation_config=self._writing, **streaming)
+
+        yield from self._write(reading, started, generate)
+
+    def _from_slots(self, request: Request, answers: Answers) -> Iterator[None]:
+        reading, started = answers.from_slots, time.perf_counter()
+        filled = self._fill(request)
+        wait_for(self.model.device)
+        reading.compression = time.perf_counter() - started
+        reading.tokens = filled.batch["input_ids"].shape[1]
+        answers.passages = _passages(request, filled)
+        reading.slots = sum(passage.slots for passage in answers.passages if passage.read)
+        self._check_length(reading.tokens, "Read fewer passages, or compress them more.")
+        yield
+
+        def generate(**streaming: Any) -> None:
+            self.model.generate(**filled.batch, **filled.compressed, generation_config=self._writing, **streaming)
+
+        yield from self._write(reading, started, generate)
+
+    @torch.inference_mode()
+    def _fill(self, request: Request) -> FilledPrompts:
+        processor = self.model.processor
+        questions, documents = processor.check_texts(request.question, request.passages)
+        limits = (None, request.max_documents if self.ranks else None, None)
+        # The length is checked here, in words for the page.
+        settings = PromptSettings(request.compression_rate, None, limits, None, with_scores=self.ranks)
+        return fill_prompts(self.model, questions, documents, processor.conversations(questions), settings)
+
+    def _check_length(self, tokens: int, remedy: str) -> None:
+        positions = getattr(self.model.config.generator_config, "max_position_embeddings", None)
+        if positions is not None and tokens + self._max_new_tokens > positions:
+            raise ScaleDownError(
+                f"Too long: the prompt has {tokens:,} tokens, and the language model has {positions:,} positions, "
+                f"{self._max_new_tokens} of them for the answer. {remedy}"
+            )
+
+    def _write(self, reading: Reading, started: float, generate: Callable[..., None]) -> Iterator[None]:
+        ids: list[int] = []
+        for moment, token in stream_tokens(generate):
+            if token is None:
+                reading.whole = moment - started
+            else:
+                reading.first_token = reading.first_token or moment - started
+                ids.append(token)
+                (text,) = self.model.processor.decode_answers(torch.tensor([ids]))
+                reading.answer = text.rstrip(REPLACEMENT)
+            yield
+
+
+def _passages(request: Request, filled: FilledPrompts) -> list[Passage]:
+    scores = filled.scores[0] or [None] * len(request.passages)
+    read = set(filled.read[0])
+    return [
+        Passage(place + 1, text, score, slots, place in read)
+        for place, (text, score, slots) in enumerate(zip(request.passages, scores, filled.slots[0], strict=True))
+    ]
+
+
+class _TokenQueue(BaseStreamer):
+    """Takes tokens out of `generate()` with the moment each was written."""
+
+    def __init__(self):
+        self.queue: Queue[tuple[float, int | None] | Exception] = Queue()
+        self._has_prompt = False
+
+    def put(self, value: torch.LongTensor) -> None:
+        """See `BaseStreamer`; the first call brings the prompt."""
+        if self._has_prompt:
+            self.queue.put((time.perf_counter(), int(value[0])))
+        self._has_prompt = True
+
+    def end(self) -> None:
+        """See `BaseStreamer`."""
+        self.queue.put((time.perf_counter(), None))
+
+
+class _Stopped(StoppingCriteria):
+    """Ends an answer that nobody waits for any more."""
+
+    def __init__(self, event: Event):
+        self._event = event
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        """See `StoppingCriteria`; returns `(batch,)`."""
+        return torch.full((input_ids.shape[0],), self._event.is_set(), device=input_ids.device)
+
+
+def stream_tokens(generate: Callable[..., None]) -> Iterator[tuple[float, int | None]]:
+    """Run a `generate()` for one prompt in a thread, and hand over its tokens as they are written.
+
+    Args:
+        generate: Takes `streamer` and `stopping_criteria`.
+
+    Yields:
+        The moment on `time.perf_counter` and the token; at the end the moment and None.
+
+    Raises:
+        Exception: What `generate` raised.
+    """
+    streamer, stopped = _TokenQueue(), Event()
+
+    @torch.inference_mode()
+    def run() -> None:
+        try:
+            generate(streamer=streamer, stopping_criteria=StoppingCriteriaList([_Stopped(stopped)]))
+        except Exception as error:
+            streamer.queue.put(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = streamer.queue.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+            if item[1] is None:
+                return
+    finally:
+        stopped.set()
+        thread.join()
