@@ -46,9 +46,10 @@ class ChatServer:
 
     Args:
         behave: Takes how often this question was asked before, and the request; returns the reply.
+        pages: What it says to GET, by path: a JSON value, or text.
     """
 
-    def __init__(self, behave: Callable[[int, dict[str, Any]], Reply]):
+    def __init__(self, behave: Callable[[int, dict[str, Any]], Reply], pages: dict[str, Any] | None = None):
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
@@ -72,6 +73,10 @@ class ChatServer:
                 finally:
                     with lock:
                         at_work[0] -= 1
+
+            def do_GET(self):
+                body = (pages or {}).get(self.path)
+                self.reply(Reply(404) if body is None else Reply(body=body))
 
             def reply(self, reply: Reply) -> None:
                 time.sleep(reply.delay)

@@ -11,12 +11,31 @@ from ..common.command_line import check_least, parse_options, refuse_existing, r
 from .shapes import SHAPES
 from .workload import Workload
 
-MODES = ("flops", "speed", "train", "scaling")
+MODES = ("flops", "speed", "train", "scaling", "serving")
 SWEPT = ("batch_size", "num_documents", "document_length", "new_tokens", "compression_rate")
 DEFAULT_COMPRESSORS = "5"
 # Counting has no batches, clocks or types of numbers.
 _OF_MEASUREMENTS = ("batch_size", "sweep", "mixed_lengths", "compile", "repeats", "threads", "dtype", "device")
-UNREAD = {"flops": _OF_MEASUREMENTS, "scaling": _OF_MEASUREMENTS, "train": ("sweep", "compile")}
+_OF_SERVING = ("service_url", "text_url", "concurrency")
+UNREAD = {
+    "flops": (*_OF_MEASUREMENTS, *_OF_SERVING),
+    "speed": _OF_SERVING,
+    "scaling": (*_OF_MEASUREMENTS, *_OF_SERVING),
+    "train": ("sweep", "compile", *_OF_SERVING),
+    # What computes, and how, was decided when the servers were started.
+    "serving": (
+        "compressors",
+        "prompt_length",
+        "batch_size",
+        "sweep",
+        "mixed_lengths",
+        "compile",
+        "threads",
+        "dtype",
+        "device",
+    ),
+}
+CONCURRENCY = "1,8,32"
 
 
 @dataclass
@@ -31,14 +50,15 @@ class BenchmarkArguments:
         default="flops",
         metadata={
             "help": "flops: operations, counted without computing them; speed: time and memory of answers; train: "
-            "those of training steps; scaling: operations against the number and the length of documents."
+            "those of training steps; scaling: operations against the number and the length of documents; serving: "
+            "requests per second of running servers."
         },
     )
     generator: str | None = field(
         default=None,
         metadata={
             "help": f"The generator's shape: {', '.join(SHAPES)}, a folder, or a name on the Hub. In mode flops all of "
-            "OSCAR's table 1 by default."
+            "OSCAR's table 1 by default. In mode serving the folder that vLLM serves, whose tokenizer is used."
         },
     )
     compressors: str = field(
@@ -80,6 +100,18 @@ class BenchmarkArguments:
         metadata={"help": "Type of the weights; auto is bfloat16 if the GPU supports it, float32 on a CPU."},
     )
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, mps …"})
+    service_url: str | None = field(
+        default=None, metadata={"help": "Mode serving: API of ScaleDown's service, such as http://127.0.0.1:8000/v1."}
+    )
+    text_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "Mode serving: API of the vLLM that reads whole documents, such as http://127.0.0.1:8001/v1."
+        },
+    )
+    concurrency: str = field(
+        default=CONCURRENCY, metadata={"help": "Mode serving: requests under way at once, separated by commas."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of weights, ids and lengths."})
     output_dir: str | None = field(
         default=None, metadata={"help": "A new folder for the JSON file, the table and the plots."}
@@ -95,12 +127,22 @@ class BenchmarkArguments:
         unread = UNREAD.get(self.mode, ()) + (("compressors",) if self.generator is None else ())
         without = "" if self.generator else " without a generator"
         refuse_options(self, unread, f"mode {self.mode}{without}")
-        _ = self.settings  # is read now, not after the work
+        if self.mode == "serving" and not (self.service_url and self.text_url):
+            raise ScaleDownError("mode serving measures running servers; pass --service_url and --text_url.")
+        _ = self.settings, self.levels  # are read now, not after the work
 
     @property
     def compressor_names(self) -> list[str]:
         """The compressors asked for, each once."""
         return split_names(self.compressors)
+
+    @property
+    def levels(self) -> list[int]:
+        """The numbers of requests at once, each once."""
+        names = split_names(self.concurrency)
+        if not names or not all(name.isdecimal() and int(name) > 0 for name in names):
+            raise ScaleDownError(f"concurrency is {self.concurrency!r}, expected whole numbers such as {CONCURRENCY}.")
+        return [int(name) for name in names]
 
     @property
     def workload(self) -> Workload:

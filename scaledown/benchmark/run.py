@@ -9,7 +9,7 @@ from typing import Any
 from ..common.command_line import run_command
 from ..common.devices import find_device
 from ..common.environment import describe_environment
-from . import speed
+from . import serving, speed
 from .arguments import SWEPT, BenchmarkArguments, parse_arguments
 from .flops import count_rows, count_table, render
 from .plots import plot_flops, plot_lines, plot_speed
@@ -75,8 +75,13 @@ def _train(arguments: BenchmarkArguments) -> tuple[list[dict[str, Any]], str]:
     return rows, render_training(rows)
 
 
+def _serving(arguments: BenchmarkArguments) -> tuple[list[dict[str, Any]], str]:
+    rows = serving.measure(arguments)
+    return rows, serving.render(rows)
+
+
 # Each measures, and returns rows of JSON values and a table.
-RUN_BY_MODE = {"flops": _flops, "speed": _speed, "scaling": _scaling, "train": _train}
+RUN_BY_MODE = {"flops": _flops, "speed": _speed, "scaling": _scaling, "train": _train, "serving": _serving}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
