@@ -9,7 +9,7 @@ import gradio as gr
 
 from errors_scaledown import ScaleDownError
 
-from .answers import Answerer, read_request
+from .answers import Answerer, Answers, read_request
 from .examples import Example, right_answer
 from .panels import CSS, answer_panel, notice, ranking_panel
 
@@ -84,31 +84,35 @@ def build_page(answerer: Answerer, examples: list[Example], about: str) -> gr.Bl
                 elem_id="limit",
             )
         button = gr.Button("Answer", variant="primary", elem_id="answer")
+        empty_text, empty_slots, _ = _panels(Answers())
         line = gr.HTML(elem_id="notice")
         with gr.Row():
             with gr.Column(min_width=320):
-                from_text = gr.HTML(answer_panel(*TEXT_PANEL, None), elem_id="from-text")
+                from_text = gr.HTML(empty_text, elem_id="from-text")
             with gr.Column(min_width=320):
-                from_slots = gr.HTML(answer_panel(*SLOTS_PANEL, None), elem_id="from-slots")
+                from_slots = gr.HTML(empty_slots, elem_id="from-slots")
         ranking = gr.HTML(elem_id="ranking")
+        panels = [line, from_text, from_slots, ranking]
 
-        def respond(question: str, passages: str, rate: float, limit: float) -> Iterator[Panels]:
+        def respond(question: str, passages: str, rate: float | None, limit: float | None) -> Iterator[Panels]:
             yield from answer_panels(answerer, examples, question, passages, rate, limit)
 
-        def pick(number: int) -> tuple[str, str, int]:
-            picked = examples[number]
-            return picked.question, "\n\n".join(picked.passages), _slider(picked)
+        def pick(number: int) -> tuple[Any, ...]:
+            picked = examples[number]  # what was answered before is not about it
+            return picked.question, "\n\n".join(picked.passages), _slider(picked), "", *_panels(Answers())
 
         gr.on(
             [button.click, question.submit],
             respond,
             [question, passages, rate, limit],
-            [line, from_text, from_slots, ranking],
+            panels,
             show_progress="hidden",
             concurrency_limit=1,  # two at a time would be timed together
             api_name="answer",
         )
-        example.input(pick, example, [question, passages, limit], show_progress="hidden", api_visibility="private")
+        example.input(
+            pick, example, [question, passages, limit, *panels], show_progress="hidden", api_visibility="private"
+        )
     return page.queue(max_size=16)
 
 
@@ -129,7 +133,12 @@ def open_page(page: gr.Blocks, host: str | None, port: int | None, **settings: A
 
 
 def answer_panels(
-    answerer: Answerer, examples: list[Example], question: str, passages: str, rate: float, limit: float
+    answerer: Answerer,
+    examples: list[Example],
+    question: str,
+    passages: str,
+    rate: float | None,
+    limit: float | None,
 ) -> Iterator[Panels]:
     """Answer what stands on the page.
 
@@ -138,38 +147,37 @@ def answer_panels(
         examples: Tell the right answer, where an example was not changed.
         question: The question.
         passages: Passages with a blank line between two.
-        rate: Passage tokens per slot.
-        limit: Passages read from slots at most; `ALL` for every one.
+        rate: Passage tokens per slot; None where the field was emptied.
+        limit: Passages read from slots at most, `ALL` for every one; None where the field was emptied.
 
     Yields:
         HTML of the line, of both answers and of the ranking.
     """
-    empty = (answer_panel(*TEXT_PANEL, None), answer_panel(*SLOTS_PANEL, None), "")
     try:
+        if not rate or not limit:
+            raise ScaleDownError("Please set the compression rate and the number of passages.")
         request = read_request(question, passages, int(rate), None if limit >= ALL else int(limit))
-        yield "", *empty
-        line = ""
+        answers = Answers()
+        yield "", *_panels(answers)
         for answers in answerer.answer(request):
-            yield (
-                line,
-                answer_panel(*TEXT_PANEL, answers.from_text),
-                answer_panel(*SLOTS_PANEL, answers.from_slots),
-                ranking_panel(answers.passages),
-            )
+            yield "", *_panels(answers)
         right = right_answer(examples, request.question, request.passages)
         if right is not None:
-            line = notice(f"The right answer: {right}.")
-        yield (
-            line,
-            answer_panel(*TEXT_PANEL, answers.from_text),
-            answer_panel(*SLOTS_PANEL, answers.from_slots),
-            ranking_panel(answers.passages),
-        )
+            yield notice(f"The right answer: {right}."), *_panels(answers)
     except ScaleDownError as error:
-        yield notice(str(error), is_error=True), *empty
+        yield notice(str(error), is_error=True), *_panels(Answers())
     except Exception:
         logger.exception("a question could not be answered")
-        yield notice("Something went wrong here; the log of the page has the details.", is_error=True), *empty
+        line = notice("Something went wrong here; the log of the page has the details.", is_error=True)
+        yield line, *_panels(Answers())
+
+
+def _panels(answers: Answers) -> tuple[str, str, str]:
+    return (
+        answer_panel(*TEXT_PANEL, answers.from_text),
+        answer_panel(*SLOTS_PANEL, answers.from_slots),
+        ranking_panel(answers.passages),
+    )
 
 
 def _slider(example: Example) -> int:

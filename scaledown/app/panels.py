@@ -40,8 +40,8 @@ CSS = """
 .sd .sd-state::before { content: "●"; margin-right: 6px; color: var(--sd-read); }
 .sd .sd-out .sd-state::before { content: "○"; color: var(--sd-quiet); }
 .sd .sd-excerpt { grid-column: 1 / -1; font-size: .82rem; }
+@media (max-width: 1150px) { .sd .sd-figures { grid-template-columns: repeat(2, 1fr); } }
 @media (max-width: 600px) {
-  .sd .sd-figures { grid-template-columns: repeat(2, 1fr); }
   .sd .sd-ranking li { grid-template-columns: 5.2rem 1fr 2.8rem; }
   .sd .sd-state { grid-column: 1 / -1; }
 }
@@ -64,18 +64,17 @@ def notice(text: str, is_error: bool = False) -> str:
     return f'<div class="sd"><p role="{role}" class="{kind}">{escape(text)}</p></div>'
 
 
-def answer_panel(title: str, how: str, reading: Reading | None) -> str:
+def answer_panel(title: str, how: str, reading: Reading) -> str:
     """An answer with what it took.
 
     Args:
         title: What was read.
         how: One line about who reads it.
-        reading: The answer as far as it is written; None before anything is asked.
+        reading: The answer as far as it is written.
 
     Returns:
         HTML.
     """
-    reading = reading or Reading()
     if reading.error is not None:
         body = f'<p role="alert" class="sd-notice sd-error">{escape(reading.error)}</p>'
     elif reading.answer:

@@ -54,6 +54,11 @@ def test_errors_are_one_line(answerer, examples):
     assert 'role="alert"' in line and "Please ask a question." in line
 
 
+def test_an_emptied_field_of_a_slider_is_a_line(answerer, examples):
+    ((line, *_),) = answer_panels(answerer, examples, "Who?", "A heron.", None, ALL)
+    assert "compression rate" in line
+
+
 def test_a_failure_is_a_line_too(examples, caplog):
     class Broken:
         def answer(self, request):
@@ -119,11 +124,14 @@ def test_it_answers_and_ranks(page, examples):
 
 @pytest.mark.slow
 def test_an_example_that_is_picked_fills_the_page(page, examples):
+    page.click("#answer")
+    page.wait_for_selector("#notice [role=status]")
     page.click("#example input")
     page.click("#example [role=option] >> nth=2")
     page.wait_for_function(
         "value => document.querySelector('#question textarea').value == value", arg=examples[2].question
     )
+    page.wait_for_function("!document.querySelector('#notice p') && !document.querySelector('#ranking li')")
     assert page.input_value("#limit input[type=number]") == "3"
     page.click("#answer")
     page.wait_for_selector("#notice [role=status]")
