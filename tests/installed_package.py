@@ -34,9 +34,9 @@ def main() -> None:
     check(checkout / "scaledown" not in Path(scaledown.__file__).parents, "scaledown is the installed package")
     library = importlib.util.find_spec("evaluate")
     check(library is None or library.submodule_search_locations is not None, "evaluate is the library")
-    for script in ("train", "prepare_data", "benchmark"):
+    for script in ("train", "prepare_data", "benchmark", "app"):
         check(importlib.util.find_spec(script) is None, f"{script}.py is not installed")
-    for command in ("train", "evaluate", "prepare-data", "benchmark"):
+    for command in ("train", "evaluate", "prepare-data", "benchmark", "app"):
         path = Path(sys.executable).with_name(f"scaledown-{command}")
         help_text = subprocess.run([path, "--help"], capture_output=True, text=True, check=True).stdout
         check(help_text.startswith(f"usage: {path.name} "), f"{path.name} --help")
