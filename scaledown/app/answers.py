@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from queue import Queue
 from threading import Event, Thread
@@ -183,10 +184,7 @@ class Answerer:
 
         def generate(**streaming: Any) -> None:
             inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-            if self._adapters_off:
-                with adapters_off(self._generator):
-                    self._generator.generate(**inputs, generation_config=self._writing, **streaming)
-            else:
+            with adapters_off(self._generator) if self._adapters_off else nullcontext():
                 self._generator.generate(**inputs, generation_config=self._writing, **streaming)
 
         yield from self._write(reading, started, generate)
@@ -200,11 +198,11 @@ class Answerer:
         answers.passages = _passages(request, filled)
         reading.slots = sum(passage.slots for passage in answers.passages if passage.read)
         self._check_length(reading.tokens, "Read fewer passages, or compress them more.")
-        yield
 
         def generate(**streaming: Any) -> None:
             self.model.generate(**filled.batch, **filled.compressed, generation_config=self._writing, **streaming)
 
+        # Nothing is yielded before this: the clock would run while the page is drawn.
         yield from self._write(reading, started, generate)
 
     @torch.inference_mode()
