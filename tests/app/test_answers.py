@@ -72,7 +72,7 @@ def test_answers_grow_and_times_follow_each_other(answerer, examples):
         written.append((answers.from_slots.answer, answers.from_text.answer))
     for texts in zip(*written, strict=True):
         assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
-        assert len(set(texts)) > 2
+        assert len(set(texts)) > 1
     assert 0 < answers.from_slots.compression < answers.from_slots.first_token < answers.from_slots.whole
     assert answers.from_text.compression is None
     assert 0 < answers.from_text.first_token < answers.from_text.whole
