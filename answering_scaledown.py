@@ -330,11 +330,7 @@ class AnsweringMixin:
         self.processor.check_texts(asked, [[document] for document in documents])
         queries = questions if questions is not None else [""] * len(documents)
         chunks = _compress_texts(self, queries, [[document] for document in documents], None, None, 64)
-        rows = [
-            chunks.memory_embeddings[chunks.chunk_to_document == i][chunks.memory_mask[chunks.chunk_to_document == i]]
-            for i in range(len(documents))
-        ]
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (n_docs, slots, hidden)
+        return nn.utils.rnn.pad_sequence(chunks.by_document(), batch_first=True)  # (n_docs, slots, hidden)
 
     @torch.no_grad()
     def generate_from_compressed_documents_and_questions(

@@ -33,7 +33,7 @@ try:
     from .backbones_scaledown import refuse_adapter
     from .card_scaledown import CARD_NAME, CARD_TEMPLATE_NAME, HUB_NAME, is_rendered, read_card_fields, write_card
     from .configuration_scaledown import WEIGHTS_FORMATS
-    from .embeddings_scaledown import embeddings_name, fill_embeddings, read_embeddings, shared_embeddings
+    from .embeddings_scaledown import compressor_embeddings_name, fill_embeddings, read_embeddings, shared_embeddings
     from .errors_scaledown import ScaleDownError
     from .gguf_scaledown import gguf_files, split_gguf
     from .lora_scaledown import check_lora, freeze, load_lora
@@ -56,7 +56,7 @@ except ImportError:
     from backbones_scaledown import refuse_adapter
     from card_scaledown import CARD_NAME, CARD_TEMPLATE_NAME, HUB_NAME, is_rendered, read_card_fields, write_card
     from configuration_scaledown import WEIGHTS_FORMATS
-    from embeddings_scaledown import embeddings_name, fill_embeddings, read_embeddings, shared_embeddings
+    from embeddings_scaledown import compressor_embeddings_name, fill_embeddings, read_embeddings, shared_embeddings
     from errors_scaledown import ScaleDownError
     from gguf_scaledown import gguf_files, split_gguf
     from lora_scaledown import check_lora, freeze, load_lora
@@ -391,8 +391,7 @@ def _lacks_embeddings(model: PreTrainedModel, name_or_path: str, hub: dict) -> b
     """Whether a delta leaves it to the generator which token embeddings its compressor has."""
     if model.compressor.backbone is None or model.config.compressor_type != "n_layers":
         return False
-    name = f"compressor.backbone.{embeddings_name(model.compressor.backbone)}"
-    return name not in checkpoint_index(name_or_path, **hub)
+    return compressor_embeddings_name(model) not in checkpoint_index(name_or_path, **hub)
 
 
 def _leave_out_saved(config_class: type, settings: dict, name_or_path: str, hub: dict) -> dict:

@@ -80,6 +80,13 @@ class CompressedDocuments(ModelOutput):
     chunk_to_document: torch.LongTensor | None = None
     document_to_example: torch.LongTensor | None = None
 
+    def by_document(self) -> list[torch.FloatTensor]:
+        """Memory embeddings `(slots, hidden_size)` of each document, those of a long one's chunks in a row."""
+        num_documents = self.document_to_example.shape[0]
+        slots = self.memory_mask.sum(dim=1)  # (num_chunks,)
+        slots = slots.new_zeros(num_documents).index_add(0, self.chunk_to_document, slots)  # (num_documents,)
+        return list(self.memory_embeddings[self.memory_mask].split(slots.tolist()))
+
 
 class RerankingHead(nn.Linear):
     """A dense layer to one score, in 32 bits: 16 have too few digits to tell close documents apart."""

@@ -33,6 +33,11 @@ def embeddings_name(part: PreTrainedModel) -> str:
     return next(name for name, module in part.named_modules() if module is embeddings) + ".weight"
 
 
+def compressor_embeddings_name(model: PreTrainedModel) -> str:
+    """Name of the compressor's token embeddings among the weights of a `ScaleDownModel` with a backbone."""
+    return f"compressor.backbone.{embeddings_name(model.compressor.backbone)}"
+
+
 def shared_embeddings(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> str | None:
     """
     Finds the compressor's token embeddings, if they are still the generator's.
@@ -46,7 +51,7 @@ def shared_embeddings(model: PreTrainedModel, state_dict: dict[str, torch.Tensor
     """
     if model.config.compressor_type != "n_layers":
         return None
-    name = f"compressor.backbone.{embeddings_name(model.compressor.backbone)}"
+    name = compressor_embeddings_name(model)
     own, generators = state_dict.get(name), state_dict.get(f"generator.{embeddings_name(model.generator)}")
     if own is None or generators is None or own.is_meta or generators.is_meta or own.shape != generators.shape:
         return None

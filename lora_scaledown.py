@@ -93,13 +93,10 @@ class LoraMixin:
                 "LoRA cannot be merged into a generator whose weights are offloaded: they are on no device between "
                 "calls. Load the model without offloading, merge and save it, and load that with offloading."
             )
-        for name, module in list(self.generator.named_modules()):
+        for module in self.generator.modules():
             if hasattr(module, "lora_A") and hasattr(module, "merge"):
                 module.merge(safe_merge=True)
-                parent, _, child = name.rpartition(".")
-                setattr(self.generator.get_submodule(parent), child, module.get_base_layer())
-        if hasattr(self.generator, "peft_config"):
-            del self.generator.peft_config
+        remove_lora(self.generator)
         self.config.lora_config = None
         # From here on the generator is no longer the one of its repository.
         self.config.weights_format = "full"
@@ -128,6 +125,21 @@ def inject_lora(generator: PreTrainedModel, settings: dict):
         if "lora_" in name:
             # PEFT initialised them; transformers' own initialisation would undo that the new layers start as 0.
             parameter._is_hf_initialized = True
+
+
+def remove_lora(generator: PreTrainedModel):
+    """
+    Takes LoRA layers off a generator; what they learned is lost unless it was merged.
+
+    Args:
+        generator (`PreTrainedModel`): A causal language model with LoRA layers.
+    """
+    for name, module in list(generator.named_modules()):
+        if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
+            parent, _, child = name.rpartition(".")
+            setattr(generator.get_submodule(parent), child, module.get_base_layer())
+    if hasattr(generator, "peft_config"):
+        del generator.peft_config
 
 
 def freeze(model: PreTrainedModel):

@@ -36,7 +36,7 @@ try:
     from .checkpoint_scaledown import CheckpointMixin
     from .compression_scaledown import CompressionCache, check_batch_size, chunks_per_pass, compress_by_length
     from .compressor_scaledown import COMPRESSORS, CompressedDocuments, ScaleDownCompressor
-    from .embeddings_scaledown import embeddings_name
+    from .embeddings_scaledown import compressor_embeddings_name
     from .errors_scaledown import WITHOUT_GENERATOR, ScaleDownError
     from .generation_scaledown import ScaleDownGenerationMixin
     from .lora_scaledown import LoraMixin, freeze, inject_lora
@@ -51,7 +51,7 @@ except ImportError:
     from checkpoint_scaledown import CheckpointMixin
     from compression_scaledown import CompressionCache, check_batch_size, chunks_per_pass, compress_by_length
     from compressor_scaledown import COMPRESSORS, CompressedDocuments, ScaleDownCompressor
-    from embeddings_scaledown import embeddings_name
+    from embeddings_scaledown import compressor_embeddings_name
     from errors_scaledown import WITHOUT_GENERATOR, ScaleDownError
     from generation_scaledown import ScaleDownGenerationMixin
     from lora_scaledown import LoraMixin, freeze, inject_lora
@@ -169,8 +169,8 @@ class ScaleDownModel(
             self._keys_to_ignore_on_load_unexpected.add(r"^generator\.")
             if config.weights_format == "delta" and config.compressor_type == "n_layers" and with_backbone:
                 # Where a delta has none, they are the generator's.
-                name = re.escape(embeddings_name(self.compressor.backbone))
-                self._keys_to_ignore_on_load_missing.add(rf"^compressor\.backbone\.{name}$")
+                name = re.escape(compressor_embeddings_name(self))
+                self._keys_to_ignore_on_load_missing.add(f"^{name}$")
         if not with_backbone:
             self._keys_to_ignore_on_load_unexpected.add(r"^compressor\.backbone\.")
         freeze(self)

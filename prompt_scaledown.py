@@ -91,7 +91,7 @@ class PromptMixin:
         """
         learned = [[] for _ in questions]
         if answers is not None:
-            learned = self._encode_answers(answers, max_answer_length)
+            learned = self.encode_answers(answers, max_answer_length)
         separator = encode_continuations(self.tokenizer, [self.document_separator])[0]
         filler = self._slot_filler_id()
         said = [(c.system_prompt, c.turns) for c in conversations or [Conversation(text) for text in questions]]
@@ -209,7 +209,20 @@ class PromptMixin:
             raise ScaleDownError("The chat template does not repeat earlier turns once and in order; leave them out.")
         return text
 
-    def _encode_answers(self, answers: list[str], max_answer_length: int) -> list[list[int]]:
+    def encode_answers(self, answers: list[str], max_answer_length: int) -> list[list[int]]:
+        """
+        Encodes answers to learn, each with its end token.
+
+        Args:
+            answers (`list[str]`): Answers.
+            max_answer_length (`int`): Longer ones are cut, and have no end token then.
+
+        Returns:
+            `list[list[int]]`: Token ids.
+
+        Raises:
+            ScaleDownError: nothing would be left of an answer.
+        """
         if max_answer_length < 2:
             raise ScaleDownError(
                 f"max_answer_length={max_answer_length} must be at least 2: a token and the end token."
@@ -229,6 +242,16 @@ class PromptMixin:
     def pad_prompts(
         self, prompts: list[tuple[list[int], list[bool]]], learned: list[list[int]]
     ) -> dict[str, torch.Tensor]:
+        """
+        Pads prompts and the answers learned after them into one batch.
+
+        Args:
+            prompts (`list[tuple[list[int], list[bool]]]`): Token ids, and which of them are slots.
+            learned (`list[list[int]]`): Token ids of each answer; empty where there is none.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `input_ids`, `attention_mask`, `slot_mask` and `labels`, as in `__call__`.
+        """
         rows, slots, labels = [], [], []
         for (ids, is_slot), answer in zip(prompts, learned, strict=True):
             rows.append(ids + answer)

@@ -11,6 +11,7 @@ from peft.utils import load_peft_weights
 from transformers import PreTrainedModel
 
 from errors_scaledown import ScaleDownError
+from lora_scaledown import remove_lora
 from modeling_scaledown import ScaleDownModel
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -90,12 +91,7 @@ def without_lora(generator: PreTrainedModel) -> PreTrainedModel:
         The generator as it was before training.
     """
     twin = copy.deepcopy(generator)
-    for name, module in list(twin.named_modules()):
-        if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
-            parent, _, child = name.rpartition(".")
-            setattr(twin.get_submodule(parent), child, module.get_base_layer())
-    if hasattr(twin, "peft_config"):
-        del twin.peft_config
+    remove_lora(twin)
     return twin
 
 

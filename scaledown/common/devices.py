@@ -1,7 +1,6 @@
 """Where models run: the device, the processes, and the type of the weights."""
 
 import os
-from typing import Any
 
 import torch
 
@@ -87,8 +86,3 @@ def hold_learned_in_32_bits(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-
-
-def is_quantized(model: Any) -> bool:
-    """Whether a ScaleDown model's generator is held in few bits: because it was asked for, or was stored so."""
-    return getattr(model.generator, "hf_quantizer", None) is not None

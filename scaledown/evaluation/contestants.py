@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from errors_scaledown import ScaleDownError
 from gguf_scaledown import split_gguf
 from modeling_scaledown import ScaleDownModel
+from quantization_scaledown import is_quantized
 from weights_scaledown import load_complete
 
 from ..common.adapters import merge_adapter, without_lora
 from ..common.choices import MEMORY_BASELINES, TEXT_BASELINES
-from ..common.devices import is_quantized, pick_dtype
+from ..common.devices import pick_dtype
 from ..common.loading import load_model
 from .arguments import EvaluationArguments
 from .data import Example
@@ -99,7 +100,7 @@ def load_contestants(arguments: EvaluationArguments, device: torch.device) -> Co
         if arguments.reader is not None:
             _make_reader(found, arguments.reader)
     if config.lora_config is not None:
-        if is_quantized(model):
+        if is_quantized(model.generator):
             found.notes.append("The quantised generator keeps its LoRA unmerged, which makes the model slower.")
         else:
             model.merge_lora()
@@ -193,7 +194,7 @@ def _find_generator(
     elif config.lora_config is None:
         found.generator = model.generator
         found.notes.append("The baselines read text with the model's own generator, which has no LoRA.")
-    elif is_quantized(model):
+    elif is_quantized(model.generator):
         found.generator, found.adapters_off = model.generator, True
         found.notes.append("The baselines read text with the quantised generator, its LoRA passed over.")
     else:
@@ -204,10 +205,11 @@ def _find_generator(
 def _make_reader(found: Contestants, adapter: str) -> None:
     """Put a reader's LoRA into the generator of the baselines, which must not be the model's own with its LoRA."""
     if found.generator is found.model.generator:
-        if is_quantized(found.model) or found.model.config.generator_fingerprint is None:
+        quantized = is_quantized(found.model.generator)
+        if quantized or found.model.config.generator_fingerprint is None:
             raise ScaleDownError(
                 f"--reader {adapter} needs the generator as it was before training, and the model's own is "
-                f"{'quantised' if is_quantized(found.model) else 'changed'}; name the original with --generator."
+                f"{'quantised' if quantized else 'changed'}; name the original with --generator."
             )
         found.generator = copy.deepcopy(found.generator)
     found.generator = merge_adapter(found.generator, adapter)

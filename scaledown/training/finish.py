@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from modeling_scaledown import ScaleDownModel
+from quantization_scaledown import is_quantized
 
-from ..common.devices import is_quantized
 from ..common.files import write_json
 from .arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments
 
@@ -38,9 +38,9 @@ def finish(
         metrics: What came of it.
         num_examples: Rows it learned from, if known.
     """
-    if model_args.merge_lora and model.config.weights_format == "full" and not is_quantized(model):
+    if model_args.merge_lora and model.config.weights_format == "full" and not is_quantized(model.generator):
         model.merge_lora()
-    if not is_quantized(model):
+    if not is_quantized(model.generator):
         for parameter in model.parameters():  # buffers, such as rotary frequencies, stay in 32 bits
             parameter.data = parameter.data.to(args.generator_dtype)
     model.card_fields = {

@@ -17,8 +17,6 @@ from errors_scaledown import ScaleDownError
 from lora_scaledown import LORA_DEFAULTS
 from modeling_scaledown import ScaleDownModel
 from processing_scaledown import ScaleDownProcessor
-from prompt_scaledown import IGNORE_INDEX, pad
-from text_scaledown import padding_id
 
 from ..common.prompts import encode_texts, text_prompts
 from ..data.records import answers_of
@@ -54,7 +52,7 @@ class ReaderCollator:
         prompts = text_prompts(
             self.processor, queries, encode_texts(self.processor, [record["documents"] for record in records])
         )
-        answers = self.processor._encode_answers([answers_of(record)[0] for record in records], self.max_answer_length)
+        answers = self.processor.encode_answers([answers_of(record)[0] for record in records], self.max_answer_length)
         limit = self.processor.max_prompt_length
         for record, prompt, answer in zip(records, prompts, answers, strict=True):
             if limit is not None and len(prompt) + len(answer) > limit:
@@ -62,16 +60,13 @@ class ReaderCollator:
                     f"The record {record.get('id')} needs {len(prompt)} tokens for its prompt and {len(answer)} for "
                     f"its answer; the generator reads {limit}. Leave out the record, or some of its documents."
                 )
-        rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-        learned = [[IGNORE_INDEX] * len(prompt) + answer for prompt, answer in zip(prompts, answers, strict=True)]
-        input_ids, attention_mask = pad(rows, padding_id(self.processor.tokenizer), side="left")  # (batch, length)
-        labels, _ = pad(learned, IGNORE_INDEX, side="left")
-        kept = num_answer_positions(labels)
+        batch = self.processor.pad_prompts([(prompt, [False] * len(prompt)) for prompt in prompts], answers)
+        kept = num_answer_positions(batch["labels"])
         return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0),
-            "labels": labels[:, -kept:],  # (batch, logits_to_keep)
+            "input_ids": batch["input_ids"],  # (batch, length)
+            "attention_mask": batch["attention_mask"],
+            "position_ids": (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0),
+            "labels": batch["labels"][:, -kept:],  # (batch, logits_to_keep)
             "logits_to_keep": kept,
         }
 

@@ -18,11 +18,12 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from embeddings_scaledown import embeddings_name
+from embeddings_scaledown import compressor_embeddings_name
 from errors_scaledown import ScaleDownError
+from quantization_scaledown import is_quantized
 from weights_scaledown import checkpoint_index, read_tensors
 
-from ..common.devices import hold_learned_in_32_bits, is_quantized
+from ..common.devices import hold_learned_in_32_bits
 from ..common.metrics import ANSWER_METRICS
 from ..data.records import gold_answers_of
 from .arguments import ScaleDownTrainingArguments
@@ -357,14 +358,14 @@ class ScaleDownTrainer(Trainer):
             missing = load_result.missing_keys
             missing[:] = [n for n in missing if not n.startswith("generator.") or "lora_" in n]
             if self.model.config.compressor_type == "n_layers":  # the generator's, where they have not learned
-                embeddings = f"compressor.backbone.{embeddings_name(self.model.compressor.backbone)}"
+                embeddings = compressor_embeddings_name(self.model)
                 missing[:] = [n for n in missing if n != embeddings]
         tied = getattr(self.model, "all_tied_weights_keys", {})  # saved once
         load_result.missing_keys[:] = [n for n in load_result.missing_keys if n not in tied]
         if self._load_backbone is not None:
             unexpected = load_result.unexpected_keys
             unexpected[:] = [n for n in unexpected if not n.startswith("compressor.backbone.")]
-        if is_quantized(self.model):
+        if is_quantized(self.model.generator):
             # Quantised weights come with what they are read by, beside the parameter that holds them.
             unexpected = load_result.unexpected_keys
             unexpected[:] = [n for n in unexpected if not (n.startswith("generator.") and ".weight." in n)]

@@ -72,7 +72,7 @@ def test_the_loss_counts_each_answer_token_once_and_nothing_else(model):
         ).logits.log_softmax(dim=-1)
     expected = []
     for i, answer in enumerate(ANSWERS):
-        learned = model.processor._encode_answers([answer], 128)[0]
+        learned = model.processor.encode_answers([answer], 128)[0]
         expected += [-logits[i, -len(learned) - 1 + j, token] for j, token in enumerate(learned)]
     torch.testing.assert_close(loss, torch.stack(expected).mean())
 
