@@ -57,6 +57,22 @@ class PromptSettings:
     with_scores: bool = False
 
 
+@dataclass(frozen=True)
+class DocumentReport:
+    """
+    What became of a document.
+
+    Args:
+        score (`float`, *optional*): Reranking score; `None` where none was wanted.
+        slots (`int`): Memory embeddings it was compressed into.
+        read (`bool`): Whether it is in the prompt.
+    """
+
+    score: float | None
+    slots: int
+    read: bool
+
+
 @dataclass
 class FilledPrompts:
     """
@@ -75,6 +91,12 @@ class FilledPrompts:
     scores: list[list[float]]
     read: list[list[int]]
     slots: list[list[int]]
+
+    def reports(self, question: int) -> list[DocumentReport]:
+        """What became of each document of a question, by the question's place in the batch."""
+        read, slots = set(self.read[question]), self.slots[question]
+        scores = self.scores[question] or [None] * len(slots)
+        return [DocumentReport(score, n, i in read) for i, (score, n) in enumerate(zip(scores, slots, strict=True))]
 
 
 def fill_prompts(

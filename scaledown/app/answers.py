@@ -236,11 +236,9 @@ class Answerer:
 
 
 def _passages(request: Request, filled: FilledPrompts) -> list[Passage]:
-    scores = filled.scores[0] or [None] * len(request.passages)
-    read = set(filled.read[0])
+    rows = zip(request.passages, filled.reports(0), strict=True)
     return [
-        Passage(place + 1, text, score, slots, place in read)
-        for place, (text, score, slots) in enumerate(zip(request.passages, scores, filled.slots[0], strict=True))
+        Passage(number, text, report.score, report.slots, report.read) for number, (text, report) in enumerate(rows, 1)
     ]
 
 

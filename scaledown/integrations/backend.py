@@ -81,6 +81,14 @@ class Backend(Protocol):
         """Pieces of the answer as they are written, then the whole answer."""
 
 
+def check_place(model: Any, url: str | None) -> None:
+    """Refuse neither and both of a model and a service's address."""
+    if (model is None) == (url is None):
+        raise ScaleDownError(
+            f"model is {model!r} and url is {url!r}; give one of them: a ScaleDown model, or a service's address."
+        )
+
+
 def open_backend(
     model: Any = None, url: str | None = None, revision: str | None = None, api_key: str | None = None
 ) -> Backend:
@@ -98,10 +106,7 @@ def open_backend(
     Raises:
         ScaleDownError: Neither or both are given.
     """
-    if (model is None) == (url is None):
-        raise ScaleDownError(
-            f"model is {model!r} and url is {url!r}; give one of them: a ScaleDown model, or a service's address."
-        )
+    check_place(model, url)
     return EndpointBackend(url, api_key) if url is not None else LocalBackend(model, revision)
 
 
@@ -138,10 +143,7 @@ class LocalBackend:
         settings = _arguments(reading)
         if not self._model.config.enable_reranking:  # nothing is known but the answers
             answers = self._model.answer(list(questions), texts, **settings)
-            return [
-                Answer(text, [Source(i, name, None, True) for i, name in enumerate(names)])
-                for text, names in zip(answers, ids, strict=True)
-            ]
+            return [Answer(text, _unscored(names)) for text, names in zip(answers, ids, strict=True)]
         found = self._model.answer(list(questions), texts, return_reranking_scores=True, **settings)
         rows = zip(found.answers, found.reranking_scores, found.documents_read, ids, strict=True)
         return [Answer(text, _sources(scores, read, names)) for text, scores, read, names in rows]
@@ -180,7 +182,7 @@ class LocalBackend:
             raise found
         names = ids or [None] * len(documents)
         if isinstance(found, str):
-            yield Answer(found, [Source(i, name, None, True) for i, name in enumerate(names)])
+            yield Answer(found, _unscored(names))
         else:
             yield Answer(found.answers, _sources(found.reranking_scores, found.documents_read, names))
 
@@ -292,6 +294,10 @@ def _sources(scores: Sequence[float], read: Sequence[int], names: Sequence[str |
     return [
         Source(place, name, score, place in read) for place, (score, name) in enumerate(zip(scores, names, strict=True))
     ]
+
+
+def _unscored(names: Sequence[str | None]) -> list[Source]:
+    return [Source(place, name, None, True) for place, name in enumerate(names)]
 
 
 def _reported(documents: list[dict[str, Any]], names: Sequence[str | None]) -> list[Source]:

@@ -15,15 +15,14 @@ from haystack.utils import Secret, deserialize_secrets_inplace
 
 from errors_scaledown import ScaleDownError
 
-from .backend import Backend, Reading, best_first, check_top_n, open_backend
+from .backend import Backend, Reading, best_first, check_place, check_top_n, open_backend
 
 
 class _Component:
     """What both components share: a model or a service, opened when the pipeline is warmed up."""
 
     def _set_up(self, model: Any, url: str | None, revision: str | None, api_key: Secret | None) -> None:
-        if (model is None) == (url is None):
-            open_backend(model, url)  # says what is wrong
+        check_place(model, url)
         self.model, self.url, self.revision, self.api_key = model, url, revision, api_key
         self._backend: Backend | None = None
 

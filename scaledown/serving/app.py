@@ -18,11 +18,13 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from safetensors.torch import save
 from starlette.exceptions import HTTPException
 
+from filling_scaledown import DocumentReport
+
 from ..data.questions import titled
 from .arguments import ServingArguments
 from .engine import Engine
 from .errors import ServiceError, as_field_error, as_service_error
-from .jobs import AnswerJob, DocumentReport, End, Piece, Sampling, Start
+from .jobs import AnswerJob, End, Piece, Sampling, Start
 from .limits import BodyLimit, check_key
 from .metrics import Metrics
 from .schemas import ChatRequest, CompressRequest, Document, RerankRequest, WithDocuments
@@ -101,7 +103,7 @@ class _Service:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer the last message from the documents; earlier messages are read as text."""
-        texts = self._admit(body, body.compression_rate)
+        texts = await self._admit(body, body.compression_rate)
         settings = self.engine.compressor.settings(body.compression_rate, body.max_documents, body.min_reranking_score)
         sampling = Sampling(
             max_tokens=body.limit,
@@ -112,8 +114,9 @@ class _Service:
             stop=tuple(body.stop),
             top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
-        _check_conversation(self.engine, body.conversation)
-        job = AnswerJob(body.conversation, texts, settings, sampling)
+        conversation = body.conversation
+        _check_conversation(self.engine, conversation)
+        job = AnswerJob(conversation, texts, settings, sampling)
         self.engine.submit(job)
         pieces = job.pieces()
         try:
@@ -128,7 +131,7 @@ class _Service:
 
     async def rerank(self, body: RerankRequest, request: Request) -> dict[str, Any]:
         """Score documents by their relevance to a query, best first."""
-        texts = self._admit(body)
+        texts = await self._admit(body)
         if not self.engine.compressor.ranks:
             raise ServiceError(400, "this model has no reranking scores")
         found = await self._in_time(request, self.engine.compressor.compress(body.query, texts))
@@ -151,10 +154,10 @@ class _Service:
 
     async def compress(self, body: CompressRequest, request: Request) -> dict[str, Any]:
         """Compress documents into memory embeddings: safetensors in base64, one tensor per document."""
-        texts = self._admit(body, body.compression_rate)
+        texts = await self._admit(body, body.compression_rate)
         work = self.engine.compressor.compress(body.query, texts, body.compression_rate)
         found = await self._in_time(request, work)
-        tensors = {str(place): rows.contiguous().cpu() for place, rows in enumerate(found.embeddings)}
+        tensors = {str(place): rows.cpu().clone() for place, rows in enumerate(found.embeddings)}
         documents = [
             {
                 "index": place,
@@ -220,7 +223,7 @@ class _Service:
         response.body_iterator = counted()
         return response
 
-    def _admit(self, body: WithDocuments, compression_rate: int | None = None) -> list[str]:
+    async def _admit(self, body: WithDocuments, compression_rate: int | None = None) -> list[str]:
         """The documents' texts, of a request that may wait for its turn."""
         arguments = self.arguments
         if body.model is not None and body.model != self.model_name:
@@ -233,7 +236,7 @@ class _Service:
                 "documents",
             )
         texts = [_text_of(document) for document in body.documents]
-        self.engine.compressor.check(texts, compression_rate)
+        await self.engine.compressor.check(texts, compression_rate)
         batcher = self.engine.compressor.batcher
         if batcher.is_full:
             raise ServiceError(
@@ -353,7 +356,7 @@ def _documents(given: list[Document], found: list[DocumentReport]) -> list[dict[
         {
             "index": place,
             "id": document.id,
-            "relevance_score": report.relevance_score,
+            "relevance_score": report.score,
             "slots": report.slots,
             "read": report.read,
         }

@@ -1,6 +1,7 @@
 """Requests that come close together share a pass of the model."""
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
@@ -15,12 +16,14 @@ class Work:
 
     Args:
         key: Work shares a batch with work of an equal key.
-        run: Does the work of a whole batch; its errors are its own to hand over.
+        run: Does the work of a whole batch. Where it raises, each of the batch is tried alone.
+        fail: Takes what was raised for this work alone.
         item: What the work is about.
     """
 
     key: Hashable
     run: Callable[[list[Any]], None]
+    fail: Callable[[Exception], None]
     item: Any
     arrived: float = field(default_factory=time.monotonic)
 
@@ -83,7 +86,19 @@ class Batcher:
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
-        self.submit(Work(key, lambda items: _run_for_futures(run, items), (argument, future, loop)))
+
+        def settle(to: asyncio.Future[Any], result: Any) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and with it whoever waited
+                loop.call_soon_threadsafe(_resolve, to, result)
+
+        def work(items: list[tuple[Any, asyncio.Future[Any]]]) -> None:
+            wanted = [item for item in items if not item[1].cancelled()]
+            if wanted:
+                results = run([argument for argument, _ in wanted])
+                for (_, waiting), result in zip(wanted, results, strict=True):
+                    settle(waiting, result)
+
+        self.submit(Work(key, work, lambda error: settle(future, error), (argument, future)))
         return await future
 
     def close(self) -> None:
@@ -96,7 +111,17 @@ class Batcher:
     def _work(self) -> None:
         while batch := self._next_batch():
             self._on_batch(len(batch))
+            self._run(batch)
+
+    def _run(self, batch: list[Work]) -> None:
+        try:
             batch[0].run([work.item for work in batch])
+        except Exception as error:
+            if len(batch) == 1:
+                batch[0].fail(error)
+                return
+            for work in batch:  # one of them is at fault, and the others are not to suffer for it
+                self._run([work])
 
     def _next_batch(self) -> list[Work]:
         with self._changed:
@@ -117,25 +142,6 @@ class Batcher:
 
     def _fitting(self, first: Work) -> int:
         return sum(work.key == first.key for work in self._waiting)
-
-
-def _run_for_futures(run: Callable[[list[Any]], list[Any]], items: list[tuple[Any, asyncio.Future, Any]]) -> None:
-    items = [item for item in items if not item[1].cancelled()]
-    if not items:
-        return
-    try:
-        results = run([argument for argument, _, _ in items])
-    except Exception as error:
-        if len(items) > 1:  # one of them is at fault, and the others are not to suffer for it
-            for item in items:
-                _run_for_futures(run, [item])
-            return
-        results = [error]
-    for (_, future, loop), result in zip(items, results, strict=True):
-        try:
-            loop.call_soon_threadsafe(_resolve, future, result)
-        except RuntimeError:  # the loop is closed, and with it whoever waited
-            continue
 
 
 def _resolve(future: asyncio.Future, result: Any) -> None:

@@ -149,7 +149,9 @@ class RowSampler(LogitsProcessor):
         """See `LogitsProcessor`; scores are `(batch, vocab_size)`."""
         chosen = scores.clone()
         for place, (row, sampling) in enumerate(zip(self._rows, self._samplings, strict=True)):
-            if row.done:
+            # What is likeliest, without a report of how likely, is taken by `generate()` itself.
+            as_it_is = sampling.temperature == 0 and sampling.top_logprobs is None and not row.too_short
+            if row.done or as_it_is:
                 continue
             own = scores[place : place + 1].float()  # (1, vocab_size)
             allowed = own

@@ -1,6 +1,6 @@
 """What the service asks of an engine, and what every engine does in this process: compress, rank, check."""
 
-import logging
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,12 +11,11 @@ from errors_scaledown import ScaleDownError
 from filling_scaledown import FilledPrompts, PromptSettings, fill_prompts
 from modeling_scaledown import ScaleDownModel
 from reranking_scaledown import document_scores
+from text_scaledown import tokenize
 
 from .batching import Batcher
 from .errors import ServiceError
-from .jobs import AnswerJob, DocumentReport
-
-logger = logging.getLogger(__name__)
+from .jobs import AnswerJob
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class CompressorEngine:
         """Whether the model has reranking scores."""
         return self.model.config.enable_reranking
 
-    def check(self, documents: Sequence[str], compression_rate: int | None) -> None:
+    async def check(self, documents: Sequence[str], compression_rate: int | None) -> None:
         """Refuse, before it waits, a request that no batch could take.
 
         Args:
@@ -87,9 +86,12 @@ class CompressorEngine:
         # A token is at least one byte, so that what is short in bytes needs no counting.
         if sum(len(document.encode(errors="replace")) for document in documents) <= self._max_document_tokens:
             return
+        await asyncio.to_thread(self._count_tokens, documents)  # seconds, at the limit of a body
+
+    def _count_tokens(self, documents: Sequence[str]) -> None:
         tokenizer, total = self.model.processor.compressor_tokenizer, 0
         for place, document in enumerate(documents):
-            total += len(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+            total += len(tokenize(tokenizer, document, add_special_tokens=False, verbose=False)["input_ids"])
             if total > self._max_document_tokens:
                 raise ServiceError(
                     400,
@@ -123,15 +125,11 @@ class CompressorEngine:
         scores = None
         if self.ranks:
             scores = document_scores(found.reranking_scores, found.chunk_to_document, count).tolist()
-        rows = [found.memory_embeddings[i][found.memory_mask[i]] for i in range(len(found.memory_mask))]
-        of_document: list[list[torch.Tensor]] = [[] for _ in range(count)]
-        for chunk, document in enumerate(found.chunk_to_document.tolist()):
-            of_document[document].append(rows[chunk])
-        embeddings = [torch.cat(parts) for parts in of_document]  # (slots, hidden) each
+        embeddings = found.by_document()  # (slots, hidden) each
         tokenizer, results, start = model.processor.compressor_tokenizer, [], 0
         for query, texts in asked:
             part = slice(start, start := start + len(texts))
-            tokens = sum(len(ids) for ids in tokenizer([query, *texts], verbose=False)["input_ids"])
+            tokens = sum(len(ids) for ids in tokenize(tokenizer, [query, *texts], verbose=False)["input_ids"])
             results.append(Compressed(embeddings[part], None if scores is None else scores[part], tokens))
         return results
 
@@ -166,24 +164,6 @@ class CompressorEngine:
         return PromptSettings(
             compression_rate, None, (min_reranking_score, max_documents, None), None, with_scores=self.ranks
         )
-
-
-def reports(filled: FilledPrompts, row: int) -> list[DocumentReport]:
-    """What became of the documents of one request.
-
-    Args:
-        filled: The prompts of a batch.
-        row: Place of the request in it.
-
-    Returns:
-        One report per document.
-    """
-    scores = filled.scores[row] or [None] * len(filled.slots[row])
-    read = set(filled.read[row])
-    return [
-        DocumentReport(score, slots, place in read)
-        for place, (score, slots) in enumerate(zip(scores, filled.slots[row], strict=True))
-    ]
 
 
 def answer_limit(

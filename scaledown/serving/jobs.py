@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from filling_scaledown import PromptSettings
+from filling_scaledown import DocumentReport, PromptSettings
 
 from .errors import as_service_error
 
@@ -32,21 +32,6 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
-
-
-@dataclass(frozen=True)
-class DocumentReport:
-    """What became of a document.
-
-    Args:
-        relevance_score: Reranking score; None where the model has none.
-        slots: Memory embeddings it was compressed into.
-        read: Whether the generator read it.
-    """
-
-    relevance_score: float | None
-    slots: int
-    read: bool
 
 
 @dataclass(frozen=True)

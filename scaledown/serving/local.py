@@ -8,10 +8,11 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from errors_scaledown import ScaleDownError
+from filling_scaledown import FilledPrompts
 
 from .batching import Work
 from .decoding import Row, RowSampler, RowStopping, RowStreamer, end_ids
-from .engine import CompressorEngine, answer_limit, reports
+from .engine import CompressorEngine, answer_limit
 from .jobs import AnswerJob, Start
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,9 @@ class LocalEngine:
 
     def submit(self, job: AnswerJob) -> None:
         """See `Engine.submit`."""
-        self.compressor.batcher.submit(Work(("answer", job.settings), self._answer, job))
+        self.compressor.batcher.submit(
+            Work(("answer", job.settings), self._answer, lambda error: _fail([job], error), job)
+        )
 
     async def unavailable(self) -> str | None:
         """See `Engine.unavailable`."""
@@ -42,29 +45,21 @@ class LocalEngine:
         """See `Engine.close`."""
         await asyncio.to_thread(self.compressor.batcher.close)
 
+    @torch.inference_mode()
     def _answer(self, jobs: Sequence[AnswerJob]) -> None:
         jobs = [job for job in jobs if not job.cancelled]
         if not jobs:
             return
-        rows: list[Row] = []
-        try:
-            self._generate(jobs, rows)
-        except Exception as error:
-            if len(jobs) > 1 and not rows:  # one of them is at fault, and the others are not to suffer for it
-                for job in jobs:
-                    self._answer([job])
-                return
-            if not isinstance(error, ScaleDownError | TypeError):
-                logger.exception("a batch of %d requests failed", len(jobs))
-            for job in jobs:
-                job.put(error)
-
-    @torch.inference_mode()
-    def _generate(self, jobs: Sequence[AnswerJob], rows: list[Row]) -> None:
-        model, tokenizer = self.compressor.model, self.compressor.model.processor.tokenizer
         filled = self.compressor.fill(jobs)
+        try:  # from here on pieces are handed over, so that no job may be tried again
+            self._generate(jobs, filled)
+        except Exception as error:
+            _fail(jobs, error)
+
+    def _generate(self, jobs: Sequence[AnswerJob], filled: FilledPrompts) -> None:
+        model, tokenizer = self.compressor.model, self.compressor.model.processor.tokenizer
         lengths = filled.batch["attention_mask"].sum(dim=1).tolist()
-        ends, limits = end_ids(model), []
+        rows, ends, limits = [], end_ids(model), []
         for place, (job, length) in enumerate(zip(jobs, lengths, strict=True)):
             try:
                 limits.append(answer_limit(model, length, job.sampling.max_tokens, self._max_new_tokens))
@@ -74,7 +69,7 @@ class LocalEngine:
                 rows[-1].fail(error)
                 continue
             rows.append(Row(job, limits[-1], tokenizer, ends))
-            job.put(Start(reports(filled, place), length))
+            job.put(Start(filled.reports(place), length))
         if all(row.done for row in rows):
             return
         sampler = RowSampler(rows, [job.sampling for job in jobs], tokenizer, model.device)
@@ -88,3 +83,10 @@ class LocalEngine:
             stopping_criteria=StoppingCriteriaList([RowStopping(rows)]),
             streamer=RowStreamer(rows),
         )
+
+
+def _fail(jobs: Sequence[AnswerJob], error: Exception) -> None:
+    if not isinstance(error, ScaleDownError | TypeError):
+        logger.error("a batch of %d requests failed", len(jobs), exc_info=error)
+    for job in jobs:
+        job.put(error)

@@ -21,7 +21,7 @@ import torch
 from filling_scaledown import embed_prompts
 
 from .decoding import Row, end_ids, logprob_entry
-from .engine import CompressorEngine, answer_limit, reports
+from .engine import CompressorEngine, answer_limit
 from .errors import ServiceError
 from .jobs import AnswerJob, Start
 
@@ -122,7 +122,7 @@ class VLLMEngine:
         rows = filled.batch["attention_mask"].bool()
         for row, place in enumerate(waiting):
             own = embeddings[row][rows[row]]  # (length, hidden)
-            prompts[place] = Prompt(_encode(own), Start(reports(filled, row), len(own)))
+            prompts[place] = Prompt(_encode(own), Start(filled.reports(row), len(own)))
         return prompts
 
     async def _write(self, job: AnswerJob, prompt: Prompt) -> None:
