@@ -33,18 +33,10 @@ except ImportError:
 # Chunks are compressed with others of similar length. A pass ends where the next chunk is this much shorter than its
 # longest, once the pass is large enough to keep the device busy: tokens on a CPU, and on an accelerator.
 SIMILAR_LENGTH = 0.85
-
-
 LARGE_PASS = {"cpu": 512}
-
-
 LARGE_PASS_ELSEWHERE = 4096
-
-
 # Larger passes take more memory, and beyond these no less time.
 CHUNKS_PER_PASS = {"cpu": 16}
-
-
 CHUNKS_PER_PASS_ELSEWHERE = 64
 
 

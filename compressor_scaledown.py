@@ -33,6 +33,7 @@ try:
         shortcuts_hold,
         states_at,
     )
+    from .spans_scaledown import EmbeddingProjector, SpanAttention, mean_over_spans
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
@@ -46,6 +47,7 @@ except ImportError:
         shortcuts_hold,
         states_at,
     )
+    from spans_scaledown import EmbeddingProjector, SpanAttention, mean_over_spans
 
 # Decoder stacks of transformers name their final norm one of these.
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "layer_norm")
@@ -54,6 +56,9 @@ CHUNK_INPUTS = ("compressor_input_ids", "compressor_attention_mask", "chunk_slot
 COMPRESSED_INPUTS = ("memory_states", "rerank_states", "memory_embeddings", "memory_mask")
 # A question is read once for all its chunks where that saves at least this share of the tokens.
 MIN_SHARED_PREFIX = 0.04
+# It takes a pass of its own, which must cost less than it saves: operations that a layer is spared, at least.
+MIN_SPARED_OPERATIONS = {"cpu": 1e8}
+MIN_SPARED_OPERATIONS_ELSEWHERE = 2e11
 
 
 @dataclass
@@ -109,8 +114,8 @@ class ScaleDownCompressor(nn.Module):
     Token ids of query and chunk in; hidden states at the memory positions and the reranking position out.
 
     The input of the backbone is `[query] [chunk] MEM_1 … MEM_l RR` (OSCAR, arXiv 2504.07109). MEM and RR are
-    parameters of this module, not rows of a vocabulary. With `slot_pooling="span_mean"` there are none: slots are means
-    over the chunk's own tokens. A further kind of backbone is a subclass that overrides `prepare_backbone` or
+    parameters of this module, not rows of a vocabulary. Slots over spans of the chunk's own tokens (`slot_pooling`)
+    need no MEM. A further kind of backbone is a subclass that overrides `prepare_backbone` or
     `has_projector`, entered in `COMPRESSORS` and in the configuration's `COMPRESSOR_TYPES`.
 
     Args:
@@ -138,13 +143,19 @@ class ScaleDownCompressor(nn.Module):
         width = config.compressor_config.hidden_size
         self.memory_embeddings, self.rerank_embedding = None, None
         self.scores_relevance = config.enable_reranking
+        read = embedding_width(config.compressor_config)
         if config.slot_pooling == "memory_tokens":
-            read = embedding_width(config.compressor_config)
             self.memory_embeddings = nn.Parameter(torch.zeros(config.num_memory_tokens, read))
-            self.rerank_embedding = nn.Parameter(torch.zeros(read)) if config.enable_reranking else None
+        if config.slot_pooling != "span_mean" and config.enable_reranking:
+            self.rerank_embedding = nn.Parameter(torch.zeros(read))
+        self.span_attention = SpanAttention(width) if config.slot_pooling == "span_attention" else None
         self.reranking_head = RerankingHead(width, 1) if config.enable_reranking else None
         self.projector = None
-        if self.has_projector:
+        if self.span_attention is not None:
+            self.projector = EmbeddingProjector(
+                config.memory_state_size, config.generator_config.hidden_size, bias=False
+            )
+        elif self.has_projector:
             self.projector = nn.Sequential(
                 nn.Linear(width, config.projector_hidden_size),
                 nn.ReLU(),
@@ -173,7 +184,7 @@ class ScaleDownCompressor(nn.Module):
             attention_mask (`torch.LongTensor` of shape `(num_chunks, chunk_len)`): 0 on padding.
             chunk_slots (`torch.LongTensor` of shape `(num_chunks,)`): Memory embeddings of each chunk.
             document_mask (`torch.BoolTensor` of shape `(num_chunks, chunk_len)`, *optional*):
-                True on the chunk's own tokens; needed with `slot_pooling="span_mean"`.
+                True on the chunk's own tokens; needed unless `slot_pooling` is `"memory_tokens"`.
             prefixes (`SharedPrefixes`, *optional*):
                 What stands before the tokens that `attention_mask` lets be read, from `read_prefixes`.
 
@@ -210,7 +221,7 @@ class ScaleDownCompressor(nn.Module):
             different = sorted(set(rows), key=lambda row: (len(row), row))
             groups = [different[start : start + batch_size] for start in range(0, len(different), batch_size)]
             saved = sum(map(len, rows)) - sum(len(group) * len(group[-1]) for group in groups)
-            if different[0] and saved >= MIN_SHARED_PREFIX * int(kept.sum()):
+            if different[0] and self._pays_to_share(saved, int(kept.sum())):
                 for group in groups:
                     number = {row: i for i, row in enumerate(group)}
                     chunks = [i for i, row in enumerate(rows) if row in number]
@@ -225,6 +236,14 @@ class ScaleDownCompressor(nn.Module):
         if attention not in self._shortcuts_hold:
             self._shortcuts_hold[attention] = shortcuts_hold(self.backbone)
         return self._shortcuts_hold[attention]
+
+    def _pays_to_share(self, saved: int, read: int) -> bool:
+        """Whether reading questions once spares enough of the tokens to read."""
+        layer = self.backbone.layers[0]
+        device = next(layer.parameters()).device.type
+        operations = 2 * saved * sum(parameter.numel() for parameter in layer.parameters())
+        least = MIN_SPARED_OPERATIONS.get(device, MIN_SPARED_OPERATIONS_ELSEWHERE)
+        return saved >= MIN_SHARED_PREFIX * read and operations >= least
 
     def _can_share_prefixes(self) -> bool:
         if not self.shares_prefixes or torch.is_grad_enabled() or not self._may_take_shortcuts():
@@ -293,7 +312,7 @@ class ScaleDownCompressor(nn.Module):
             )
         if self.memory_embeddings is None and document_mask is None:
             raise ScaleDownError(
-                'slot_pooling="span_mean" needs compressor_document_mask; pass all that the processor returned.'
+                "Slots over spans of a chunk need compressor_document_mask; pass all that the processor returned."
             )
         num_chunks = input_ids.shape[0]
         num_slots = int(chunk_slots.max())
@@ -325,8 +344,14 @@ class ScaleDownCompressor(nn.Module):
             states = states_at(self.backbone, read, embeds, keep, prefixes, prunes)  # (num_chunks, slots + 1, hidden)
             return states[:, :num_slots], memory_mask, states[:, -1] if self.scores_relevance else None
 
+        document_mask = nn.functional.pad(document_mask, (0, source.shape[1] - document_mask.shape[1]))
         states = self.backbone(inputs_embeds=embeds, attention_mask=keep.long(), use_cache=False).last_hidden_state
-        memory = mean_over_spans(states, document_mask.gather(1, order), chunk_slots, num_slots)
+        spans = document_mask.gather(1, order), chunk_slots, num_slots
+        if self.span_attention is not None:
+            states = self.span_attention.normalize(states)
+            memory = self.span_attention(states, embeds, *spans)  # (num_chunks, slots, 2 * hidden)
+        else:
+            memory = mean_over_spans(states, *spans)
         rerank = None
         if self.scores_relevance:
             position = torch.zeros_like(total) if self.rerank_at_first_token else total - 1
@@ -381,25 +406,16 @@ class LLMCompressor(ScaleDownCompressor):
 COMPRESSORS = {"n_layers": NLayersCompressor, "modernbert": EncoderCompressor, "llm": LLMCompressor}
 
 
-def mean_over_spans(
-    states: torch.Tensor, document_mask: torch.BoolTensor, chunk_slots: torch.LongTensor, num_slots: int
-) -> torch.Tensor:
+def own_tokens(chunk_slots: torch.LongTensor, config: PreTrainedConfig) -> torch.LongTensor:
     """
-    Averages the states of a chunk's tokens over as many spans of equal length as the chunk has slots.
+    Counts the embeddings that the compressor reads beside the tokens of question and chunk.
 
     Args:
-        states (`torch.FloatTensor` of shape `(num_chunks, length, hidden)`): Hidden states.
-        document_mask (`torch.BoolTensor` of shape `(num_chunks, length)`): True on the chunk's own tokens.
         chunk_slots (`torch.LongTensor` of shape `(num_chunks,)`): Slots of each chunk.
-        num_slots (`int`): Slots of the chunk that has most.
+        config (`ScaleDownConfig`): The model's configuration.
 
     Returns:
-        `torch.FloatTensor` of shape `(num_chunks, num_slots, hidden)`; zeros past a chunk's own slots.
+        `torch.LongTensor` of shape `(num_chunks,)`.
     """
-    document_mask = document_mask.bool()
-    rank = document_mask.long().cumsum(dim=1) - 1  # (num_chunks, length)
-    span = rank * chunk_slots.unsqueeze(1) // document_mask.sum(dim=1, keepdim=True).clamp(min=1)
-    slot_ids = torch.arange(num_slots, device=states.device).view(1, -1, 1)
-    member = (span.unsqueeze(1) == slot_ids) & document_mask.unsqueeze(1)  # (num_chunks, num_slots, length)
-    weights = member.float() / member.sum(dim=-1, keepdim=True).clamp(min=1)
-    return weights.to(states.dtype) @ states  # (num_chunks, num_slots, hidden)
+    memory = chunk_slots if config.slot_pooling == "memory_tokens" else torch.zeros_like(chunk_slots)
+    return memory + int(config.enable_reranking and config.slot_pooling != "span_mean")

@@ -42,7 +42,7 @@ IS_REMOTE_CODE = (__package__ or "").startswith("transformers_modules")
 COMPRESSOR_TYPES = ("n_layers", "modernbert", "llm")
 WEIGHTS_FORMATS = ("full", "delta")
 DEFAULT_RATE = 16
-SLOT_POOLINGS = ("memory_tokens", "span_mean")
+SLOT_POOLINGS = ("memory_tokens", "span_mean", "span_attention")
 # Their first position is the one after the padding token's id.
 POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet")
 # They multiply the embeddings of ids, and take those they are given as they are.
@@ -101,6 +101,9 @@ class ScaleDownConfig(PreTrainedConfig):
             `"span_mean"`: it is the mean of the hidden states over the slot's share of the chunk's own tokens, and the
             reranking state is the first token's (encoders) or the last's; for a backbone that never saw memory
             embeddings and stays frozen, as in two-stage training.
+            `"span_attention"` (`n_layers` only): a weighted mean over the same share, of each token's embedding beside
+            its normalised hidden state, read by a linear projector. An untrained model weighs all tokens alike and
+            passes their embeddings on, so that at one token per slot it starts as the generator that reads text.
         chunk_length (`int`, defaults to 128):
             Document tokens per chunk, in tokens of the compressor's tokenizer. Longer documents become several chunks.
         max_query_length (`int`, defaults to 128):
@@ -225,6 +228,12 @@ class ScaleDownConfig(PreTrainedConfig):
         """Width of the generator, and so of a memory embedding."""
         return self.generator_config.hidden_size
 
+    @property
+    def memory_state_size(self) -> int:
+        """Width of a slot's state before the projector, as two-stage training caches it."""
+        hidden_size = self.compressor_config.hidden_size
+        return hidden_size + embedding_width(self.compressor_config) * (self.slot_pooling == "span_attention")
+
     def check(self):
         """
         Checks the settings as they are now.
@@ -248,6 +257,11 @@ class ScaleDownConfig(PreTrainedConfig):
         if self.slot_pooling not in SLOT_POOLINGS:
             raise ScaleDownError(
                 f"slot_pooling={self.slot_pooling!r} is unknown; choose one of {', '.join(SLOT_POOLINGS)}."
+            )
+        if self.slot_pooling == "span_attention" and self.compressor_type != "n_layers":
+            raise ScaleDownError(
+                f'slot_pooling="span_attention" needs compressor_type="n_layers", whose token embeddings are the '
+                f"generator's; with {self.compressor_type!r} choose memory_tokens or span_mean."
             )
         check_sizes(self, ("num_compressor_layers", "projector_hidden_size"))
         for name in ("reranking_loss_weight", "initializer_range"):

@@ -42,6 +42,7 @@ try:
     from .lora_scaledown import LoraMixin, freeze, inject_lora
     from .reranking_scaledown import document_scores, reranking_loss
     from .shortcuts_scaledown import CACHE_NAME
+    from .spans_scaledown import EmbeddingProjector, SpanAttention
     from .weights_scaledown import execution_device, is_slow_on_cpu
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
@@ -57,6 +58,7 @@ except ImportError:
     from lora_scaledown import LoraMixin, freeze, inject_lora
     from reranking_scaledown import document_scores, reranking_loss
     from shortcuts_scaledown import CACHE_NAME
+    from spans_scaledown import EmbeddingProjector, SpanAttention
     from weights_scaledown import execution_device, is_slow_on_cpu
 
 logger = logging.get_logger(__name__)
@@ -182,6 +184,8 @@ class ScaleDownModel(
             for parameter in (module.memory_embeddings, module.rerank_embedding):
                 if parameter is not None:
                     init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, EmbeddingProjector | SpanAttention):
+            module.reset_parameters()
 
     def train(self, mode: bool = True) -> "ScaleDownModel":
         """Sets training or evaluation mode, as everywhere in torch; training empties the cache of compressions."""
@@ -263,7 +267,7 @@ class ScaleDownModel(
             chunk_slots (`torch.LongTensor` of shape `(num_chunks,)`, *optional*):
                 Memory embeddings of each chunk; `num_memory_tokens` for all when left out.
             compressor_document_mask (`torch.BoolTensor` of shape `(num_chunks, chunk_len)`, *optional*):
-                True on the chunk's own tokens; needed with `slot_pooling="span_mean"`.
+                True on the chunk's own tokens; needed unless `slot_pooling` is `"memory_tokens"`.
             batch_size (`int`, *optional*):
                 Chunks compressed at a time, each with others of like length, so that little of the work is padding;
                 all at once when left out. A question in front of several chunks is then read once, where the backbone

@@ -1,12 +1,13 @@
-"""Minutes of a GPU for models/smollm2-135m-16x: a reader of whole passages, then the model, from the reader's LoRA.
+"""Minutes of a GPU for models/smollm2-135m-16x: a reader of whole passages, and the model, in separate processes.
 
     cd runs/smollm2
-    python ../../experiments/gpu_smollm2.py train --base base --data data --output gpu --joint_seconds 200
+    python ../../experiments/gpu_smollm2.py reader --base base --data data --output gpu --seconds 200
+    python ../../experiments/gpu_smollm2.py joint --base base --data data --output gpu --seconds 400 --lora reader-cpu
     python ../../experiments/gpu_smollm2.py assemble --base base --pieces gpu --output 1
 
-`train` stops after a given time, and learning rates follow the clock. It saves the trained weights in bfloat16, in
-pieces below 16 MiB; `--start FOLDER` continues from such pieces. `assemble` turns them into a reader (a PEFT adapter)
-and a ScaleDown model. One model serves 4, 8 and 16 tokens per slot: the rate is drawn for every batch.
+Training stops after a given time, and lessons and learning rates follow the clock. The trained weights are saved in
+bfloat16, in pieces below 16 MiB; `--start FOLDER` continues from such pieces. `assemble` turns them into a reader (a
+PEFT adapter) and a ScaleDown model. One model serves 4, 8 and 16 tokens per slot: the rate is drawn for every batch.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,33 +42,88 @@ from scaledown.training.trainer import ScaleDownTrainer
 
 logger = logging.getLogger(__name__)
 
-LAYERS, SLOTS = 6, 32  # 32 slots of 128 tokens are a rate of 4
+LAYERS, GENERATOR_LAYERS = 6, 30
+SLOTS = 32  # 32 slots of 128 tokens are a rate of 4
 LORA = {**LORA_DEFAULTS, "lora_dropout": 0.0}
-FRAME = 120  # tokens of prompt and question
+SYSTEM_PROMPT, USER_PROMPT = "Answer briefly.", "{documents}\nQuestion: {question}"
+FRAME = 60  # tokens of prompt and question
 LAYER = re.compile(r"(?:^|\.)layers\.\d+$")
-WARM_UP = 0.04
+WARM_UP = 0.03
+COOL_DOWN = 0.4
 LOWEST = 0.03
 TEST_RATES = (16, 8, 4)
+POOL = 2048
+REPEAT = "Repeat the background word for word."
+SAVE_EVERY = 90  # seconds
+
+
+@dataclass
+class Lesson:
+    """What is learned from a share of the time on.
+
+    Args:
+        until: Share of the time at which the next lesson begins.
+        repeats: Share of the batches that ask for the passage itself.
+        rates: Tokens per slot to draw from, for each batch.
+        num_documents: Numbers of passages to draw from, for each batch.
+        with_blanks: Whether blanks in text are asked for too.
+    """
+
+    until: float
+    repeats: float
+    rates: tuple[int, ...]
+    num_documents: tuple[int, ...]
+    with_blanks: bool = False
+
+
+LESSONS = (
+    Lesson(0.05, 0.4, (1,), (1,), True),
+    Lesson(0.13, 0.5, (1, 2, 2), (1,), True),
+    Lesson(0.26, 0.5, (2, 4, 4), (1,), True),
+    Lesson(0.42, 0.4, (4, 8, 8), (1, 1, 2), True),
+    Lesson(0.60, 0.2, (4, 8, 16, 16), (1, 2, 3, 5)),
+    Lesson(99.0, 0.05, (16, 16, 16, 8, 4), (1, 2, 3, 5, 5, 5)),
+)
+READING = (Lesson(99.0, 0.0, (1,), (1, 2, 3, 5, 5, 5)),)
 
 
 class Records(Dataset):
-    """Records in memory, asked for by their number and how many passages they are to have."""
+    """Records in memory, asked for by number, passages, whether to repeat the passage, and tokens per slot.
 
-    def __init__(self, *paths: Path, share: float = 1.0):
-        self.records = [record for path in paths for record in read_records(path)]
-        self.records = self.records[: int(share * len(self.records))]
+    Args:
+        longest: Tokens of a passage; records with a longer one are left out.
+        repeated_letters: Letters of a passage that are repeated.
+        paths: Files of records.
+    """
+
+    def __init__(self, longest: int, repeated_letters: int, *paths: Path):
+        self.repeated_letters = repeated_letters
+        records = (record for path in paths for record in read_records(path))
+        self.records = [record for record in records if max(map(num_tokens, record["documents"])) <= longest]
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, place: tuple[int, int]) -> dict:
-        index, count = place
-        return shortened(self.records[index], count, random.Random(int(torch.randint(2**31, ()).item())))
+    def __getitem__(self, place: tuple[int, int, bool, int]) -> dict:
+        index, count, repeats, rate = place
+        record = shortened(self.records[index], count, random.Random(int(torch.randint(2**31, ()).item())))
+        if repeats:
+            passage = beginning(record["documents"][(record["positives"] or [0])[0]], self.repeated_letters)
+            record = {**record, "query": REPEAT, "documents": [passage], "answer": [passage]}
+            record |= {"positives": [0]}
+        if len(record["documents"]) == 1:  # nothing to rank: a head that learned to say yes would have to forget it
+            record["reranking_scores"] = None
+        return {**record, "rate": rate}
 
 
 def num_tokens(text: str) -> float:
     """About how many tokens a text has: one for four letters, one for each digit."""
     return (len(text) + 3 * sum(map(str.isdigit, text))) / 4
+
+
+def beginning(text: str, letters: int) -> str:
+    """The first words of a passage, as many as repeating it is learned from."""
+    return " ".join(text[:letters].split(" ")[: -1 if len(text) > letters else None])
 
 
 def shortened(record: dict, count: int, generator: random.Random) -> dict:
@@ -81,74 +137,103 @@ def shortened(record: dict, count: int, generator: random.Random) -> dict:
 
 
 class TokenBatches(Sampler):
-    """Batches of as many questions as fit a number of tokens, padding counted; one number of passages in each.
+    """Batches of as many questions as fit an amount of work; passages, task and rate are the same in each.
 
     Args:
         data: The records.
-        num_documents: Numbers of passages to draw from, one for each batch.
-        tokens: Tokens of a batch at most.
+        lessons: What is learned when.
+        work: Tokens times layers of a batch at most, padding counted.
+        share: Returns the share of the time that has passed.
     """
 
-    def __init__(self, data: Records, num_documents: tuple[int, ...], tokens: int):
+    def __init__(self, data: Records, lessons: tuple[Lesson, ...], work: int, share: Callable[[], float]):
         self.longest = [max(map(num_tokens, record["documents"])) for record in data.records]
-        self.num_documents, self.tokens, self.questions = num_documents, tokens, 0
+        self.num_questions = sum(not record["id"].startswith("blank-") for record in data.records)
+        self.lessons, self.work, self.share = lessons, work, share
+        self.repeated_letters = data.repeated_letters
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, bool, int]]]:
         generator = random.Random(0)
+        orders = {True: [], False: []}
         while True:
-            order = list(range(len(self.longest)))
-            generator.shuffle(order)
+            lesson = self._lesson()
+            order = orders[lesson.with_blanks]
+            if len(order) < POOL:
+                order += (
+                    generator.sample(range(len(self.longest)), len(self.longest))
+                    if lesson.with_blanks
+                    else (generator.sample(range(self.num_questions), self.num_questions))
+                )
             # Questions of similar length together, in pools that are a small part of the data.
-            for start in range(0, len(order), 2048):
-                pool = sorted(order[start : start + 2048], key=self.longest.__getitem__)
-                batches = []
-                while pool:
-                    count = generator.choice(self.num_documents)
-                    batch = [pool.pop()]
-                    size = count * self.longest[batch[0]] + FRAME
-                    while pool and (len(batch) + 1) * size <= self.tokens:
-                        batch.append(pool.pop())
-                    batches.append([(index, count) for index in batch])
-                generator.shuffle(batches)
-                yield from batches
+            pool = sorted(order[:POOL], key=self.longest.__getitem__)
+            del order[:POOL]
+            while pool and lesson is self._lesson():
+                repeats = generator.random() < lesson.repeats
+                count = 1 if repeats else generator.choice(lesson.num_documents)
+                rate = generator.choice(lesson.rates)
+                last = generator.randrange(len(pool))
+                first = max(last + 1 - self._fitting(self.longest[pool[last]], count, repeats, rate), 0)
+                chosen = pool[first : last + 1]
+                del pool[first : last + 1]
+                yield [(index, count, repeats, rate) for index in chosen]
+
+    def _lesson(self) -> Lesson:
+        return next(lesson for lesson in self.lessons if self.share() < lesson.until)
+
+    def _fitting(self, length: float, count: int, repeats: bool, rate: int) -> int:
+        """How many questions about passages of a length fit."""
+        length = min(length, self.repeated_letters / 4) if repeats else length
+        read = count * length
+        if self.lessons is READING:
+            return max(int(self.work / (GENERATOR_LAYERS * (read + FRAME))), 1)
+        work = LAYERS * (read + FRAME / 2) + GENERATOR_LAYERS * (read / rate + FRAME + length * repeats)
+        return max(int(self.work / work), 1)
 
 
 @dataclass
 class AtSomeRate:
-    """Draws for every batch how many tokens a slot stands for.
+    """Builds batches at the rate that their records ask for.
 
     Args:
         collator: Builds the batch.
-        rates: Tokens per slot to draw from.
     """
 
     collator: JointCollator
-    rates: tuple[int, ...]
 
     def __call__(self, records: list[dict]) -> dict:
         """Build one batch."""
-        draw = int(torch.randint(len(self.rates), ()).item())
-        self.collator.processor.compression_rate = self.rates[draw]
+        self.collator.processor.compression_rate = records[0]["rate"]
         return self.collator(records)
 
 
 class Clock(TrainerCallback):
-    """Stops training when its time is over; the learning rate follows it.
+    """Stops training when its time is over, and saves now and then; the learning rate follows it.
 
     Args:
         seconds: Time from the first step on.
+        save: Saves what was learned.
     """
 
-    def __init__(self, seconds: float):
-        self.seconds, self.started, self.questions = seconds, None, 0
+    def __init__(self, seconds: float, save: Callable[[], None]):
+        self.seconds, self.save, self.started, self.saved, self.questions = seconds, save, None, 0.0, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Start the clock."""
-        self.started = time.perf_counter()
+        self.started = self.saved = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """Skip a step without finite gradients: it would leave no weight finite."""
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if not torch.stack(torch._foreach_norm(gradients)).isfinite().all():
+            logger.warning("step %d has no finite gradients", state.global_step)
+            model.zero_grad()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Stop when the time is over."""
         control.should_training_stop = self.share >= 1
+        if time.perf_counter() - self.saved > SAVE_EVERY:
+            self.save()
+            self.saved = time.perf_counter()
 
     @property
     def share(self) -> float:
@@ -156,8 +241,8 @@ class Clock(TrainerCallback):
         return 0.0 if self.started is None else (time.perf_counter() - self.started) / self.seconds
 
     def factor(self, step: int) -> float:
-        """Factor of the learning rate: rising in the first hundredths of the time, falling to almost 0 at its end."""
-        return max(min((self.share + 1e-3) / WARM_UP, (1 - self.share) / (1 - WARM_UP)), LOWEST)
+        """Factor of the learning rate: rising at the beginning, falling in the last part of the time."""
+        return max(min((self.share + 1e-3) / WARM_UP, 1.0, (1 - self.share) / COOL_DOWN), LOWEST)
 
 
 class TimedTrainer(ScaleDownTrainer):
@@ -196,54 +281,69 @@ class TimedReaderTrainer(Trainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
 
-def train_by_clock(model, data: Records, collator, batches: TokenBatches, seconds: float, settings: dict) -> dict:
+def train_by_clock(
+    model, data: Records, collator, lessons: tuple[Lesson, ...], options: argparse.Namespace, save: Callable[[], None]
+) -> dict:
     """Train until the time is over.
 
     Returns:
         Steps, questions, seconds and the log.
     """
-    clock, on_gpu = Clock(seconds), torch.cuda.is_available()
+    clock = Clock(options.seconds, save)
+    rates = {"compressor_learning_rate": options.compressor_learning_rate} if isinstance(model, ScaleDownModel) else {}
     arguments = ScaleDownTrainingArguments(
         output_dir=tempfile.gettempdir(),
         max_steps=10**6,
         gradient_accumulation_steps=1,
+        learning_rate=options.learning_rate,
         save_strategy="no",
-        logging_steps=25,
+        logging_steps=options.logging_steps,
+        logging_nan_inf_filter=False,  # which waits for the GPU in every step
         report_to="none",
         disable_tqdm=True,
         weight_decay=0.05,
-        dataloader_num_workers=12 if on_gpu else 0,
-        **settings,
+        adam_beta2=0.98,
+        dataloader_num_workers=options.workers,
+        dataloader_prefetch_factor=4 if options.workers else None,
+        **rates,
     )
     kind = TimedTrainer if isinstance(model, ScaleDownModel) else TimedReaderTrainer
     trainer = kind(model=model, args=arguments, train_dataset=data, data_collator=collator, callbacks=[clock])
-    trainer.clock, trainer.batches = clock, batches
-    compile_layers(model, on_gpu)
+    trainer.clock = clock
+    trainer.batches = TokenBatches(data, lessons, options.work, lambda: clock.share)
+    layers = compiled_layers(model) if options.compile else []
+    torch._dynamo.config.recompile_limit = 64
+    for layer in layers:
+        layer.compile(dynamic=True)
     trainer.train()
+    for layer in layers:
+        layer._compiled_call_impl = None  # generation would compile each of them again
     log = [line for line in trainer.state.log_history if "loss" in line]
-    return {"steps": trainer.state.global_step, "questions": clock.questions, "seconds": seconds, "log": log}
+    return {"steps": trainer.state.global_step, "questions": clock.questions, "seconds": options.seconds, "log": log}
 
 
-def compile_layers(model, on_gpu: bool) -> None:
-    """Fuse kernels, layer by layer: with a model this small, launching them is slower than the card."""
+def compiled_layers(model) -> list[torch.nn.Module]:
+    """Layers whose kernels are fused: with a model this small, launching them takes longer than computing."""
     generator, compressor = (model.generator, model.compressor) if isinstance(model, ScaleDownModel) else (model, None)
     layers = [module for name, module in generator.named_modules() if LAYER.search(name)]
     if compressor is not None:
-        layers += compressor.backbone.layers[:-1]  # a hook chooses what the last one computes
-    for layer in layers if on_gpu else ():
-        layer.compile(dynamic=True)
+        layers += compressor.backbone.layers[: -1 if compressor.shares_prefixes else None]
+    return layers
 
 
-def build(base: Path) -> ScaleDownModel:
+def build(base: Path, pooling: str, slots: int = 128) -> ScaleDownModel:
     """The untrained model, its token embeddings frozen: they stay the generator's."""
     set_seed(0)
     model = ScaleDownModel.from_backbones(
         str(base),
         dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
         num_compressor_layers=LAYERS,
-        num_memory_tokens=SLOTS,
+        num_memory_tokens=slots,
+        slot_pooling=pooling,
         compression_rate=16,
         max_query_length=64,
+        system_prompt=SYSTEM_PROMPT,
+        user_prompt=USER_PROMPT,
     )
     model.compressor.backbone.get_input_embeddings().requires_grad_(False)
     return model
@@ -299,80 +399,89 @@ def examples_of(path: Path, limit: int) -> list[Example]:
     return [Example(r["id"], r["query"], r["documents"], r["answer"], r.get("positives")) for r in records]
 
 
-def train(options: argparse.Namespace) -> None:
-    """Train the reader, then the model; weights and measurements are in the output folder."""
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")
-    report = {}
-    started = time.perf_counter()
-    paths = [options.data / f"{name}.jsonl.xz" for name in ("questions", "blanks")]
-    questions, mixed = Records(paths[0]), Records(*paths)
-    tests = examples_of(options.data / "test5.jsonl", options.num_tests)
-    model = build(options.base).to("cuda" if torch.cuda.is_available() else "cpu")
-    logger.info("loaded after %.0f s", time.perf_counter() - started)
-
-    reader = get_peft_model(model.generator, LoraConfig(**LORA, task_type="CAUSAL_LM"))
-    reader.config.use_cache = False
-    if options.start is not None:
-        load_pieces(reader, options.start / "reader")
-    many = (1, 2, 3, 5, 5, 5)
-    if options.reader_seconds:
-        batches = TokenBatches(questions, many, options.tokens // 4)  # which go through all layers of the generator
-        settings = {"learning_rate": options.reader_learning_rate}
-        collator = ReaderCollator(model.processor, 32)
-        report["reader"] = train_by_clock(reader, questions, collator, batches, options.reader_seconds, settings)
-    save_pieces(reader, options.output / "reader")
-    lora = {name.removeprefix("base_model.model."): w for name, w in learned(reader).items()}
-    reader.config.use_cache = True
-    system = TextSystem("full_text", reader.eval(), model.processor, model.generation_config, None, 24)
-    if tests:
-        report["reader score"] = score(system, tests)
-        logger.info("reader: %s", report["reader score"])
-
-    model.generator = reader.unload()
-    model.add_lora(**LORA)
-    own = dict(model.generator.named_parameters())
+def load_lora(folder: Path | None, generator: torch.nn.Module) -> None:
+    """Start LoRA from a PEFT adapter."""
+    if folder is None:
+        return
+    own = dict(generator.named_parameters())
     with torch.no_grad():
-        for name, tensor in lora.items():
+        for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+            name = re.sub(r"\.(lora_[AB])\.weight$", r".\1.default.weight", name.removeprefix("base_model.model."))
             own[name].copy_(tensor)
-    if options.start is not None and (options.start / "joint").is_dir():
+
+
+def device() -> str:
+    """Where to train."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def reader(options: argparse.Namespace) -> None:
+    """Train LoRA on whole passages."""
+    data = Records(options.longest, options.repeated_letters, options.data / "questions.jsonl.xz")
+    model = build(options.base, options.pooling).to(device())
+    generator = get_peft_model(model.generator, LoraConfig(**LORA, task_type="CAUSAL_LM"))
+    load_lora(options.lora, generator.base_model.model)
+    generator.config.use_cache = False
+    if options.start is not None:
+        load_pieces(generator, options.start / "reader")
+
+    def save() -> None:
+        save_pieces(generator, options.output / "reader")
+
+    report = train_by_clock(generator, data, ReaderCollator(model.processor, 32), READING, options, save)
+    save()
+    write(options.output, "reader", report)
+    generator.config.use_cache = True
+    system = TextSystem("full_text", generator.eval(), model.processor, model.generation_config, None, 24)
+    report["score"] = score(system, examples_of(options.data / "test5.jsonl", options.num_tests))
+    logger.info("reader: %s", report["score"])
+    write(options.output, "reader", report)
+
+
+def joint(options: argparse.Namespace) -> None:
+    """Train compressor and LoRA."""
+    started = time.perf_counter()
+    data = Records(
+        options.longest, options.repeated_letters, options.data / "questions.jsonl.xz", options.data / "blanks.jsonl.xz"
+    )
+    model = build(options.base, options.pooling).to(device())
+    model.add_lora(**LORA)
+    load_lora(options.lora, model.generator)
+    logger.info("loaded after %.0f s", time.perf_counter() - started)
+    if options.start is not None:
         load_pieces(model, options.start / "joint")
-    stages = {
-        "warm": (mixed, (1,), (4, 4, 8, 16), options.warm_seconds),
-        "joint": (questions, many, (16, 16, 16, 8, 4), options.joint_seconds),
-    }
-    for name, (data, num_documents, rates, seconds) in stages.items():
-        if not seconds:
-            continue
-        batches = TokenBatches(data, num_documents, options.tokens)
-        collator = AtSomeRate(JointCollator(model.processor, 32), rates)
-        settings = {
-            "learning_rate": options.learning_rate,
-            "compressor_learning_rate": options.compressor_learning_rate,
-        }
-        report[name] = train_by_clock(model, data, collator, batches, seconds, settings)
+
+    def save() -> None:
         save_pieces(model, options.output / "joint")
-        write(options.output, report)
+
+    lessons = LESSONS[options.first_lesson :]
+    if options.lessons:
+        lessons = tuple(Lesson(**lesson) for lesson in json.loads(options.lessons))
+    report = train_by_clock(model, data, AtSomeRate(JointCollator(model.processor, 160)), lessons, options, save)
+    save()
+    write(options.output, "joint", report)
     model.to(torch.bfloat16 if torch.cuda.is_available() else torch.float32).eval()
-    for rate in TEST_RATES if tests else ():
-        report[f"score at {rate}"] = score(CompressedSystem(model, rate, 24), tests)
+    for rate in TEST_RATES:
+        system = CompressedSystem(model, rate, 24)
+        report[f"score at {rate}"] = score(system, examples_of(options.data / "test5.jsonl", options.num_tests))
         logger.info("%d tokens per slot: %s", rate, report[f"score at {rate}"])
-        write(options.output, report)
+        write(options.output, "joint", report)
 
 
-def write(output: Path, report: dict) -> None:
+def write(output: Path, name: str, report: dict) -> None:
     """Write the results so far."""
-    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (output / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def assemble(options: argparse.Namespace) -> None:
     """Make models from pieces."""
-    model = build(options.base)
-    reader = get_peft_model(model.generator, LoraConfig(**LORA, task_type="CAUSAL_LM"))
-    load_pieces(reader, options.pieces / "reader")
-    reader.save_pretrained(options.output / "reader")
-    model.processor.tokenizer.save_pretrained(options.output / "reader")
-    model.generator = reader.unload()
+    model = build(options.base, options.pooling, SLOTS)
+    if (options.pieces / "reader").is_dir():
+        generator = get_peft_model(model.generator, LoraConfig(**LORA, task_type="CAUSAL_LM"))
+        load_pieces(generator, options.pieces / "reader")
+        generator.save_pretrained(options.output / "reader")
+        model.processor.tokenizer.save_pretrained(options.output / "reader")
+        model.generator = generator.unload()
     model.add_lora(**LORA)
     load_pieces(model, options.pieces / "joint")
     model.save_pretrained(options.output / "model", weights_format="delta")
@@ -382,25 +491,38 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    for command in (train, assemble):
+    for command in (reader, joint, assemble):
         options = commands.add_parser(command.__name__, help=command.__doc__)
         options.set_defaults(command=command)
         options.add_argument("--base", type=Path, required=True, help="the generator, as safetensors")
         options.add_argument("--output", type=Path, required=True)
-    options.add_argument("--pieces", type=Path, required=True)
-    options = commands.choices["train"]
-    options.add_argument("--data", type=Path, required=True)
-    options.add_argument("--start", type=Path, help="pieces to continue from")
-    options.add_argument("--reader_seconds", type=float, default=120)
-    options.add_argument("--warm_seconds", type=float, default=70)
-    options.add_argument("--joint_seconds", type=float, default=200)
-    options.add_argument("--reader_learning_rate", type=float, default=8e-4)
-    options.add_argument("--learning_rate", type=float, default=4e-4)
-    options.add_argument("--compressor_learning_rate", type=float, default=4e-4)
-    options.add_argument("--tokens", type=int, default=60_000, help="passage tokens of a batch, padding counted")
-    options.add_argument("--num_tests", type=int, default=300)
+        options.add_argument("--pooling", default="span_attention", help="the model's slot_pooling")
+        if command is assemble:
+            options.add_argument("--pieces", type=Path, required=True)
+            continue
+        options.add_argument("--data", type=Path, required=True)
+        options.add_argument("--start", type=Path, help="pieces to continue from")
+        options.add_argument("--lora", type=Path, help="a PEFT adapter to start LoRA from")
+        options.add_argument("--seconds", type=float, required=True)
+        options.add_argument("--learning_rate", type=float, default=8e-4)
+        options.add_argument("--work", type=int, default=600_000, help="tokens times layers of a batch")
+        options.add_argument(
+            "--longest", type=int, default=1000, help="tokens of a passage; records beyond are left out"
+        )
+        options.add_argument("--repeated_letters", type=int, default=300)
+        options.add_argument("--workers", type=int, default=0)
+        options.add_argument("--logging_steps", type=int, default=25)
+        options.add_argument("--num_tests", type=int, default=200)
+        options.add_argument("--compile", action="store_true")
+    options = commands.choices["joint"]
+    options.add_argument("--compressor_learning_rate", type=float, default=5e-4)
+    options.add_argument("--first_lesson", type=int, default=0)
+    options.add_argument("--lessons", help="other lessons, as JSON")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("processing_scaledown").setLevel(logging.ERROR)
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
     arguments.output.mkdir(parents=True, exist_ok=True)
     arguments.command(arguments)
 

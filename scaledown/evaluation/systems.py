@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from compressor_scaledown import CHUNK_INPUTS
+from compressor_scaledown import CHUNK_INPUTS, own_tokens
 from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 from processing_scaledown import ScaleDownProcessor
@@ -376,8 +376,7 @@ def _chunk_counts(
     if not chunks:
         return [(0, 0)] * num_examples
     read = chunks["compressor_attention_mask"].sum(dim=1)
-    if config.slot_pooling == "memory_tokens":  # which the compressor reads too
-        read = read + chunks["chunk_slots"] + int(config.enable_reranking)
+    read = read + own_tokens(chunks["chunk_slots"], config)
     own = chunks["compressor_document_mask"].sum(dim=1)
     own = own if stays is None else own * stays
     columns = torch.stack([read, own], dim=1)  # (num_chunks, 2)

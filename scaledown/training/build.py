@@ -231,10 +231,11 @@ def choose_slot_pooling(model_args: ModelArguments, args: ScaleDownTrainingArgum
         ValueError: The stage cannot train what was asked for.
     """
     frozen = args.stage in ("compress", "generate")
-    if frozen and model_args.slot_pooling == "memory_tokens":
+    if frozen and model_args.slot_pooling not in (None, "span_mean"):
         raise ScaleDownError(
-            "slot_pooling=memory_tokens in two-stage training from backbones would cache what random memory embeddings "
-            "give, and never train them. Leave it out (span_mean), or start from a trained model (model_name_or_path)."
+            f"slot_pooling={model_args.slot_pooling} in two-stage training from backbones would cache what random "
+            "memory or reranking embeddings give, and never train them. Leave it out (span_mean), or start from a "
+            "trained model (model_name_or_path)."
         )
     return model_args.slot_pooling or ("span_mean" if frozen else "memory_tokens")
 

@@ -68,13 +68,15 @@ class CachePlan:
 
     Args:
         fingerprint: Data, settings and weights; a cache serves a run only where all of it agrees.
-        hidden_size: Width of a state.
+        memory_size: Width of a slot's state.
+        hidden_size: Width of a state to score.
         dtype: Type of a state, one of `STATE_DTYPES`.
         has_rerank_states: Whether there are states to score.
         shards: The parts, in the order of the examples.
     """
 
     fingerprint: dict[str, Any]
+    memory_size: int
     hidden_size: int
     dtype: str
     has_rerank_states: bool
@@ -89,9 +91,9 @@ class CachePlan:
         """Count the bytes of a shard, or of all of them, but for their headers."""
         if shard is None:
             return sum(self.num_bytes(part) for part in self.shards)
-        states = shard.num_slots + shard.num_chunks * self.has_rerank_states
+        numbers = shard.num_slots * self.memory_size + shard.num_chunks * self.hidden_size * self.has_rerank_states
         counts = 2 * shard.num_chunks + (shard.end - shard.start + 1)
-        return states * self.hidden_size * STATE_DTYPES[self.dtype].itemsize + 4 * counts
+        return numbers * STATE_DTYPES[self.dtype].itemsize + 4 * counts
 
 
 def parse_size(size: str | int) -> int:
@@ -121,6 +123,7 @@ def parse_size(size: str | int) -> int:
 def make_plan(
     counts: Sequence[tuple[int, int]],
     fingerprint: dict[str, Any],
+    memory_size: int,
     hidden_size: int,
     dtype: str,
     has_rerank_states: bool,
@@ -130,7 +133,7 @@ def make_plan(
 
     Args:
         counts: Chunks and slots of each example.
-        fingerprint, hidden_size, dtype, has_rerank_states: As in `CachePlan`.
+        fingerprint, memory_size, hidden_size, dtype, has_rerank_states: As in `CachePlan`.
         max_shard_size: Bytes of a shard at most, unless a single example has more.
 
     Returns:
@@ -142,17 +145,18 @@ def make_plan(
     if dtype not in STATE_DTYPES:
         raise ScaleDownError(f"cache_dtype is {dtype!r}; expected one of {', '.join(STATE_DTYPES)}.")
     limit = parse_size(max_shard_size)
-    width = hidden_size * STATE_DTYPES[dtype].itemsize
+    itemsize = STATE_DTYPES[dtype].itemsize
     ranges, size, first, chunks, slots = [], 0, 0, 0, 0
     for i, (num_chunks, num_slots) in enumerate(counts):
-        needed = (num_slots + num_chunks * has_rerank_states) * width + 4 * (2 * num_chunks + 1)
+        numbers = num_slots * memory_size + num_chunks * hidden_size * has_rerank_states
+        needed = numbers * itemsize + 4 * (2 * num_chunks + 1)
         if i > first and size + needed > limit:
             ranges.append((first, i, chunks, slots))
             size, first, chunks, slots = 0, i, 0, 0
         size, chunks, slots = size + needed, chunks + num_chunks, slots + num_slots
     ranges.append((first, len(counts), chunks, slots))
     shards = tuple(Shard(f"shard-{k:05d}.safetensors", *part) for k, part in enumerate(ranges))
-    return CachePlan(fingerprint, hidden_size, dtype, has_rerank_states, shards)
+    return CachePlan(fingerprint, memory_size, hidden_size, dtype, has_rerank_states, shards)
 
 
 def open_plan(folder: str | Path, fingerprint: dict[str, Any]) -> CachePlan | None:
@@ -177,7 +181,8 @@ def open_plan(folder: str | Path, fingerprint: dict[str, Any]) -> CachePlan | No
             raise CacheError(f"{folder} has the format {content['format']}, this version reads {FORMAT}; delete it.")
         shards = tuple(Shard(**shard) for shard in content["shards"])
         names = ("fingerprint", "hidden_size", "dtype", "has_rerank_states")
-        plan = CachePlan(**{name: content[name] for name in names}, shards=shards)
+        memory_size = content.get("memory_size", content["hidden_size"])  # once they were the same
+        plan = CachePlan(**{name: content[name] for name in names}, memory_size=memory_size, shards=shards)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise CacheError(f"{index} is damaged ({error!r}); delete {folder} and compress again.") from error
     both = {name: (plan.fingerprint.get(name), fingerprint.get(name)) for name in {*plan.fingerprint, *fingerprint}}
@@ -347,7 +352,7 @@ def format_size(num_bytes: int) -> str:
 
 def _is_whole(path: Path, shard: Shard, plan: CachePlan) -> bool:
     shapes = {
-        "memory_states": [shard.num_slots, plan.hidden_size],
+        "memory_states": [shard.num_slots, plan.memory_size],
         "chunk_slots": [shard.num_chunks],
         "chunk_documents": [shard.num_chunks],
         "example_chunks": [shard.end - shard.start + 1],

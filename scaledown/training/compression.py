@@ -119,6 +119,7 @@ def compress_records(
             plan = make_plan(
                 counts,
                 fingerprint,
+                config.memory_state_size,
                 config.compressor_config.hidden_size,
                 fingerprint["dtype"],
                 config.enable_reranking,
@@ -130,7 +131,7 @@ def compress_records(
                 format_size(plan.num_bytes()),
                 len(plan.shards),
                 sum(shard.num_slots for shard in plan.shards),
-                plan.hidden_size,
+                plan.memory_size,
                 plan.dtype,
             )
             write_plan(folder, plan)
@@ -178,10 +179,10 @@ def _write_shards(model, processor, records, folder, plan, shards, batch_size, n
 
 def _compress(model, chunks, shard: Shard, batch_size: int, progress) -> dict[str, torch.Tensor]:
     num_examples = shard.end - shard.start
-    hidden = model.config.compressor_config.hidden_size
+    width, hidden = model.config.memory_state_size, model.config.compressor_config.hidden_size
     if not chunks:
         empty = torch.zeros(0, dtype=torch.long)
-        tensors = {"memory_states": torch.zeros(0, hidden), "chunk_slots": empty, "chunk_documents": empty}
+        tensors = {"memory_states": torch.zeros(0, width), "chunk_slots": empty, "chunk_documents": empty}
         if model.config.enable_reranking:
             tensors["rerank_states"] = torch.zeros(0, hidden)
         return {**tensors, "example_chunks": torch.zeros(num_examples + 1)}
@@ -189,7 +190,7 @@ def _compress(model, chunks, shard: Shard, batch_size: int, progress) -> dict[st
     lengths = chunks["compressor_attention_mask"].sum(dim=1)
     order = lengths.argsort(descending=True, stable=True)  # of like length together: little padding
     starts = torch.cat([chunk_slots.new_zeros(1), chunk_slots.cumsum(0)])
-    memory = torch.empty(int(chunk_slots.sum()), hidden, dtype=model.dtype)
+    memory = torch.empty(int(chunk_slots.sum()), width, dtype=model.dtype)
     rerank = torch.empty(len(chunk_slots), hidden, dtype=model.dtype)
     for begin in range(0, len(order), batch_size):
         rows = order[begin : begin + batch_size]

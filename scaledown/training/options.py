@@ -58,10 +58,11 @@ class ModelArguments:
         default=None,
         metadata={"help": "Document tokens per memory embedding; 16 by default, or as num_memory_tokens implies."},
     )
-    slot_pooling: Literal["memory_tokens", "span_mean"] | None = field(
+    slot_pooling: Literal["memory_tokens", "span_mean", "span_attention"] | None = field(
         default=None,
         metadata={
-            "help": "memory_tokens, or span_mean: means over the chunk's own tokens, for a backbone that stays frozen. "
+            "help": "memory_tokens, span_mean: means over the chunk's own tokens, for a backbone that stays frozen, or "
+            "span_attention: weighted means that start from the tokens' embeddings (n_layers), quicker to learn. "
             "span_mean by default in two-stage training from backbones, memory_tokens otherwise."
         },
     )

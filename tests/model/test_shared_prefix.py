@@ -5,6 +5,7 @@ import torch
 from accelerate import cpu_offload
 from tiny_compressors import CASES, WHOLE, build
 
+import compressor_scaledown
 from scaledown import ScaleDownConfig, ScaleDownModel
 from tiny import build_model
 
@@ -16,6 +17,12 @@ QUESTIONS = [
 TEXTS = ["Herons are birds.", "A crane lifts heavy things. " * 3, "The bridge was built in 1824 by two brothers."]
 DOCUMENTS = [TEXTS, TEXTS[:1], [*TEXTS, "It fell."]]
 CAUSAL = [case for case in CASES if case[0] != "modernbert"]
+
+
+@pytest.fixture(autouse=True)
+def shares_however_little(monkeypatch):
+    """With models this small, a pass of its own costs more than it saves."""
+    monkeypatch.setitem(compressor_scaledown.MIN_SPARED_OPERATIONS, "cpu", 0)
 
 
 def chunks_of(model: ScaleDownModel, questions: list[str], documents: list[list[str]]) -> dict[str, torch.Tensor]:
@@ -46,6 +53,16 @@ def test_a_question_read_once_gives_the_result_of_reading_it_with_every_chunk(ki
             assert sum(count for count, _ in passes) == every[0]
             assert max(length for _, length in passes) < every[1]
             assert_same(compressed, expected)
+
+
+@torch.no_grad()
+def test_a_question_is_not_read_apart_where_that_costs_more_than_it_saves(monkeypatch):
+    model = build_model("n_layers")
+    batch = chunks_of(model, QUESTIONS, DOCUMENTS)
+    assert len(read_lengths(model, batch, batch_size=64)[1]) > 1
+    spared = 2 * sum(parameter.numel() for parameter in model.compressor.backbone.layers[0].parameters())
+    monkeypatch.setitem(compressor_scaledown.MIN_SPARED_OPERATIONS, "cpu", 1000 * spared)  # of a thousand tokens
+    assert len(read_lengths(model, batch, batch_size=64)[1]) == 1
 
 
 @torch.no_grad()

@@ -59,10 +59,10 @@ def data_arguments(data, **settings) -> DataArguments:
     return DataArguments(train_file=str(data), **{"max_shard_size": "2KB", "cache_dtype": "float32", **settings})
 
 
-def checkpoint(backbones, kind, folder):
-    """A model as joint training leaves it, with memory embeddings."""
+def checkpoint(backbones, kind, folder, **settings):
+    """A model as joint training leaves it, with embeddings of its own."""
     torch.manual_seed(7)
-    from_backbones(backbones[kind]).save_pretrained(folder)
+    from_backbones(backbones[kind], **settings).save_pretrained(folder)
     return {"generator_name_or_path": None, "compressor_name_or_path": None, "model_name_or_path": str(folder)}
 
 
@@ -83,15 +83,23 @@ def cached(backbones, kind, data, folder, stage="generate", **settings):
 # -- what is cached ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("origin", ["backbones", "checkpoint"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_cache_gives_the_losses_of_the_whole_model(backbones, kind, origin, data, tmp_path):
-    settings = checkpoint(backbones, kind, tmp_path / "trained") if origin == "checkpoint" else {}
+@pytest.mark.parametrize(
+    ("kind", "origin", "pooling"),
+    [
+        *[(kind, "backbones", "span_mean") for kind in KINDS],
+        *[(kind, "checkpoint", "memory_tokens") for kind in KINDS],
+        ("n_layers", "checkpoint", "span_attention"),
+    ],
+)
+def test_the_cache_gives_the_losses_of_the_whole_model(backbones, kind, origin, pooling, data, tmp_path):
+    settings = {}
+    if origin == "checkpoint":
+        settings = checkpoint(backbones, kind, tmp_path / "trained", slot_pooling=pooling)
     model, dataset, records, (arguments, args) = cached(backbones, kind, data, tmp_path, **settings)
     assert model.compressor.backbone is None
     assert len(dataset.plan.shards) > 2
     whole = build_model(arguments, args)
-    assert whole.config.slot_pooling == ("memory_tokens" if origin == "checkpoint" else "span_mean")
+    assert whole.config.slot_pooling == pooling
     whole.load_state_dict(model.state_dict(), strict=False)
     listed = list(range(len(records)))
     listed = [*listed[5:], *listed[:5]]  # in another order than the cache's
@@ -205,7 +213,7 @@ def test_a_second_run_over_the_same_data_compresses_nothing(backbones, data, tmp
 
 def test_memory_embeddings_that_never_learned_are_refused(backbones, data, tmp_path):
     arguments = model_arguments(backbones, "n_layers", slot_pooling="memory_tokens")
-    with pytest.raises(ValueError, match="random memory embeddings"):
+    with pytest.raises(ValueError, match="memory or reranking embeddings"):
         run(arguments, data_arguments(data), training_arguments(tmp_path, two_stage=True))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from compressor_scaledown import own_tokens
 from processing_scaledown import ScaleDownProcessor
 from reranking_scaledown import slots_by_document
 
@@ -155,11 +156,11 @@ def _as_cached(row: dict[str, Any], processor: ScaleDownProcessor, config: Any, 
     empty = torch.zeros(0, dtype=torch.long)
     slots = chunks.get("chunk_slots", empty)
     documents = chunks.get("chunk_to_document", empty)
-    width = config.compressor_config.hidden_size
+    hidden = config.compressor_config.hidden_size
     return {
         **{name: row.get(name) for name in ("id", "query", "answer", "reranking_scores")},
-        "memory_states": torch.zeros(int(slots.sum()), width, dtype=dtype),
-        "rerank_states": torch.zeros(len(slots), width, dtype=dtype) if config.enable_reranking else None,
+        "memory_states": torch.zeros(int(slots.sum()), config.memory_state_size, dtype=dtype),
+        "rerank_states": torch.zeros(len(slots), hidden, dtype=dtype) if config.enable_reranking else None,
         "chunk_slots": slots,
         "chunk_documents": documents,
         "document_slots": slots_by_document(chunks, [row["documents"]])[0],
@@ -184,17 +185,19 @@ def _read_chunks(
     reading.largest = {name: chunks[name][longest] for name in names}
     reading.batch_size = len(longest)
     counts = (len(chunks["chunk_slots"]), int(chunks["chunk_slots"].sum()))
-    settings = (config.compressor_config.hidden_size, data_args.cache_dtype, config.enable_reranking)
+    settings = (
+        config.memory_state_size,
+        config.compressor_config.hidden_size,
+        data_args.cache_dtype,
+        config.enable_reranking,
+    )
     reading.cache_bytes = make_plan([counts], {}, *settings, "1000TB").num_bytes() / len(rows)
 
 
 def _compressor_tokens(batch: dict[str, Any], config: Any) -> int:
     if "compressor_attention_mask" not in batch:
         return 0
-    own = 0
-    if config.slot_pooling == "memory_tokens":
-        own = int(batch["chunk_slots"].sum()) + len(batch["chunk_slots"]) * config.enable_reranking
-    return int(batch["compressor_attention_mask"].sum()) + own
+    return int(batch["compressor_attention_mask"].sum() + own_tokens(batch["chunk_slots"], config).sum())
 
 
 def _cost(batch: dict[str, Any], config: Any) -> int:
