@@ -79,5 +79,5 @@ def _run(module: str, extra: str) -> int:
         missing = (error.name or "").partition(".")[0]
         if not missing or find_spec(missing) is not None:
             raise  # one of our own messages, or a broken installation
-        print(f'error: the package {missing} is missing: pip install "scaledown[{extra}]"', file=sys.stderr)
+        print(f'error: the package {missing} is missing: pip install ".[{extra}]" in the checkout', file=sys.stderr)
         return 2

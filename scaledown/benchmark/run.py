@@ -9,7 +9,7 @@ from typing import Any
 from ..common.command_line import run_command
 from ..common.devices import find_device
 from ..common.environment import describe_environment
-from . import serving, speed
+from . import speed
 from .arguments import SWEPT, BenchmarkArguments, parse_arguments
 from .flops import count_rows, count_table, render
 from .plots import plot_flops, plot_lines, plot_speed
@@ -76,6 +76,8 @@ def _train(arguments: BenchmarkArguments) -> tuple[list[dict[str, Any]], str]:
 
 
 def _serving(arguments: BenchmarkArguments) -> tuple[list[dict[str, Any]], str]:
+    from . import serving  # needs openai, which no other mode does
+
     rows = serving.measure(arguments)
     return rows, serving.render(rows)
 

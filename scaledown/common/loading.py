@@ -96,6 +96,6 @@ def import_sentence_transformers() -> Any:
     except ImportError as error:
         raise ImportError(
             "sentence-transformers, which loads rerankers and retrieval encoders, is missing; install it with "
-            '`pip install "scaledown[data]"`.'
+            '`pip install ".[data]"` in the checkout.'
         ) from error
     return sentence_transformers

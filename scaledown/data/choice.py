@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import datasets
 
 from .indexes.index import Index
-from .indexes.pool import BM25Retriever
 from .questions import Question
 
 # Passages retrieved beyond those wanted, since some repeat a gold passage or one another.
@@ -78,7 +77,11 @@ class PoolDocuments:
         self._num_documents = num_documents
         self._seed = seed
         self._index = {passage: index for index, passage in enumerate(passages)}
-        self._retriever = BM25Retriever(passages) if distractors == "bm25" else None
+        self._retriever = None
+        if distractors == "bm25":
+            from .indexes.pool import BM25Retriever  # needs bm25s, which random distractors and own documents do not
+
+            self._retriever = BM25Retriever(passages)
 
     def __call__(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
         """See `Chooser.__call__`."""

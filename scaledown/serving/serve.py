@@ -81,7 +81,7 @@ def serve(arguments: ServingArguments) -> str:
     model = load(arguments)
     name = arguments.served_model_name or Path(arguments.model).resolve().name
     app = create_app(build_engine(model, arguments, metrics), arguments, metrics, name)
-    logger.info("%s is served by %s", name, arguments.engine)
+    logger.info("serving %s by %s at http://%s:%d", name, arguments.engine, arguments.host, arguments.port)
     uvicorn.run(
         app,
         host=arguments.host,

@@ -16,9 +16,6 @@ from typing import Any, Protocol
 import datasets
 import numpy as np
 
-from .bm25 import BM25Index
-from .encoded import DenseIndex, SpladeIndex
-
 
 class Index(Protocol):
     """Finds passages by the text of a question."""
@@ -56,7 +53,12 @@ def open_index(
     Returns:
         The index.
     """
+    # Imported here: whoever searches no corpus needs none of the packages.
     if retriever == "bm25":
+        from .bm25 import BM25Index
+
         return BM25Index(folder, passages)
+    from .encoded import DenseIndex, SpladeIndex
+
     kind = {"splade": SpladeIndex, "dense": DenseIndex}[retriever]
     return kind(folder, passages, model_name_or_path, **settings)

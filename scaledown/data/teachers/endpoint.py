@@ -109,7 +109,7 @@ class EndpointTeacher:
             import openai
         except ImportError as error:
             raise ImportError(
-                'openai, the client of endpoints, is missing; install it with `pip install "scaledown[data]"`.'
+                'openai, the client of endpoints, is missing; install it with `pip install ".[data]"` in the checkout.'
             ) from error
         self._openai = openai
         self._key = ""
