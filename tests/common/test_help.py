@@ -11,7 +11,6 @@ from folders import ROOT
 from scaledown.common.choices import FORMATS
 from scaledown.data.formats import FIELDS
 
-
 SCRIPTS = {
     "train.py": "--compressor_learning_rate",
     "evaluate.py": "--baselines",
