@@ -16,7 +16,8 @@ from tiny import DOCUMENTS, GENERATORS, LEARNED_POSITIONS, QUESTIONS, build_mode
 
 PROMPT = ("input_ids", "attention_mask", "slot_mask")
 CHUNKS = ("compressor_input_ids", "compressor_attention_mask", "chunk_slots")
-GREEDY = {"do_sample": False, "max_new_tokens": 12}
+NEW_TOKENS = 8
+GREEDY = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
 NO_END = {"suppress_tokens": [1]}
 
 
@@ -67,7 +68,16 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+# How a prompt is decoded does not depend on the kind of compressor that filled it.
+EVERY_KIND = ("greedy", "beams")
+KINDS_AND_MODES = [
+    pytest.param(kind, mode, marks=[] if kind == "n_layers" or mode in EVERY_KIND else pytest.mark.slow)
+    for kind in ("n_layers", "modernbert", "llm")
+    for mode in MODES
+]
+
+
+@pytest.mark.parametrize(("any_model", "mode"), KINDS_AND_MODES, indirect=["any_model"])
 @torch.no_grad()
 def test_every_mode_equals_the_generators_own_on_the_filled_prompt(any_model, mode):
     """The generator alone, given the prompt's embeddings with slots filled by hand, must write the same tokens."""
@@ -81,7 +91,7 @@ def test_every_mode_equals_the_generators_own_on_the_filled_prompt(any_model, mo
     expected = any_model.generator.generate(
         inputs_embeds=embeds, attention_mask=batch["attention_mask"], pad_token_id=2, **plain
     )
-    assert expected.shape == (3 * settings.get("num_return_sequences", 1), 12)
+    assert expected.shape == (3 * settings.get("num_return_sequences", 1), NEW_TOKENS)
     assert len({tuple(row) for row in expected.tolist()}) >= 3
     assert torch.equal(new_tokens(any_model, batch, **settings), expected)
     # From documents compressed before, the same.
@@ -92,7 +102,6 @@ SAME_AS_GREEDY = {
     "no cache": {"use_cache": False},
     "static cache": {"cache_implementation": "static"},
     "prefill in pieces": {"prefill_chunk_size": 16},
-    "one token at a time": {"prefill_chunk_size": 1},
 }
 
 
@@ -102,11 +111,17 @@ def any_generator(request):
     return build_model("n_layers", generator=request.param)
 
 
-@pytest.mark.parametrize("mode", SAME_AS_GREEDY)
-def test_caches_and_prefill_do_not_change_a_token(any_generator, mode):
+def test_caches_and_prefill_do_not_change_a_token(any_generator):
     batch = batch_of(any_generator)
     expected = new_tokens(any_generator, batch, **GREEDY, **NO_END)
-    assert torch.equal(new_tokens(any_generator, batch, **GREEDY, **NO_END, **SAME_AS_GREEDY[mode]), expected)
+    for mode, settings in SAME_AS_GREEDY.items():
+        assert torch.equal(new_tokens(any_generator, batch, **GREEDY, **NO_END, **settings), expected), mode
+
+
+def test_a_prompt_may_be_read_one_token_at_a_time(model):
+    batch = batch_of(model, QUESTIONS[0], DOCUMENTS[0])
+    settings = {**GREEDY, **NO_END, "prefill_chunk_size": 1}
+    assert torch.equal(new_tokens(model, batch, **settings), new_tokens(model, batch, **GREEDY, **NO_END))
 
 
 def test_the_documents_matter_in_every_mode(model):
@@ -126,17 +141,27 @@ def test_the_documents_matter_in_every_mode(model):
 def test_greedy_decoding_equals_a_loop_over_the_forward_pass(any_model):
     batch = batch_of(any_model, QUESTIONS[0], DOCUMENTS[0])
     ids, mask, slots = (batch[name] for name in PROMPT)
-    for _ in range(12):
+    for _ in range(NEW_TOKENS):
         logits = any_model(input_ids=ids, attention_mask=mask, slot_mask=slots, **only(batch, *CHUNKS)).logits
         logits[..., 1] = -torch.inf
         ids = torch.cat([ids, logits[:, -1:].argmax(dim=-1)], dim=1)
         mask, slots = torch.cat([mask, mask[:, :1]], dim=1), torch.cat([slots, slots[:, :1]], dim=1)
-    assert not slots[:, -12:].any()
+    assert not slots[:, -NEW_TOKENS:].any()
     tokens = new_tokens(any_model, batch, **GREEDY, **NO_END)
-    assert torch.equal(tokens, ids[:, -12:])
+    assert torch.equal(tokens, ids[:, -NEW_TOKENS:])
 
 
-@pytest.mark.parametrize("mode", ["greedy", "beams", "greedy, static cache"])
+@pytest.mark.parametrize(
+    ("any_model", "mode"),
+    [
+        ("n_layers", "greedy"),
+        ("n_layers", "beams"),
+        ("n_layers", "greedy, static cache"),
+        ("modernbert", "greedy"),
+        ("llm", "greedy"),
+    ],
+    indirect=["any_model"],
+)
 def test_a_batch_equals_its_examples_one_by_one(any_model, mode):
     questions, documents = [*QUESTIONS, "Alone?"], [*DOCUMENTS, []]
     settings = {**GREEDY, **MODES[mode]}
@@ -151,15 +176,15 @@ def test_a_batch_equals_its_examples_one_by_one(any_model, mode):
 
 def test_a_seed_repeats_a_sample_and_another_does_not(model):
     batch = batch_of(model)
-    settings = {"do_sample": True, "max_new_tokens": 12}
+    settings = {"do_sample": True, "max_new_tokens": NEW_TOKENS}
     first = new_tokens(model, batch, **settings)
     assert torch.equal(new_tokens(model, batch, **settings), first)
-    assert not torch.equal(model.generate(**batch, **settings)[:, -12:], first)
+    assert not torch.equal(model.generate(**batch, **settings)[:, -NEW_TOKENS:], first)
 
 
 def test_beams_find_what_greedy_search_does_not(model):
     batch = batch_of(model)
-    settings = {"max_new_tokens": 12, **NO_END, "return_dict_in_generate": True, "output_scores": True}
+    settings = {"max_new_tokens": NEW_TOKENS, **NO_END, "return_dict_in_generate": True, "output_scores": True}
     beams = model.generate(**batch, num_beams=4, num_return_sequences=4, length_penalty=0.0, **settings)
     scores = beams.sequences_scores.view(3, 4)
     assert (scores.diff(dim=1) <= 0).all()
@@ -171,26 +196,26 @@ def test_beams_find_what_greedy_search_does_not(model):
     with torch.no_grad():
         logits = model(
             input_ids=beams.sequences,
-            attention_mask=torch.nn.functional.pad(repeated["attention_mask"], (0, 12), value=1),
-            slot_mask=torch.nn.functional.pad(repeated["slot_mask"], (0, 12)),
+            attention_mask=torch.nn.functional.pad(repeated["attention_mask"], (0, NEW_TOKENS), value=1),
+            slot_mask=torch.nn.functional.pad(repeated["slot_mask"], (0, NEW_TOKENS)),
             **{name: tensor[order] for name, tensor in memory.items()},
-        ).logits[:, -13:-1]
-    chosen = logits.log_softmax(dim=-1).gather(2, beams.sequences[:, -12:, None]).squeeze(-1)
+        ).logits[:, -NEW_TOKENS - 1 : -1]
+    chosen = logits.log_softmax(dim=-1).gather(2, beams.sequences[:, -NEW_TOKENS:, None]).squeeze(-1)
     torch.testing.assert_close(chosen.sum(dim=1), beams.sequences_scores, rtol=1e-3, atol=1e-3)
 
 
-def test_prompt_lookup_changes_nothing_but_the_speed(any_model):
-    batch = batch_of(any_model, QUESTIONS[0], DOCUMENTS[0])
-    settings = {"do_sample": False, "max_new_tokens": 40, **NO_END}
-    expected = new_tokens(any_model, batch, **settings)
-    assert torch.equal(new_tokens(any_model, batch, **settings, prompt_lookup_num_tokens=3), expected)
+def test_prompt_lookup_changes_nothing_but_the_speed(model):
+    batch = batch_of(model, QUESTIONS[0], DOCUMENTS[0])
+    settings = {"do_sample": False, "max_new_tokens": 24, **NO_END}
+    expected = new_tokens(model, batch, **settings)
+    assert torch.equal(new_tokens(model, batch, **settings, prompt_lookup_num_tokens=3), expected)
 
 
-def test_a_second_model_may_draft(any_model):
-    batch = batch_of(any_model, QUESTIONS[0], DOCUMENTS[0])
-    expected = new_tokens(any_model, batch, **GREEDY)
-    for assistant in (any_model, build_model("n_layers", seed=5)):
-        assert torch.equal(new_tokens(any_model, batch, **GREEDY, assistant_model=assistant), expected)
+def test_a_second_model_may_draft(model):
+    batch = batch_of(model, QUESTIONS[0], DOCUMENTS[0])
+    expected = new_tokens(model, batch, **GREEDY)
+    for assistant in (model, build_model("n_layers", seed=5)):
+        assert torch.equal(new_tokens(model, batch, **GREEDY, assistant_model=assistant), expected)
 
 
 @torch.no_grad()
@@ -199,13 +224,13 @@ def test_a_repetition_penalty_counts_prompt_and_answer(model):
     memory = memory_of(model, batch)
     penalty = RepetitionPenaltyLogitsProcessor(1.8)
     ids, mask, slots = (batch[name] for name in PROMPT)
-    for _ in range(12):
+    for _ in range(NEW_TOKENS):
         logits = model(input_ids=ids, attention_mask=mask, slot_mask=slots, **memory).logits[:, -1]
         logits[:, 1] = -torch.inf
         ids = torch.cat([ids, penalty(ids, logits).argmax(dim=-1, keepdim=True)], dim=1)
         mask, slots = torch.cat([mask, mask[:, :1]], dim=1), torch.cat([slots, slots[:, :1]], dim=1)
     penalised = new_tokens(model, batch, **GREEDY, **NO_END, repetition_penalty=1.8)
-    assert torch.equal(penalised, ids[:, -12:])
+    assert torch.equal(penalised, ids[:, -NEW_TOKENS:])
     assert not torch.equal(penalised, new_tokens(model, batch, **GREEDY, **NO_END))
 
 
@@ -250,9 +275,9 @@ def test_a_finished_answer_is_padded_while_others_go_on(model):
 
 
 @torch.no_grad()
-def test_a_full_record_of_the_generation_can_be_had(any_model):
-    batch = batch_of(any_model)
-    output = any_model.generate(
+def test_a_full_record_of_the_generation_can_be_had(model):
+    batch = batch_of(model)
+    output = model.generate(
         **batch,
         **GREEDY,
         **NO_END,
@@ -261,19 +286,17 @@ def test_a_full_record_of_the_generation_can_be_had(any_model):
         output_logits=True,
         output_hidden_states=True,
     )
-    assert len(output.scores) == len(output.logits) == len(output.hidden_states) == 12
-    torch.testing.assert_close(output.logits[0], any_model(**batch).logits[:, -1], rtol=1e-4, atol=1e-4)
-    assert torch.equal(torch.stack(output.scores, dim=1).argmax(dim=-1), output.sequences[:, -12:])
+    assert len(output.scores) == len(output.logits) == len(output.hidden_states) == NEW_TOKENS
+    torch.testing.assert_close(output.logits[0], model(**batch).logits[:, -1], rtol=1e-4, atol=1e-4)
+    assert torch.equal(torch.stack(output.scores, dim=1).argmax(dim=-1), output.sequences[:, -NEW_TOKENS:])
     assert output[CACHE_NAME].get_seq_length() == output.sequences.shape[1] - 1
 
 
-def test_an_answer_can_be_streamed_from_another_thread(any_model):
-    batch = batch_of(any_model, QUESTIONS[0], DOCUMENTS[0])
-    expected = any_model.answer(QUESTIONS[0], DOCUMENTS[0], **GREEDY, **NO_END)
-    streamer = TextIteratorStreamer(
-        any_model.processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60
-    )
-    thread = threading.Thread(target=any_model.generate, kwargs={**batch, **GREEDY, **NO_END, "streamer": streamer})
+def test_an_answer_can_be_streamed_from_another_thread(model):
+    batch = batch_of(model, QUESTIONS[0], DOCUMENTS[0])
+    expected = model.answer(QUESTIONS[0], DOCUMENTS[0], **GREEDY, **NO_END)
+    streamer = TextIteratorStreamer(model.processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    thread = threading.Thread(target=model.generate, kwargs={**batch, **GREEDY, **NO_END, "streamer": streamer})
     thread.start()
     pieces = list(streamer)
     thread.join()
@@ -344,7 +367,7 @@ def test_all_routes_to_an_answer_agree(any_model):
     """The calls of published OSCAR and PISCO models, end to end and in two steps."""
     questions, documents = QUESTIONS[:2], [DOCUMENTS[0], [DOCUMENTS[1][0], DOCUMENTS[2][0]]]
     expected = any_model.answer(questions, documents, **GREEDY)
-    assert any_model.generate_from_text(questions, documents, max_new_tokens=12) == expected
+    assert any_model.generate_from_text(questions, documents, max_new_tokens=NEW_TOKENS) == expected
     asked = [question for question in questions for _ in range(2)]
     compressed = any_model.compress_documents([text for listed in documents for text in listed], asked)
     # One of the four documents has several chunks, the others end in zeros.
@@ -353,8 +376,8 @@ def test_all_routes_to_an_answer_agree(any_model):
     assert compressed.shape[2] == 32
     assert (compressed[0, 4:] == 0).all()
     route = any_model.generate_from_compressed_documents_and_questions
-    assert route(questions, compressed, max_new_tokens=12) == expected
-    assert route(questions[:1], compressed[:2], max_new_tokens=12) == expected[:1]
+    assert route(questions, compressed, max_new_tokens=NEW_TOKENS) == expected
+    assert route(questions[:1], compressed[:2], max_new_tokens=NEW_TOKENS) == expected[:1]
 
 
 def test_compress_documents_returns_the_chunks_of_each_document_in_order(any_model):
@@ -556,11 +579,11 @@ def test_documents_fill_slots_of_embeddings_that_are_given(any_generator):
         any_generator.generate(**{**batch, "slot_mask": None}, inputs_embeds=embeds, **GREEDY)
 
 
-def test_an_assistant_may_be_a_plain_language_model(any_model):
-    batch = batch_of(any_model, QUESTIONS[0], DOCUMENTS[0])
-    expected = new_tokens(any_model, batch, **GREEDY)
-    for assistant in (any_model.generator, build_model("n_layers", seed=5).generator):
-        assert torch.equal(new_tokens(any_model, batch, **GREEDY, assistant_model=assistant), expected)
+def test_an_assistant_may_be_a_plain_language_model(model):
+    batch = batch_of(model, QUESTIONS[0], DOCUMENTS[0])
+    expected = new_tokens(model, batch, **GREEDY)
+    for assistant in (model.generator, build_model("n_layers", seed=5).generator):
+        assert torch.equal(new_tokens(model, batch, **GREEDY, assistant_model=assistant), expected)
 
 
 def test_what_cannot_assist_is_refused():
