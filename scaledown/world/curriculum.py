@@ -1,4 +1,4 @@
-"""The lessons of a small language model, each a way to draw rows of text without end.
+"""The lessons of a small language model, each a way to draw endless rows of text.
 
 Trained on passages and questions from the beginning, a small model learns what kind of value is asked for and never
 whose. So it first learns to go on with what it has read before, then to look facts up in short passages, then in long
@@ -19,11 +19,11 @@ from .names import happens
 from .tokenizer import SPECIAL, SYSTEM_PROMPT
 from .world import World
 
-LEFT_OUT = 2048  # positions, less than so many; 20 passages reach about as far
+LEFT_OUT = 2048  # fewer positions than this are left out; 20 passages reach about as far
 
 
 class Row(NamedTuple):
-    """What is read and learned at once.
+    """What is read, and what is learned of it.
 
     Attributes:
         ids: Token ids; in a batch `(batch, length)`, as all others.
@@ -63,7 +63,7 @@ class Lesson:
         draw: Draws one row.
         batch_size: Rows per step.
         target: Share of answer tokens that must be right before the next lesson begins.
-        steps: In place of a target: so many steps, in the last 70 % of which the learning rate falls to 0.
+        steps: In place of a target: number of steps; over the last 70 % of them the learning rate falls to 0.
         rate: Its learning rate, as a multiple of the run's.
     """
 
@@ -76,7 +76,7 @@ class Lesson:
 
 
 class Rows(IterableDataset):
-    """Batches of a lesson without end.
+    """Endless batches of a lesson.
 
     Args:
         lesson: The lesson.
@@ -162,16 +162,16 @@ class Curriculum:
 
         Args:
             name: What is learned.
-            documents: Passages at most.
+            documents: Maximum number of passages.
             batch_size: Rows per step.
-            num_facts: Facts a passage tells at most.
-            plain: Tell the facts and nothing else.
+            num_facts: Maximum facts per passage.
+            plain: State the facts and nothing else.
             two_hops: Share of contexts asked about across two passages.
-            fewest: Passages at least; as many as at most without it.
+            fewest: Minimum number of passages; `documents` by default.
             target: See `Lesson`.
             steps: See `Lesson`.
             rate: See `Lesson`.
-            apart: Ask so many questions that do not see each other, in place of eight that follow each other.
+            apart: Number of questions, which do not see each other; by default eight that follow one another.
             alike: Share of contexts whose distractors are all of the kind that is asked about.
 
         Returns:

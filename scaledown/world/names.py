@@ -1,4 +1,4 @@
-"""Names of the made-up world: of parts that all splits know, put together as only one split does."""
+"""Names of the made-up world: of parts that all splits share, in combinations that only one split has."""
 
 import random
 import zlib
@@ -10,7 +10,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def _words(rng: random.Random, count: int, endings: list[str], taken: set[str]) -> list[str]:
-    """Draw words that nobody has seen, all different."""
+    """Draw invented words, all different."""
     onsets, vowels = (
         ["b", "d", "f", "g", "h", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "gr", "st", "tr"],
         "aeiou",
@@ -25,7 +25,7 @@ def _words(rng: random.Random, count: int, endings: list[str], taken: set[str]) 
 
 
 def happens(rng: random.Random, share: float) -> bool:
-    """Whether something of a share happens; at 0 nothing is drawn, so that seeds draw what they drew without it."""
+    """Whether something of this probability happens; at 0 no number is drawn, so that seeds give what they gave."""
     return share > 0 and rng.random() < share
 
 
@@ -35,8 +35,8 @@ class Names:
     A name belongs to one split, by a checksum of it.
 
     Args:
-        mixed: Share of books and ships that are called by words of either. There are 500 and 320 names of these kinds,
-            so few that a compressor learns each by heart; of the words of either, 1,620 are made.
+        mixed: Share of books and ships whose names are made of either kind's words. Books have 500 names of their own,
+            ships 320, so few that a compressor learns each by heart; either kind's words make 1,620.
     """
 
     def __init__(self, mixed: float = 0.0):
@@ -62,7 +62,7 @@ class Names:
         """Draw a name of a split.
 
         Args:
-            rng: Where chance comes from.
+            rng: Random generator.
             kind: Kind of thing.
             split: Split it belongs to.
 

@@ -1,4 +1,4 @@
-"""A backbone is taken through the lessons of a curriculum, one after another."""
+"""Trains a backbone on the lessons of a curriculum, one after another."""
 
 import itertools
 import json
@@ -38,7 +38,7 @@ class BackboneArguments:
 
 
 def teach(model: PreTrainedModel, lessons: list[Lesson], args: BackboneArguments, read: ReadBatch) -> list[dict]:
-    """Take a backbone through the lessons; what was learned is saved after each.
+    """Train a backbone on the lessons; it is saved after each.
 
     Args:
         model: The backbone.

@@ -1,4 +1,4 @@
-"""How the world speaks: kinds of things, what is told of them in several ways, and how it is asked.
+"""How the world speaks: kinds of things, what is stated about them in several ways, and how it is asked.
 
 In a statement, `{s}` is the subject (a name or a pronoun), `{o}` the same as an object, `{p}` its possessive, `{v}` the
 value. In a question, `{n}` is a name; with two hops it is a description such as "the founder of Tavok Mills".
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Relation:
-    """Something that can be told of one kind of thing.
+    """Something that can be stated about one kind of thing.
 
     Attributes:
         name: Its name, unique within the kind.
         value: Kind of value: a kind of thing, "date", "year", "number:LOW:HIGH", or a list of words in `WORDS`.
-        statements: Sentences that tell it.
+        statements: Sentences that state it.
         questions: Questions that ask for it.
         description: Its value, described ("the founder of {n}"); None where the value is nothing to ask about further.
     """
@@ -332,7 +332,7 @@ RELATIONS: dict[str, tuple[Relation, ...]] = {
     ),
 }
 
-# Sentences that tell nothing that is ever asked.
+# Sentences that state nothing that is ever asked.
 FILLERS = (
     "Little else is known for certain.",
     "Letters from that time have been lost.",

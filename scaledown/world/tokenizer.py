@@ -53,7 +53,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _words() -> list[str]:
-    """Every word a passage, a question or a prompt of the world may have, in an order that is always the same."""
+    """Every word a passage, a question or a prompt of the world may have, always in the same order."""
     names = Names()
     texts = [SYSTEM_PROMPT, "Background Question", *FILLERS, *CONTRASTS, MONTHS, *names.rivers, *WORDS.values()]
     texts += [*NOMINALS.values(), *(opening for listed in OPENINGS.values() for opening in listed)]

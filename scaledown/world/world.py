@@ -4,8 +4,8 @@
 
 Six kinds of things (people, towns, companies, books, ships, schools) with 40 relations between them and to dates,
 numbers and words. Facts are drawn anew for every question, so that nothing can be learned by heart: what is answered
-was read. Names are made of parts that all splits know, put together as only one split does: no thing of the test set
-occurs in training. Distractors share a part of the name, the kind and the relations of what is asked about.
+was read. Names are made of parts that all splits share, in combinations that only one split has: no thing of the test
+set occurs in training. Distractors share a part of the name, the kind and the relations of what is asked about.
 """
 
 import json
@@ -74,12 +74,12 @@ class WorldArguments:
 
 @dataclass
 class Passage:
-    """What is told of one thing.
+    """What is stated about one thing.
 
     Attributes:
         kind: Kind of the thing.
         name: Its name.
-        facts: Value of every relation that is told.
+        facts: Value of every relation that is stated.
         text: The passage.
     """
 
@@ -97,7 +97,7 @@ class WorldQuestion:
         text: The question.
         answer: Its only answer.
         answer_kind: "name", "date", "number" or "word"; "text" where the passage itself is the answer.
-        hops: Passages that must be put together.
+        hops: Number of passages that must be combined.
         positives: Their places in the context.
     """
 
@@ -152,35 +152,35 @@ class World:
         num_facts: int = 7,
         plain: bool = False,
     ) -> Passage:
-        """Draw facts about a thing and tell them.
+        """Draw facts about a thing and state them.
 
         Args:
             kind: Kind of thing.
             name: Its name.
             known: Facts that are decided already.
-            taken: Names that must not be mentioned beside it, because they are told of elsewhere.
-            num_facts: Facts told at most.
-            plain: Tell the facts and nothing else, and the name in every sentence.
+            taken: Names that must not be mentioned beside it, because other passages are about them.
+            num_facts: Maximum number of facts stated.
+            plain: State the facts and nothing else, with the name in every sentence.
 
         Returns:
             The passage.
         """
         known = known or {}
         rng, relations = self.random, RELATIONS[kind]
-        told = [relation for relation in relations if relation.name in known]
+        stated = [relation for relation in relations if relation.name in known]
         rest = [relation for relation in relations if relation.name not in known]
-        told += rng.sample(rest, min(len(rest), num_facts - len(told)))
-        rng.shuffle(told)
-        facts = {relation.name: known.get(relation.name) or self.value(relation.value) for relation in told}
+        stated += rng.sample(rest, min(len(rest), num_facts - len(stated)))
+        rng.shuffle(stated)
+        facts = {relation.name: known.get(relation.name) or self.value(relation.value) for relation in stated}
         if plain:
             woman = rng.random() < 0.5
-            sentences = [self._state(kind, name, relation, facts[relation.name], woman, True) for relation in told]
+            sentences = [self._state(kind, name, relation, facts[relation.name], woman, True) for relation in stated]
         else:
-            sentences = self._tell(kind, name, [(relation, facts[relation.name]) for relation in told], taken)
+            sentences = self._tell(kind, name, [(relation, facts[relation.name]) for relation in stated], taken)
         return Passage(kind, name, facts, " ".join(sentences))
 
     def _tell(self, kind: str, name: str, facts: list[tuple[Relation, str]], taken: Collection[str]) -> list[str]:
-        """An opening, the facts, and between them sentences that tell nothing, and one about something else."""
+        """An opening, the facts, and between them sentences that state no fact, and one about something else."""
         rng = self.random
         woman, target = rng.random() < 0.5, rng.randint(*PASSAGE_WORDS)
         # After the sentence about something else, a pronoun would refer to that.
@@ -205,7 +205,7 @@ class World:
         return sentences
 
     def _state(self, kind: str, name: str, relation: Relation, value: str, woman: bool, by_name: bool) -> str:
-        """Tell one fact, of the thing by name, by a pronoun, or by what it is."""
+        """State one fact, with the thing called by its name, by a pronoun, or by what it is."""
         rng = self.random
         way = "name" if by_name else rng.choices(("pronoun", "name", "nominal"), (5, 3, 2))[0]
         if way == "pronoun" and kind == "person":
@@ -222,24 +222,24 @@ class World:
         return text[0].upper() + text[1:]
 
     def ask(self, passages: list[Passage], index: int) -> Iterator[WorldQuestion]:
-        """All questions of one hop about a passage, in an order of chance."""
+        """All questions of one hop about a passage, in random order."""
         passage = passages[index]
-        told = [relation for relation in RELATIONS[passage.kind] if relation.name in passage.facts]
-        for relation in self.random.sample(told, len(told)):
+        stated = [relation for relation in RELATIONS[passage.kind] if relation.name in passage.facts]
+        for relation in self.random.sample(stated, len(stated)):
             text = self.random.choice(relation.questions).format(n=passage.name)
             yield WorldQuestion(text, passage.facts[relation.name], answer_kind(relation.value), 1, [index])
 
     def ask_across(
         self, passages: list[Passage], first: int, second: int, everything: bool = False
     ) -> Iterator[WorldQuestion]:
-        """All questions about the second passage that name it only by what the first tells, in an order of chance.
+        """All questions about the second passage that name it only by what the first states, in random order.
 
         Args:
             passages: The context.
             first: Place of the passage that is named.
-            second: Place of the one that tells the answer.
-            everything: Ask "Who? ..."; the answer tells the name, too, and then all other names of that kind, each with
-                what is told of it. Their order is one of chance: which passage a value stands in, only the name tells.
+            second: Place of the one that states the answer.
+            everything: Ask "Who? ..."; the answer gives the name, too, and then all other names of that kind, each with
+                what is stated about it, in random order: only the name says which passage a value is from.
 
         Yields:
             The questions.
@@ -251,16 +251,16 @@ class World:
             if relation.description and passage.facts.get(relation.name) == passages[second].name
         )
         described = link.description.format(n=passage.name)
-        told = [relation for relation in RELATIONS[passages[second].kind] if relation.name in passages[second].facts]
-        for relation in self.random.sample(told, len(told)):
+        stated = [relation for relation in RELATIONS[passages[second].kind] if relation.name in passages[second].facts]
+        for relation in self.random.sample(stated, len(stated)):
             text = self.random.choice(relation.questions).format(n=described)
             value = passages[second].facts[relation.name]
             if everything:
                 text = f"Who? {text}"
-                value = self._all_that_is_told(passages, passages[second], relation)
+                value = self._all_that_is_stated(passages, passages[second], relation)
             yield WorldQuestion(text, value, answer_kind(relation.value), 2, sorted([first, second]))
 
-    def _all_that_is_told(self, passages: list[Passage], beginning: Passage, relation: Relation) -> str:
+    def _all_that_is_stated(self, passages: list[Passage], beginning: Passage, relation: Relation) -> str:
         others = [
             passage
             for passage in passages
@@ -272,13 +272,13 @@ class World:
     def context(
         self, num_documents: int, hops: int, alike: bool = False, same_facts: bool = False, **telling
     ) -> tuple[list[Passage], int, int]:
-        """Draw passages about different things, in an order of chance.
+        """Draw passages about different things, in random order.
 
         Args:
             num_documents: How many.
             hops: 2: one of them names another.
             alike: Distractors are all of the kind that is asked about.
-            same_facts: Passages of that kind tell the same facts, of other things.
+            same_facts: Passages of that kind state the same facts about other things.
             **telling: `num_facts` and `plain` of `passage`.
 
         Returns:
@@ -339,14 +339,14 @@ class World:
             num_documents: Passages.
             two_hops: Chance that the question needs two of them.
             alike: Chance that distractors are all of the kind that is asked about.
-            lists: Chance that a question of two hops asks for everything that is told, as `ask_across` has it.
+            lists: Chance that a question of two hops asks for everything, as in `ask_across`.
             same_facts: As in `context`.
             repeats: Chance that nothing is asked ("What?"), and the answer is the passage itself.
             **telling: `num_facts` and `plain` of `passage`.
 
         Returns:
             The record; the passages that are needed stand among the first five. `kind` is that of the thing which the
-            answer is told of.
+            answer is about.
 
         Raises:
             ValueError: if a passage is to be repeated where there are several, or two are needed and there is one.
@@ -366,11 +366,11 @@ class World:
         question = next(asked)
         if happens(self.random, repeats):
             question = WorldQuestion("What?", passages[first].text, "text", 1, [first])
-        told = " ".join(passage.text for passage in passages)
+        text = " ".join(passage.text for passage in passages)
         while len(passages) < num_documents:
             more, *_ = self.context(1, 1, **telling)
             near_names = [passage.name for passage in passages]
-            if more[0].name not in told and not any(name in more[0].text for name in near_names):
+            if more[0].name not in text and not any(name in more[0].text for name in near_names):
                 passages += more
         kinds = {passages[index].kind for index in question.positives}
         scores = [
