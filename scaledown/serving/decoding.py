@@ -12,6 +12,8 @@ from modeling_scaledown import ScaleDownModel
 from .jobs import AnswerJob, End, Piece, Sampling
 
 REPLACEMENT = "�"  # what the bytes of half a character decode to
+# Of a long answer, tokens at the end whose text is made anew with each further token; the text before them stays.
+TAIL = 64
 
 
 class Row:
@@ -27,6 +29,7 @@ class Row:
     def __init__(self, job: AnswerJob, limit: int, tokenizer: PreTrainedTokenizerBase, end_ids: set[int]):
         self._job, self._limit, self._tokenizer, self.end_ids = job, limit, tokenizer, end_ids
         self._ids: list[int] = []
+        self._head, self._tail_start = "", 0  # text of the ids before the tail
         self._sent = ""
         self._logprobs: list[dict[str, Any]] = []
         self._done = False
@@ -78,7 +81,17 @@ class Row:
         self._job.put(error)
 
     def _text(self) -> str:
-        return self._tokenizer.decode(self._ids, skip_special_tokens=True).strip()
+        text = self._head + self._decode(self._tail_start)
+        if len(self._ids) - self._tail_start >= 2 * TAIL:
+            start = len(self._ids) - TAIL
+            tail = self._decode(start)
+            # Not where the tail would begin in the middle of a word or character, and so be decoded to something else.
+            if tail and text.endswith(tail):
+                self._head, self._tail_start = text[: -len(tail)], start
+        return text.strip()
+
+    def _decode(self, start: int) -> str:
+        return self._tokenizer.decode(self._ids[start:], skip_special_tokens=True)
 
     def _may_be_stop(self, text: str) -> int:
         """Characters at the end of a text that may be the beginning of a stop text."""

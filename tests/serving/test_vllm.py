@@ -69,10 +69,10 @@ class VLLM:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
-    def running(self) -> int:
-        """Requests that it works on."""
+    def metric(self, name: str) -> int:
+        """One of its figures, such as `num_requests_running`."""
         text = urllib.request.urlopen(f"{self.url}/metrics", timeout=60).read().decode()
-        counts = [line.split()[-1] for line in text.splitlines() if line.startswith("vllm:num_requests_running")]
+        counts = [line.split()[-1] for line in text.splitlines() if line.startswith(f"vllm:{name}{{")]
         return sum(int(float(count)) for count in counts)
 
 
@@ -167,14 +167,16 @@ def test_prompts_longer_than_vllm_takes_are_refused(service, records):
 
 
 def test_vllm_stops_writing_where_nobody_reads(service, vllm, records):
+    before = vllm.metric("generation_tokens_total")
     stream = chat(service, records[0], stream=True, min_tokens=1500, max_tokens=1500)
     next(iter(stream))
-    assert vllm.running() == 1
+    assert vllm.metric("num_requests_running") == 1
     stream.close()
-    deadline = time.monotonic() + 5
-    while vllm.running() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 120
+    while vllm.metric("num_requests_running") and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert vllm.running() == 0
+    assert vllm.metric("num_requests_running") == 0
+    assert vllm.metric("generation_tokens_total") - before < 1500  # it was ended, and did not end by itself
 
 
 def test_the_service_outlives_vllm(service, vllm, records):
