@@ -29,6 +29,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 try:
+    from .configuration_scaledown import language_model_config
     from .errors_scaledown import ScaleDownError
     from .generation_scaledown import greedy_settings
     from .gguf_scaledown import first_layers_of, read_config, split_gguf
@@ -45,6 +46,7 @@ try:
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
+    from configuration_scaledown import language_model_config
     from errors_scaledown import ScaleDownError
     from generation_scaledown import greedy_settings
     from gguf_scaledown import first_layers_of, read_config, split_gguf
@@ -248,11 +250,12 @@ def _config_of_backbones(
     """The configuration with those of the backbones, and where the generator comes from."""
     generator_config = read_config(generator, generator_hub)
     check_generator(generator, generator_config)
-    generator_config = generator_config.get_text_config(decoder=True)
+    generator_config = language_model_config(generator_config)
     compressor_config = None
     if compressor is not None:
         compressor_config = read_config(compressor, compressor_hub)
         check_compressor(compressor, compressor_config)
+        compressor_config = language_model_config(compressor_config)
     config = config_class(**{**settings, "generator_config": generator_config, "compressor_config": compressor_config})
     if compressor is None and getattr(generator_config, "quantization_config", None) is not None:
         raise ScaleDownError(

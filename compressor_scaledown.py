@@ -50,7 +50,12 @@ except ImportError:
     from spans_scaledown import EmbeddingProjector, SpanAttention, mean_over_spans
 
 # Decoder stacks of transformers name their final norm one of these.
-FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "layer_norm")
+FINAL_NORM_NAMES = (
+    *("norm", "final_layernorm", "final_layer_norm", "final_norm", "ln_f", "norm_f", "layer_norm"),
+    "embedding_norm",  # of LFM2, which comes after the layers, in spite of its name
+)
+# Their final norm is also what they begin with.
+NORMALISED_AT_BOTH_ENDS = ("nanochat",)
 # The forms documents have among the arguments of `forward`: chunks to compress, or what was made of them before.
 CHUNK_INPUTS = ("compressor_input_ids", "compressor_attention_mask", "chunk_slots", "compressor_document_mask")
 COMPRESSED_INPUTS = ("memory_states", "rerank_states", "memory_embeddings", "memory_mask")
@@ -381,8 +386,13 @@ class NLayersCompressor(ScaleDownCompressor):
         Takes off the final norm: the method reads the raw hidden state of layer N (OSCAR, arXiv 2504.07109).
 
         Raises:
-            ValueError: the backbone has no final norm under a known name.
+            ValueError: the backbone has no final norm under a known name, or begins with it.
         """
+        if backbone.config.model_type in NORMALISED_AT_BOTH_ENDS:
+            raise ScaleDownError(
+                f"{backbone.config.model_type} normalises its embeddings with its final norm, which a compressor made "
+                'of its first layers would go without; use compressor_type="llm" with this architecture.'
+            )
         for name in FINAL_NORM_NAMES:
             if isinstance(getattr(backbone, name, None), nn.Module):
                 setattr(backbone, name, nn.Identity())

@@ -47,6 +47,8 @@ SLOT_POOLINGS = ("memory_tokens", "span_mean", "span_attention")
 POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet")
 # They multiply the embeddings of ids, and take those they are given as they are.
 SCALED_BY_ID = ("falcon_h1",)
+# All that they remember is one state, which transformers passes on by a name of its own.
+WITHOUT_KEYS_AND_VALUES = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
 
 logger = logging.get_logger(__name__)
 
@@ -204,13 +206,15 @@ class ScaleDownConfig(PreTrainedConfig):
         self._validate_sizes()
         if self.generator_config is not None:
             self.generator_config = _as_config(self.generator_config, "generator_config")
-            if self.compressor_config is not None:
-                self.compressor_config = _as_config(self.compressor_config, "compressor_config")
+            saved = self.compressor_config
             if self.compressor_type == "n_layers":
-                saved = self.compressor_config
+                # Not read again as it was saved: Gemma 4, for one, would make another kind of its last layer.
                 self.compressor_config = truncated_config(self.generator_config, self.num_compressor_layers)
-                if saved is not None:  # whose vocabulary may have been resized alone
-                    self.compressor_config.vocab_size = saved.vocab_size
+                size = saved.get("vocab_size") if isinstance(saved, dict) else getattr(saved, "vocab_size", None)
+                if size is not None:  # the vocabulary may have been resized alone
+                    self.compressor_config.vocab_size = size
+            elif saved is not None:
+                self.compressor_config = _as_config(saved, "compressor_config")
             self._validate_backbones()
         super().__post_init__(**kwargs)
 
@@ -290,6 +294,11 @@ class ScaleDownConfig(PreTrainedConfig):
                 f"{self.generator_config.model_type} looks tokens up again in every layer, which slots cannot serve; "
                 "choose a generator without hidden_size_per_layer_input."
             )
+        if self.generator_config.model_type in WITHOUT_KEYS_AND_VALUES:
+            raise ScaleDownError(
+                f"{self.generator_config.model_type} has no keys and values to generate from; choose a generator with "
+                "attention in some of its layers, such as a Jamba or Bamba model."
+            )
         for name in ("generator_config", "compressor_config"):
             backbone = getattr(self, name)
             if getattr(backbone, "is_encoder_decoder", False):
@@ -329,7 +338,7 @@ class ScaleDownConfig(PreTrainedConfig):
 def _as_config(config: dict | PreTrainedConfig, name: str) -> PreTrainedConfig:
     """A sub-config from its JSON form, or a copy of the object given, so that no two models share one."""
     if isinstance(config, PreTrainedConfig):
-        return copy.deepcopy(config)
+        return language_model_config(copy.deepcopy(config))
     if not isinstance(config, dict):
         raise ScaleDownError(
             f"{name} must be a transformers configuration or its dictionary, got {type(config).__name__}."
@@ -341,7 +350,21 @@ def _as_config(config: dict | PreTrainedConfig, name: str) -> PreTrainedConfig:
             f"{name} has model_type={model_type!r}, which this version of transformers does not know; upgrade it, or "
             "name a model_type it has."
         )
-    return CONFIG_MAPPING[model_type](**config)
+    return language_model_config(CONFIG_MAPPING[model_type](**config))
+
+
+def language_model_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """
+    Takes the language model's configuration out of that of a model that reads images or sound too.
+
+    Args:
+        config (`PreTrainedConfig`): Of either.
+
+    Returns:
+        `PreTrainedConfig`: The language model's; `config` itself where that is all there is.
+    """
+    is_whole = getattr(config, "is_encoder_decoder", False)
+    return config if is_whole else config.get_text_config(decoder=True)
 
 
 def fill_compression_settings(settings: object):
@@ -467,6 +490,9 @@ def truncated_config(config: PreTrainedConfig, num_layers: int) -> PreTrainedCon
         if isinstance(value, (list, tuple)) and len(value) == depth and name != "architectures":
             setattr(truncated, name, value[:num_layers])
     truncated.num_hidden_layers = num_layers
+    shared = getattr(config, "num_kv_shared_layers", 0)  # the last ones, which read keys and values of earlier layers
+    if shared:
+        truncated.num_kv_shared_layers = max(shared - (depth - num_layers), 0)
     return truncated
 
 

@@ -16,6 +16,7 @@
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 try:
     from .errors_scaledown import WITHOUT_GENERATOR, ScaleDownError
@@ -27,6 +28,8 @@ except ImportError:
     from errors_scaledown import WITHOUT_GENERATOR, ScaleDownError
     from quantization_scaledown import is_quantized
     from weights_scaledown import checkpoint_index, execution_device, is_offloaded, read_tensors
+
+logger = logging.get_logger(__name__)
 
 LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": "all-linear"}
 
@@ -65,6 +68,7 @@ class LoraMixin:
         for name, value in settings.items():
             if isinstance(value, set | frozenset):  # which JSON does not know
                 settings[name] = sorted(value)
+        settings = fit_to_experts(self.generator, settings)
         inject_lora(self.generator, settings)
         self.generator.train(self.generator.training)  # the new layers start in training mode
         self.config.lora_config = settings
@@ -103,6 +107,37 @@ class LoraMixin:
         self.config.generator_fingerprint = None
 
 
+def fit_to_experts(generator: PreTrainedModel, settings: dict) -> dict:
+    """
+    Makes LoRA on all linear layers possible in a mixture of experts.
+
+    Args:
+        generator (`PreTrainedModel`): A causal language model.
+        settings (`dict`): Arguments of `peft.LoraConfig`.
+
+    Returns:
+        `dict`: The same, without dropout where experts keep their weights in one tensor, which PEFT wraps only so, and
+        without routers that return more than a product.
+    """
+    if settings["target_modules"] != "all-linear":
+        return settings
+    has_experts = any("experts" in name and p.dim() == 3 for name, p in generator.named_parameters())
+    if has_experts and settings["lora_dropout"]:
+        logger.warning(
+            f"The experts of {type(generator).__name__} keep their weights in one tensor, where LoRA has no dropout: "
+            f"lora_dropout={settings['lora_dropout']} becomes 0."
+        )
+        settings = {**settings, "lora_dropout": 0.0}
+    routers = {
+        name.rpartition(".")[2]
+        for name, module in generator.named_modules()
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward and "rout" in name
+    }
+    if routers and not settings.get("exclude_modules"):
+        settings = {**settings, "exclude_modules": sorted(routers)}
+    return settings
+
+
 def inject_lora(generator: PreTrainedModel, settings: dict):
     """
     Puts LoRA layers into a generator, which start as 0.
@@ -135,7 +170,8 @@ def remove_lora(generator: PreTrainedModel):
         generator (`PreTrainedModel`): A causal language model with LoRA layers.
     """
     for name, module in list(generator.named_modules()):
-        if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
+        # Around experts there are several, one in the other.
+        if hasattr(module, "lora_A") and hasattr(module, "get_base_layer") and not name.endswith(".base_layer"):
             parent, _, child = name.rpartition(".")
             setattr(generator.get_submodule(parent), child, module.get_base_layer())
     if hasattr(generator, "peft_config"):

@@ -17,18 +17,20 @@ import hashlib
 import json
 import platform
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 try:
     from .card_scaledown import HUB_NAME
     from .compressor_scaledown import FINAL_NORM_NAMES
+    from .configuration_scaledown import language_model_config
     from .errors_scaledown import ScaleDownError
     from .gguf_scaledown import gguf_fingerprint, load_gguf
 except ImportError:
@@ -36,16 +38,16 @@ except ImportError:
         raise
     from card_scaledown import HUB_NAME
     from compressor_scaledown import FINAL_NORM_NAMES
+    from configuration_scaledown import language_model_config
     from errors_scaledown import ScaleDownError
     from gguf_scaledown import gguf_fingerprint, load_gguf
 
+# Where a model of several kinds of input keeps its language model: before transformers 4.52, and since.
+LANGUAGE_MODEL_PREFIXES = ("language_model.model.", "model.language_model.")
 FINGERPRINT_SAMPLES = 64
-
-
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
 # Values summed at once, in a copy in 64 bits that stays in a processor's cache.
 CHECKSUM_BLOCK = 1 << 18
-
-
 # Odd and without pattern, so that products tell places apart and lose nothing in 64 bits.
 CHECKSUM_FACTOR = 0x1E3779B97F4A7C15
 
@@ -134,6 +136,11 @@ class WeightSample:
         return torch.equal(self.values.to(now.values.dtype), now.values)
 
 
+def without_wrappers(name: str) -> str:
+    """The name of a weight as it is without LoRA layers around it; around experts there are several."""
+    return name.replace(".base_layer", "")
+
+
 def weight_samples(model: nn.Module) -> dict[str, WeightSample]:
     """
     Takes samples of a model's weights, to see later whether they have changed.
@@ -150,7 +157,7 @@ def weight_samples(model: nn.Module) -> dict[str, WeightSample]:
             continue
         values = parameter.detach().reshape(-1)
         some = values[:: max(1, values.numel() // FINGERPRINT_SAMPLES)].clone().cpu()  # no view of what may change
-        samples[name.replace(".base_layer.", ".")] = WeightSample(parameter.shape, some, _checksum(values))
+        samples[without_wrappers(name)] = WeightSample(parameter.shape, some, _checksum(values))
     return samples
 
 
@@ -169,7 +176,7 @@ def changed_weights(then: dict[str, WeightSample], model: nn.Module) -> list[str
     if any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters()):
         return []
     now = weight_samples(model)
-    away = {name.replace(".base_layer.", ".") for name, p in model.named_parameters() if p.is_meta}
+    away = {without_wrappers(name) for name, p in model.named_parameters() if p.is_meta}
     names = (now.keys() | then.keys()) - away
     return sorted(n for n in names if n not in now or (n not in then or not then[n].is_same(now[n])))
 
@@ -309,7 +316,8 @@ def check_fingerprint(name_or_path: str, config: PreTrainedConfig, source: dict)
 
 def load_complete(auto_class: type, name_or_path: str, **kwargs) -> PreTrainedModel:
     """
-    Loads a pretrained model and makes sure that no weight is missing.
+    Loads a pretrained model, or the language model of one that reads images too, and makes sure that no weight is
+    missing.
 
     Args:
         auto_class (`type`): `AutoModel` or `AutoModelForCausalLM`.
@@ -324,9 +332,31 @@ def load_complete(auto_class: type, name_or_path: str, **kwargs) -> PreTrainedMo
     """
     if kwargs.get("gguf_file") is not None:
         return load_gguf(auto_class, name_or_path, **kwargs)
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    if kwargs.get("config") is None:
+        kwargs["config"] = language_model_config(AutoConfig.from_pretrained(name_or_path, **hub))
+    index = checkpoint_index(name_or_path, **hub)
+    prefix = language_model_prefix(index)
+    if prefix is not None:
+        # Whether the head is a weight of its own may be a setting of the whole model.
+        kwargs["config"].tie_word_embeddings = not {"lm_head.weight", "language_model.lm_head.weight"} & index.keys()
+        kwargs["key_mapping"] = {rf"^{re.escape(prefix)}": "model.", r"^language_model\.lm_head\.": "lm_head."}
     model, info = auto_class.from_pretrained(name_or_path, use_safetensors=True, output_loading_info=True, **kwargs)
     _check_complete(name_or_path, info)
     return model
+
+
+def language_model_prefix(names: Iterable[str]) -> str | None:
+    """
+    Finds the language model in a checkpoint of a model that reads images too.
+
+    Args:
+        names (`Iterable[str]`): Names of the checkpoint's tensors.
+
+    Returns:
+        `str` or `None`: What the names of its tensors begin with, but for its head's; `None` where it is all there is.
+    """
+    return next((prefix for prefix in LANGUAGE_MODEL_PREFIXES if any(n.startswith(prefix) for n in names)), None)
 
 
 def load_first_layers(name_or_path: str, config: PreTrainedConfig, loading: dict, hub: dict) -> PreTrainedModel:
@@ -348,9 +378,11 @@ def load_first_layers(name_or_path: str, config: PreTrainedConfig, loading: dict
     layer = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
     final_norm = re.compile(rf"(?:^|\.)(?:{'|'.join(FINAL_NORM_NAMES)})\.(?:weight|bias)$")
     wanted, cut_off = {}, {}
-    for name, shard in checkpoint_index(name_or_path, **hub).items():
+    index = checkpoint_index(name_or_path, **hub)
+    prefix = language_model_prefix(index)
+    for name, shard in index.items():
         match = layer.search(name)
-        if name.startswith("lm_head."):
+        if name.startswith("lm_head.") or (prefix is not None and not name.startswith(prefix)):
             continue
         if match is None and final_norm.search(name):
             # Lies in the last shard, and the compressor takes it off: not worth reading.
@@ -358,6 +390,7 @@ def load_first_layers(name_or_path: str, config: PreTrainedConfig, loading: dict
         elif match is None or int(match.group(1)) < config.num_compressor_layers:
             wanted[name] = shard
     tensors = {**read_tensors(name_or_path, wanted, hub), **cut_off}
+    tensors = {name.removeprefix(prefix or ""): tensor for name, tensor in tensors.items()}
     # AutoModel itself wants a name; the class it stands for takes tensors.
     backbone_class = AutoModel._model_mapping[type(config.compressor_config)]
     backbone, info = backbone_class.from_pretrained(

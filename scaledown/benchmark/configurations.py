@@ -3,7 +3,7 @@
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from configuration_scaledown import ScaleDownConfig
+from configuration_scaledown import ScaleDownConfig, language_model_config
 from errors_scaledown import ScaleDownError
 from gguf_scaledown import read_config, split_gguf
 
@@ -27,7 +27,7 @@ def load_shape(name: str) -> PreTrainedConfig:
         return CONFIG_MAPPING[shape.pop("model_type")](**shape)
     try:
         name, gguf_file = split_gguf(name, None)
-        return read_config(name, {"gguf_file": gguf_file}).get_text_config(decoder=True)
+        return language_model_config(read_config(name, {"gguf_file": gguf_file}))
     except OSError as error:
         raise ScaleDownError(
             f"{name!r} is none of the shapes known here ({', '.join(SHAPES)}), and no folder or model on the Hub has "

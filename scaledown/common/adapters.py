@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from errors_scaledown import ScaleDownError
 from lora_scaledown import remove_lora
 from modeling_scaledown import ScaleDownModel
+from weights_scaledown import without_wrappers
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -129,7 +130,5 @@ def generator_weights(model: ScaleDownModel) -> dict[str, torch.Tensor]:
             "the model has no LoRA apart from its generator: it was merged; train with merge_lora=false."
         )
     return {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in model.generator.state_dict().items()
-        if ".lora_" not in name
+        without_wrappers(name): tensor for name, tensor in model.generator.state_dict().items() if ".lora_" not in name
     }

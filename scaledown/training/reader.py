@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer
 
 from errors_scaledown import ScaleDownError
-from lora_scaledown import LORA_DEFAULTS
+from lora_scaledown import LORA_DEFAULTS, fit_to_experts
 from modeling_scaledown import ScaleDownModel
 from processing_scaledown import ScaleDownProcessor
 
@@ -85,7 +85,7 @@ def add_reader_lora(model: ScaleDownModel, settings: dict[str, Any], adapter: st
     if adapter is not None:
         reader = PeftModel.from_pretrained(model.generator, adapter, is_trainable=True)
     else:
-        settings = {**LORA_DEFAULTS, **settings}
+        settings = fit_to_experts(model.generator, {**LORA_DEFAULTS, **settings})
         with warnings.catch_warnings():
             # PEFT asks for checkpointing by the name that transformers 5.23 replaces.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from backbones_scaledown import check_compressor, check_generator
-from configuration_scaledown import ScaleDownConfig
+from configuration_scaledown import ScaleDownConfig, language_model_config
 from errors_scaledown import ScaleDownError
 from gguf_scaledown import read_config
 from modeling_scaledown import ScaleDownModel
@@ -113,7 +113,7 @@ def _from_backbones(model_args: ModelArguments, settings: dict[str, Any]) -> tup
     ]
     config = ScaleDownConfig(
         **settings,
-        generator_config=configs[0].get_text_config(decoder=True),
+        generator_config=language_model_config(configs[0]),
         compressor_config=configs[1] if len(configs) > 1 else None,
     )
     return config, ScaleDownProcessor.from_config(config, *tokenizers)
