@@ -35,7 +35,10 @@ logger = logging.get_logger(__name__)
 # Argument and output of every model; transformers 5.24 renamed it.
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 # Backbones whose last layer can attend to all positions and compute few, by where their layers are.
-CAUSAL_BACKBONES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+CAUSAL_BACKBONES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
+    *("qwen3_moe", "phimoe", "granite", "granitemoe", "dots1", "seed_oss", "arcee", "bitnet"),
+)
 PRUNABLE_LAYERS = {
     **dict.fromkeys(CAUSAL_BACKBONES, "layers"),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta"), "encoder.layer"),

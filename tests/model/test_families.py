@@ -7,7 +7,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import compressor_scaledown
 from scaledown import ScaleDownConfig, ScaleDownModel
+from shortcuts_scaledown import CAUSAL_BACKBONES
 from tiny import ANSWERS, DOCUMENTS, QUESTIONS, SHAPE, build_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -140,6 +142,20 @@ def test_lora_learns_and_a_delta_gives_the_same_logits(family, tmp_path):
         loaded.merge_lora()
         torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-3, atol=1e-3)
     assert not [name for name, _ in loaded.named_modules() if "lora" in name or "base_layer" in name]
+
+
+@torch.no_grad()
+def test_shortcuts_change_nothing(family, monkeypatch):
+    monkeypatch.setitem(compressor_scaledown.MIN_SPARED_OPERATIONS, "cpu", 0)
+    model = ScaleDownModel.from_backbones(family[1], num_compressor_layers=2)
+    found = model.compress(QUESTIONS, DOCUMENTS)
+    taken = model.compressor.prunes_last_layer
+    assert all(model.compressor._shortcuts_hold.values())
+    model.compressor.prunes_last_layer = model.compressor.shares_prefixes = False
+    expected = model.compress(QUESTIONS, DOCUMENTS)
+    torch.testing.assert_close(found.memory_embeddings, expected.memory_embeddings, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.reranking_scores, expected.reranking_scores, rtol=1e-4, atol=1e-4)
+    assert taken == (family[0].config.model_type in CAUSAL_BACKBONES)
 
 
 def test_the_table_of_families_says_what_is_true(tmp_path):
