@@ -16,6 +16,7 @@
 import json
 import re
 import shutil
+from functools import lru_cache
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -93,9 +94,14 @@ def write_card(folder: Path, template: Path, facts: dict, card_fields: dict):
 
 
 def _render(template: Path, fields: dict) -> str:
+    return _compile(template.read_text(encoding="utf-8")).render(fields)
+
+
+@lru_cache(maxsize=4)  # compiling takes longer than saving a small model, and every checkpoint of a run has a card
+def _compile(template: str):
     # A template may come with somebody's weights, and ModelCard.from_template lets it reach any Python object.
     try:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
         raise ImportError("Rendering the model card needs Jinja: pip install jinja2.") from error
-    return ImmutableSandboxedEnvironment().from_string(template.read_text(encoding="utf-8")).render(fields)
+    return ImmutableSandboxedEnvironment().from_string(template)

@@ -1,5 +1,6 @@
 """Tiny random backbones and a tokenizer trained on the spot: nothing here needs a network or a download."""
 
+import gc
 import logging
 import os
 
@@ -13,6 +14,18 @@ from tiny import build_model, build_tokenizer
 
 # The models are too small for several threads to pay, and several workers may share the machine.
 torch.set_num_threads(1)
+
+
+def pytest_configure():
+    """Imports make millions of objects, and none of them goes: looking for garbage among them is in vain."""
+    gc.disable()
+
+
+def pytest_collection_finish():
+    """Whatever was imported stays: a collection, with which every training run begins, need not walk through it."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

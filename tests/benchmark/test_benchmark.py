@@ -74,13 +74,14 @@ def test_compression_of_a_tiny_shape_by_hand():
     assert_attention(pruned.attention, 2 * 3 * 2 * WIDTH * (length * length + read * length), length)
 
 
-def test_the_papers_table_and_the_projects_targets():
-    rows = {row.compressor: row for row in count_rows("mistral-7b", ["5", "8", "modernbert-base"], Workload())}
-    assert rows["5"].ratio >= 3.3
-    assert rows["8"].ratio >= 2.6
-    assert rows["modernbert-base"].ratio >= 5
-    for name in (None, "5", "8"):
-        assert all(abs(deviation or 0) < 0.03 for deviation in rows[name].deviations())
+@pytest.mark.parametrize(
+    "least", [{"5": 3.3}, pytest.param({"5": 3.3, "8": 2.6, "modernbert-base": 5}, marks=pytest.mark.slow)]
+)
+def test_the_papers_table_and_the_projects_targets(least):
+    rows = {row.compressor: row for row in count_rows("mistral-7b", [*least], Workload())}
+    assert all(rows[name].ratio >= ratio for name, ratio in least.items())
+    for row in rows.values():
+        assert all(abs(deviation or 0) < 0.03 for deviation in row.deviations())
     # All of one layer but its keys and values is saved, of five.
     assert 0.17 < 1 - rows["5"].compression.total / rows["5"].whole_compression.total < 0.2
 

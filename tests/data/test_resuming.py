@@ -135,7 +135,7 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(tmp_path, sourc
         while kills < 40:
             # Sometimes the last line is on the disk by halves.
             half = chance.choice([0, 0, 7])
-            if not run_until_killed(cut, chance.randint(2, 4), half):
+            if not run_until_killed(cut, chance.randint(2, 7), half):
                 break
             kills += 1
             lost += half > 0

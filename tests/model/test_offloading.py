@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from combinations import combinations
 
 from folders import from_backbones, save_generator
 from scaledown import ScaleDownModel
@@ -67,7 +68,7 @@ def test_a_model_offloaded_by_accelerate(kind, where, tmp_path):
         model.merge_lora()
 
 
-@pytest.mark.parametrize("placed", DEVICE_MAPS)
+@pytest.mark.parametrize("placed", combinations(DEVICE_MAPS, fast=[("compressor",), ("all",)]))
 def test_a_model_loaded_with_parts_on_disk(placed, tmp_path):
     model = randomize_lora(build_model(lora=True))
     model.save_pretrained(tmp_path / "model")
@@ -78,7 +79,7 @@ def test_a_model_loaded_with_parts_on_disk(placed, tmp_path):
     assert_same(loaded, results(model))
 
 
-@pytest.mark.parametrize("placed", DEVICE_MAPS)
+@pytest.mark.parametrize("placed", combinations(DEVICE_MAPS, fast=[("generator",)]))
 def test_a_delta_loaded_with_parts_on_disk(placed, tmp_path):
     model = from_backbones((save_generator(tmp_path), None))
     model.add_lora(r=4, lora_dropout=0.0)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from combinations import combinations
 from transformers import (
     AqlmConfig,
     AutoModelForCausalLM,
@@ -114,8 +115,9 @@ def test_from_backbones(compressor, bits, generator, tmp_path):
     assert model.rank(QUESTIONS[2], DOCUMENTS[2]) == whole.rank(QUESTIONS[2], DOCUMENTS[2])
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("weights_format", ["full", "delta"])
+@pytest.mark.parametrize(
+    ("weights_format", "lora"), combinations(("full", "delta"), (False, True), fast=[("full", False), ("delta", True)])
+)
 def test_from_pretrained(weights_format, lora, bits, generator, tmp_path):
     whole = built(generator, lora=lora)
     whole.save_pretrained(tmp_path, weights_format=weights_format)
@@ -148,8 +150,10 @@ def test_a_quantisation_that_cannot_leave_the_compressor_out_is_refused(generato
         ScaleDownModel.from_pretrained(tmp_path, quantization_config=AqlmConfig())
 
 
-@pytest.mark.parametrize("weights_format", ["full", "delta"])
-@pytest.mark.parametrize("as_dictionary", [False, True])
+@pytest.mark.parametrize(
+    ("weights_format", "as_dictionary"),
+    combinations(("full", "delta"), (False, True), fast=[("full", True), ("delta", False)]),
+)
 def test_settings_of_a_users_own_concern_the_generator_alone(weights_format, as_dictionary, bits, generator, tmp_path):
     built(generator).save_pretrained(tmp_path, weights_format=weights_format)
     settings = BitsAndBytesConfig(**quantized(bits), bnb_4bit_quant_type="fp4", llm_int8_skip_modules=["o_proj"])
@@ -181,7 +185,9 @@ def train(model, steps=8):
     return losses
 
 
-@pytest.mark.parametrize("source", ["from_backbones", "full", "delta"])
+@pytest.mark.parametrize(
+    "source", combinations(("from_backbones", "full", "delta"), fast=[("from_backbones",), ("delta",)])
+)
 def test_lora_trains_on_a_quantized_generator(source, bits, generator, tmp_path):
     if source == "from_backbones":
         model = built(generator, bits)
@@ -201,8 +207,10 @@ def test_lora_trains_on_a_quantized_generator(source, bits, generator, tmp_path)
             assert torch.equal(before[name], parameter), name
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("source", ["from_backbones", "full", "delta"])
+@pytest.mark.parametrize(
+    ("source", "lora"),
+    combinations(("from_backbones", "full", "delta"), (False, True), fast=[("from_backbones", True), ("delta", False)]),
+)
 def test_a_quantized_model_is_saved_as_it_is(source, lora, bits, generator, tmp_path):
     if source == "from_backbones":
         model = built(generator, bits, lora=lora)

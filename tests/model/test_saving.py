@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from combinations import combinations
 from huggingface_hub import ModelCard
 from jinja2.sandbox import SecurityError
 from safetensors import safe_open
@@ -70,8 +71,11 @@ def flip(folder, name, file="model.safetensors"):
 # -- whole models ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lora", ["none", "unmerged", "merged"])
-@pytest.mark.parametrize("kind", KINDS)
+LORA = ("none", "unmerged", "merged")
+ROUND_TRIPS = [*(("n_layers", lora) for lora in LORA), ("modernbert", "unmerged"), ("llm", "none")]
+
+
+@pytest.mark.parametrize(("kind", "lora"), combinations(KINDS, LORA, fast=ROUND_TRIPS))
 def test_full_round_trip(kind, lora, tmp_path):
     model = prepared(build_model(kind), lora)
     expected = outputs(model)
@@ -111,8 +115,10 @@ def test_lora_layers_of_a_model_in_evaluation_mode_drop_nothing():
     assert_same_outputs(model, outputs(model))
 
 
-@pytest.mark.parametrize("lora", ["none", "unmerged", "merged"])
-@pytest.mark.parametrize("generator", ["llama", "gemma"])
+@pytest.mark.parametrize(
+    ("generator", "lora"),
+    combinations(("llama", "gemma"), LORA, fast=[("llama", "none"), ("llama", "merged"), ("gemma", "unmerged")]),
+)
 def test_tied_embeddings_are_saved_once_and_tied_again(generator, lora, tmp_path):
     backbones = (save_generator(tmp_path / "generator", generator, tie_word_embeddings=True), None)
     assert "lm_head.weight" not in tensor_names(tmp_path / "generator")
@@ -127,7 +133,7 @@ def test_tied_embeddings_are_saved_once_and_tied_again(generator, lora, tmp_path
         head, embeddings = loaded.get_output_embeddings().weight, loaded.get_input_embeddings().weight
         assert head.data_ptr() == embeddings.data_ptr()
         assert loaded.all_tied_weights_keys == model.all_tied_weights_keys != {}
-        for again in ("full", weights_format):
+        for again in {"full", weights_format}:
             loaded.save_pretrained(tmp_path / "again", weights_format=again)
             assert tensor_names(tmp_path / "again") == tensor_names(tmp_path / again)
             assert_same_outputs(load_silently(tmp_path / "again"), expected)
@@ -191,8 +197,14 @@ def test_a_loaded_model_saves_the_same_again(weights_format, backbones, tmp_path
     assert configs[0] == configs[1]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    combinations(
+        KINDS,
+        (torch.bfloat16, torch.float16),
+        fast=[("n_layers", torch.bfloat16), ("modernbert", torch.float16), ("llm", torch.bfloat16)],
+    ),
+)
 def test_half_precision_round_trip(kind, dtype, backbones, tmp_path):
     model = from_backbones(backbones[kind], dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
@@ -214,8 +226,10 @@ def test_half_precision_delta(backbones, tmp_path):
     assert_same_outputs(loaded, expected)
 
 
-@pytest.mark.parametrize("device_map", [{"": "cpu"}, "auto"])
-@pytest.mark.parametrize("weights_format", ["full", "delta"])
+@pytest.mark.parametrize(
+    ("device_map", "weights_format"),
+    combinations(({"": "cpu"}, "auto"), ("full", "delta"), fast=[({"": "cpu"}, "full"), ("auto", "delta")]),
+)
 def test_device_map(device_map, weights_format, backbones, tmp_path):
     pytest.importorskip("accelerate")
     model = prepared(from_backbones(backbones["llm"]), "unmerged")
@@ -238,8 +252,10 @@ def test_device_map_by_part(weights_format, backbones, tmp_path):
     assert_same_outputs(load_silently(tmp_path, device_map=parts), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    ("whole", "dtype"),
+    combinations((True, False), (torch.float32, torch.bfloat16), fast=[(True, torch.float32), (False, torch.bfloat16)]),
+)
 def test_a_delta_stores_no_embeddings_that_are_still_the_generators(whole, dtype, backbones, tmp_path):
     model = prepared(from_backbones(backbones["n_layers"], dtype=dtype), "unmerged")
     model.save_pretrained(tmp_path / "delta", weights_format="delta")
@@ -313,8 +329,9 @@ def test_lora_weights_that_do_not_match_the_configuration_are_an_error(change, t
 # -- deltas ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lora", ["none", "unmerged"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "lora"), combinations(KINDS, LORA[:2], fast=[r for r in ROUND_TRIPS if r[1] != "merged"])
+)
 def test_delta_round_trip(kind, lora, backbones, tmp_path):
     model = prepared(from_backbones(backbones[kind]), lora)
     expected = outputs(model)
@@ -340,7 +357,9 @@ def test_delta_round_trip(kind, lora, backbones, tmp_path):
         assert parameter.requires_grad == (not name.startswith("generator.") or "lora_" in name), name
 
 
-@pytest.mark.parametrize("generator", sorted(set(GENERATORS) - {"llama"}))
+@pytest.mark.parametrize(
+    "generator", combinations(sorted(set(GENERATORS) - {"llama"}), fast=[("gemma",), ("gemma3",), ("phi3",)])
+)
 def test_delta_of_every_generator(generator, tmp_path):
     model = from_backbones((save_generator(tmp_path / "generator", generator), None))
     expected = outputs(model)
@@ -671,8 +690,10 @@ def test_card_says_what_is_not_known(tmp_path):
     assert not re.search(r"\{\{|\{%|None|Undefined", card.text)
 
 
-@pytest.mark.parametrize("weights_format", ["full", "delta"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "weights_format"),
+    combinations(KINDS, ("full", "delta"), fast=[("n_layers", "full"), ("modernbert", "delta"), ("llm", "full")]),
+)
 def test_snippet_of_the_card_runs(kind, weights_format, backbones, tmp_path, capsys):
     model = from_backbones(backbones[kind])
     model.config.reranking_trained = True

@@ -69,12 +69,19 @@ def model_arguments(folders, kind, **settings) -> ModelArguments:
     return ModelArguments(**{**SETTINGS, **names, **settings})
 
 
+@pytest.fixture
+def untraced(monkeypatch):
+    """Tracing the memory of a step takes seconds; the tests of what is estimated do it."""
+    for name in ("training_peak", "inference_peak"):
+        monkeypatch.setattr(f"scaledown.training.dry_run.estimate.{name}", lambda *args: 0)
+
+
 # -- what is told ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_model_is_the_one_that_would_be_trained(backbones, without_weights, kind, stage, tmp_path):
+def test_the_model_is_the_one_that_would_be_trained(backbones, without_weights, kind, stage, tmp_path, untraced):
     args = training_arguments(tmp_path, stage=stage)
     found = estimate_stage(model_arguments(without_weights, kind), DataArguments(train_file="nowhere"), args)
     sides = {"with_generator": stage != "compress", "with_backbone": stage != "generate"}
@@ -91,7 +98,7 @@ def test_the_model_is_the_one_that_would_be_trained(backbones, without_weights, 
 
 
 @pytest.mark.parametrize("kind", ["n_layers", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
-def test_a_trained_model_is_looked_at_without_its_weights(backbones, kind, train_file, tmp_path):
+def test_a_trained_model_is_looked_at_without_its_weights(backbones, kind, train_file, tmp_path, untraced):
     from_backbones(backbones[kind], max_query_length=40).save_pretrained(tmp_path / "trained")
     (tmp_path / "trained" / "model.safetensors").unlink()
     arguments = ModelArguments(model_name_or_path=str(tmp_path / "trained"), lora_r=4, compression_rate=16)
@@ -119,7 +126,7 @@ def test_both_stages_of_two_are_reported_and_nothing_is_written(without_weights,
     assert not (tmp_path / "out").exists()
 
 
-def test_without_data_the_paper_stands_in_for_it(without_weights, tmp_path):
+def test_without_data_the_paper_stands_in_for_it(without_weights, tmp_path, untraced):
     found = estimate_stage(
         model_arguments(without_weights, "n_layers"),
         DataArguments(train_file="nowhere.jsonl", max_answer_length=32),
@@ -140,7 +147,7 @@ def test_without_data_the_paper_stands_in_for_it(without_weights, tmp_path):
         pytest.param({"per_device_train_batch_size": 4}, marks=pytest.mark.slow),
     ],
 )
-def test_steps_are_those_the_trainer_makes(backbones, train_file, tmp_path, settings, monkeypatch):
+def test_steps_are_those_the_trainer_makes(backbones, train_file, tmp_path, settings, monkeypatch, untraced):
     args = training_arguments(tmp_path, **{"max_steps": -1, "num_train_epochs": 1, **settings})
     arguments, data = model_arguments(backbones, "n_layers"), DataArguments(train_file=str(train_file))
     expected = estimate_stage(arguments, data, args).steps

@@ -4,9 +4,10 @@ import shutil
 
 import pytest
 import torch
-from tiny_training import build_trainer, model_arguments, training_arguments
+from tiny_training import build_trainer, model_arguments, rows, training_arguments
 from transformers import AutoModel, TrainerCallback
 
+from folders import write_rows
 from scaledown.training.arguments import DataArguments, ModelArguments
 from scaledown.training.build import build_model as build_model_for_training
 from scaledown.training.run import run, train
@@ -16,6 +17,18 @@ from tiny import (
     QUESTIONS,
     build_model,
 )
+
+EVERY_STEP = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def finished(backbones, tmp_path_factory):
+    """A finished run with a checkpoint of every step, to be copied, and the data it learned from."""
+    folder = tmp_path_factory.mktemp("finished")
+    data = write_rows(folder / "train.jsonl", rows(repeat=4))
+    arguments = training_arguments(folder / "run", **EVERY_STEP)
+    train(model_arguments(backbones), DataArguments(train_file=str(data)), arguments)
+    return folder / "run", data
 
 
 class StopAt(TrainerCallback):
@@ -38,7 +51,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
     model_args = model_arguments(backbones, weights_format=weights_format, merge_lora=False, lora_dropout=0.1)
     data_args = DataArguments(train_file=str(train_file))
     # Twelve questions in steps of four: the run stops in its second epoch.
-    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "seed": 3}
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4, "seed": 3}
     settings["train_sampling_strategy"] = sampling
     whole, _ = train(model_args, data_args, training_arguments(tmp_path / "whole", **settings))
 
@@ -94,14 +107,13 @@ def test_parts_of_the_loss_add_up_after_a_resume(tmp_path):
     assert line["loss"] == pytest.approx(line["generation_loss"] + 0.5 * line["reranking_loss"], rel=1e-3)
 
 
-def test_a_run_that_ended_while_saving_goes_on(backbones, train_file, tmp_path):
-    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+def test_a_run_that_ended_while_saving_goes_on(backbones, finished, tmp_path):
+    whole, train_file = finished
+    shutil.copytree(whole, tmp_path / "out", ignore=shutil.ignore_patterns("all_results.json"))
     arguments = (model_arguments(backbones), DataArguments(train_file=str(train_file)))
-    train(*arguments, training_arguments(tmp_path / "out", **settings))
-    (tmp_path / "out" / "all_results.json").unlink()
-    train(*arguments, training_arguments(tmp_path / "out", **settings))
+    train(*arguments, training_arguments(tmp_path / "out", **EVERY_STEP))
     with pytest.raises(FileExistsError, match="holds a finished model"):
-        train(*arguments, training_arguments(tmp_path / "out", **settings))
+        train(*arguments, training_arguments(tmp_path / "out", **EVERY_STEP))
 
 
 def trained(backbones, folder, **settings):
@@ -161,39 +173,41 @@ def test_a_revision_of_nothing_is_refused(backbones, unread):
 
 
 @pytest.mark.parametrize("stage", ["joint", "generate"])
-def test_a_delta_of_a_merged_generator_is_refused_before_it_is_trained(backbones, train_file, tmp_path, stage):
-    data_args = DataArguments(train_file=str(train_file))
-    train(model_arguments(backbones), data_args, training_arguments(tmp_path / "merged"))
-    further = ModelArguments(model_name_or_path=str(tmp_path / "merged"), weights_format="delta")
+def test_a_delta_of_a_merged_generator_is_refused_before_it_is_trained(finished, tmp_path, stage):
+    merged, train_file = finished
+    further = ModelArguments(model_name_or_path=str(merged), weights_format="delta")
     with pytest.raises(ValueError, match="its LoRA was merged into it"):
-        run(further, data_args, training_arguments(tmp_path / "out", two_stage=stage == "generate"))
+        run(
+            further,
+            DataArguments(train_file=str(train_file)),
+            training_arguments(tmp_path / "out", two_stage=stage == "generate"),
+        )
 
 
 @pytest.mark.parametrize("damage", ["no state", "short weights"])
-def test_a_checkpoint_that_was_not_finished_is_left_aside(backbones, train_file, tmp_path, damage, caplog):
-    arguments = (model_arguments(backbones), DataArguments(train_file=str(train_file)))
-    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
-    train(*arguments, training_arguments(tmp_path / "whole", **settings))
+def test_a_checkpoint_that_was_not_finished_is_left_aside(backbones, finished, tmp_path, damage, caplog):
+    whole, train_file = finished
     for step in (1, 2):
-        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", tmp_path / "cut" / f"checkpoint-{step}")
+        shutil.copytree(whole / f"checkpoint-{step}", tmp_path / "cut" / f"checkpoint-{step}")
     if damage == "no state":
         (tmp_path / "cut" / "checkpoint-2" / "trainer_state.json").unlink()
     else:
         weights = tmp_path / "cut" / "checkpoint-2" / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])
-    train(*arguments, training_arguments(tmp_path / "cut", **settings))
+    data = DataArguments(train_file=str(train_file))
+    train(model_arguments(backbones), data, training_arguments(tmp_path / "cut", **EVERY_STEP))
     assert "checkpoint-2 is not whole" in caplog.text
-    expected = AutoModel.from_pretrained(tmp_path / "whole").state_dict()
+    expected = AutoModel.from_pretrained(whole).state_dict()
     for name, value in AutoModel.from_pretrained(tmp_path / "cut").state_dict().items():
         assert torch.equal(value, expected[name]), name
 
 
-def test_a_run_that_was_killed_while_it_saved_its_only_model_starts_anew(backbones, train_file, tmp_path):
-    arguments = (model_arguments(backbones), DataArguments(train_file=str(train_file)))
-    train(*arguments, training_arguments(tmp_path / "out"))
-    (tmp_path / "out" / "model.safetensors").unlink()
-    (tmp_path / "out" / "all_results.json").unlink()
-    train(*arguments, training_arguments(tmp_path / "out"))
+def test_a_run_that_was_killed_while_it_saved_its_only_model_starts_anew(backbones, finished, tmp_path):
+    whole, train_file = finished
+    left_out = ("model.safetensors", "all_results.json", "checkpoint-*")
+    shutil.copytree(whole, tmp_path / "out", ignore=shutil.ignore_patterns(*left_out))
+    data = DataArguments(train_file=str(train_file))
+    train(model_arguments(backbones), data, training_arguments(tmp_path / "out", max_steps=1))
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
@@ -206,16 +220,19 @@ def test_somebody_elses_model_is_not_overwritten(backbones, train_file, tmp_path
 
 
 @pytest.mark.parametrize("change", ["lora_r", "train_file", "learning_rate"])
-def test_a_run_goes_on_with_its_own_settings_only(backbones, train_file, tmp_path, change):
-    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    data = DataArguments(train_file=str(train_file))
-    train(model_arguments(backbones), data, training_arguments(tmp_path / "out", **settings))
-    (tmp_path / "out" / "all_results.json").unlink()
+def test_a_run_goes_on_with_its_own_settings_only(backbones, finished, tmp_path, change):
+    whole, train_file = finished
+    shutil.copytree(whole, tmp_path / "out", ignore=shutil.ignore_patterns("all_results.json"))
+    settings, data = dict(EVERY_STEP), DataArguments(train_file=str(train_file))
     model = model_arguments(backbones, **({"lora_r": 8} if change == "lora_r" else {}))
+    text = train_file.read_text(encoding="utf-8")
     if change == "train_file":
-        train_file.write_text(train_file.read_text(encoding="utf-8") * 2, encoding="utf-8")
+        train_file.write_text(text * 2, encoding="utf-8")
     if change == "learning_rate":
         settings["learning_rate"] = 5.0
     name = {"train_file": "bytes of train_file"}.get(change, change)
-    with pytest.raises(ValueError, match=f"unfinished run of other settings: {name} was"):
-        train(model, data, training_arguments(tmp_path / "out", **settings))
+    try:
+        with pytest.raises(ValueError, match=f"unfinished run of other settings: {name} was"):
+            train(model, data, training_arguments(tmp_path / "out", **settings))
+    finally:
+        train_file.write_text(text, encoding="utf-8")
