@@ -17,8 +17,11 @@ demo: $(VENV)/.installed
 app: $(VENV)-app/.installed
 	$(VENV)-app/bin/python app.py
 
+# The tests of a file stay in one process, which makes once what they share.
+PYTEST := -m pytest -n 2 --dist loadfile
+
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python $(PYTEST)
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
@@ -42,7 +45,7 @@ test-oldest test-newest: test-%: $(VENV)/.installed-dev
 	if [ "$$($(BIN)/python $(VERSIONS))" = "$$($(VENV)-$*/bin/python $(VERSIONS))" ]; then \
 		echo "These are the versions that requirements.txt pins; make test covers them."; \
 	else \
-		$(VENV)-$*/bin/python -m pytest -n 2 $(VERSION_TESTS); \
+		$(VENV)-$*/bin/python $(PYTEST) $(VERSION_TESTS); \
 	fi
 
 # The components, each in a pipeline of its framework.

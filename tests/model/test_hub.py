@@ -143,7 +143,11 @@ def pushed(hub, tmp_path_factory):
     model.push_to_hub("me/two", revision="dev")
     model.push_to_hub("me/two")
     model.push_to_hub("me/two", variant="fp16")
+    moving = model.push_to_hub("me/moving-on")
+    HfApi().upload_file(path_or_fileobj=b"{{}}", path_in_repo="config.json", repo_id="me/moving-on")
+    pinned = ScaleDownModel.from_pretrained("me/moving-on", revision=moving.oid)
     print(json.dumps({{
+        "pinned": [run(pinned, out + "/pinned.safetensors"), pinned.processor.system_prompt],
         "commit": commit.oid,
         "answers": answers,
         "revisions": [model.config.generator_revision, unpinned.config.generator_revision],
@@ -213,6 +217,13 @@ def test_a_variant_lies_beside_the_weights_and_the_card_names_the_branch_it_is_o
     assert 'revision="main"' in hub.files("me/two")["README.md"].decode()
 
 
+def test_a_commit_that_is_pinned_loads_after_its_branch_has_moved_on(hub, pushed):
+    assert hub.files("me/moving-on")["config.json"] == b"{}"
+    assert pushed["pinned"] == [pushed["answers"], SETTINGS["system_prompt"]]
+    expected, found = (load_file(pushed["folder"] / f"{name}.safetensors") for name in ("expected", "pinned"))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
 def test_a_hub_that_does_not_answer_does_not_cost_a_card(monkeypatch):
     written = []
     monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: SimpleNamespace(repo_id=name))
@@ -227,6 +238,7 @@ def test_a_hub_that_does_not_answer_does_not_cost_a_card(monkeypatch):
     assert not written
 
 
+@pytest.mark.slow
 def test_a_process_without_the_repository_loads_from_the_hub(hub, pushed, tmp_path):
     expected = load_file(pushed["folder"] / "expected.safetensors")
     # The branch moves on: whoever pinned the commit must not notice, the processor included.

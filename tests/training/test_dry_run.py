@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from combinations import combinations
 from peak_memory import ENVIRONMENT
 from tiny_training import rows, training_arguments
 from transformers import (
@@ -79,8 +80,14 @@ def untraced(monkeypatch):
 # -- what is told ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "stage"),
+    combinations(
+        KINDS,
+        STAGES,
+        fast=[*(("n_layers", stage) for stage in STAGES), ("modernbert", "joint"), ("llm", "compress")],
+    ),
+)
 def test_the_model_is_the_one_that_would_be_trained(backbones, without_weights, kind, stage, tmp_path, untraced):
     args = training_arguments(tmp_path, stage=stage)
     found = estimate_stage(model_arguments(without_weights, kind), DataArguments(train_file="nowhere"), args)
@@ -190,8 +197,10 @@ def test_a_model_too_large_is_said_to_be(monkeypatch, without_weights, tmp_path)
 # -- what is estimated -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"),
+    combinations(KINDS, (False, True), fast=[("n_layers", True), ("modernbert", False)]),
+)
 def test_a_trace_on_meta_sees_what_the_real_step_allocates(backbones, without_weights, kind, checkpointing, tmp_path):
     args = training_arguments(tmp_path)
     model = build_model(model_arguments(backbones, kind), args).train()

@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+from combinations import combinations
 
 from folders import TRAINING_SETTINGS, save_backbones, write_rows
 from scaledown import ScaleDownError
@@ -32,8 +33,14 @@ def arguments(tmp_path, stage):
     return ScaleDownTrainingArguments(output_dir=str(tmp_path / "out"), **settings)
 
 
-@pytest.mark.parametrize("stage", ["joint", "two_stage", "reader"])
-@pytest.mark.parametrize("split", ["train", "eval"])
+@pytest.mark.parametrize(
+    ("stage", "split"),
+    combinations(
+        ("joint", "two_stage", "reader"),
+        ("train", "eval"),
+        fast=[("joint", "train"), ("joint", "eval"), ("two_stage", "train"), ("reader", "eval")],
+    ),
+)
 def test_records_that_do_not_fit_are_found_before_the_first_step_or_skipped(
     backbones, tmp_path, monkeypatch, caplog, stage, split
 ):
