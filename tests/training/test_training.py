@@ -207,15 +207,23 @@ def test_a_document_the_tokenizer_leaves_nothing_of_is_named():
             collator(model.processor)(records)
 
 
+@pytest.mark.parametrize("weight", [0.05, 0.0])
+@pytest.mark.parametrize("lacking", [(), ("reranking_scores",), ("reranking_scores", "documents")])
+def test_among_several_processes_every_batch_has_a_gradient_for_all_that_learns(tmp_path, monkeypatch, lacking, weight):
+    """Also a batch without scores, or without documents: the other processes wait for its gradients."""
+    trainer = build_trainer(build_model(lora=True, reranking_loss_weight=weight), tmp_path)
+    monkeypatch.setattr(ScaleDownTrainingArguments, "world_size", 2)
+    empty = {"reranking_scores": None, "documents": []}
+    batch = trainer.data_collator([{**row, **{name: empty[name] for name in lacking}} for row in rows()])
+    trainer.compute_loss(trainer.model.train(), batch).backward()
+    without = [name for name, p in trainer.model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage, scored, weight",
-    [
-        ("joint", 0, 0.05),
-        pytest.param("joint", 1, 0.05, marks=pytest.mark.slow),
-        pytest.param("joint", 1, 0.0, marks=pytest.mark.slow),
-        pytest.param("generate", 0, 0.05, marks=pytest.mark.slow),
-        pytest.param("generate", 1, 0.05, marks=pytest.mark.slow),
-    ],
+    [("joint", 0, 0.05), ("joint", 1, 0.05), ("joint", 1, 0.0), ("generate", 0, 0.05), ("generate", 1, 0.05)],
 )
 def test_two_processes_train_with_partly_scored_data(backbones, tmp_path, stage, scored, weight):
     """One question at most has scores; one has no documents either, and is the only one of its micro-batch."""
