@@ -132,8 +132,9 @@ def read_request(question: str, passages: str, compression_rate: int | None, max
         raise ScaleDownError("Please paste at least one passage, or pick an example.")
     if len(parts) > MAX_PASSAGES or len(passages) > MAX_CHARACTERS:
         raise ScaleDownError(
-            f"That is too long: {len(parts):,} passages with {len(passages):,} characters. This page reads at most "
-            f"{MAX_PASSAGES} passages and {MAX_CHARACTERS:,} characters."
+            f"That is too long: {len(passages):,} characters in all, in {len(parts):,} passage"
+            f"{'s' if len(parts) > 1 else ''}. This page reads at most {MAX_PASSAGES} passages and {MAX_CHARACTERS:,} "
+            "characters."
         )
     return Request(question, parts, compression_rate, max_documents)
 

@@ -1,4 +1,4 @@
-"""What the pages on components show runs, and gives the answers they show."""
+"""What the pages on the service and on components show runs, and gives the answers they show."""
 
 import re
 
@@ -10,6 +10,7 @@ MODULES = {
     "haystack": ["haystack"],
     "langchain": ["langchain_core", "langchain_classic"],
     "llama_index": ["llama_index.core"],
+    "serving": [],
     "sentence_transformers": [],
 }
 
@@ -20,10 +21,9 @@ def test_python_in_the_page(page, modules, service, monkeypatch, capsys):
         pytest.importorskip(module, reason="make test-integrations installs it")
     monkeypatch.chdir(ROOT)
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    code = block.replace("http://127.0.0.1:8000", service.url)
-    assert (service.url in code) == bool(modules)
-    code = re.sub(r"(?m)^reranker\..*$", r"print(\g<0>)", code)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)).replace("http://127.0.0.1:8000", service.url)
+    assert (service.url in code) == (page != "sentence_transformers")
+    code = re.sub(r"(?m)^(reranker\.\w+\(.*\))", r"print(\1)", code)
     exec(compile(code, page, "exec"), {})  # the project's own page
-    shown = re.search(r"# (timber|\[\{\"corpus_id\": 1)", block)[1].replace('"', "'")
-    assert capsys.readouterr().out.startswith(shown)
+    (shown,) = re.findall(r"# (timber|\[\{\"corpus_id\": 1)", code)
+    assert capsys.readouterr().out.startswith(shown.replace('"', "'"))
