@@ -21,7 +21,8 @@ def test_python_in_the_page(page, modules, service, monkeypatch, capsys):
         pytest.importorskip(module, reason="make test-integrations installs it")
     monkeypatch.chdir(ROOT)
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
-    code = "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)).replace("http://127.0.0.1:8000", service.url)
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    code = "\n".join(blocks).replace("http://127.0.0.1:8000", service.url)
     assert (service.url in code) == (page != "sentence_transformers")
     code = re.sub(r"(?m)^(reranker\.\w+\(.*\))", r"print(\1)", code)
     exec(compile(code, page, "exec"), {})  # the project's own page
