@@ -5,9 +5,11 @@
     python ../../experiments/gpu_smollm2.py joint --base base --data data --output gpu --seconds 400 --lora reader-cpu
     python ../../experiments/gpu_smollm2.py assemble --base base --pieces gpu --output 1
 
-Training stops after a given time, and lessons and learning rates follow the clock. The trained weights are saved in
-bfloat16, in pieces below 16 MiB; `--start FOLDER` continues from such pieces. `assemble` turns them into a reader (a
-PEFT adapter) and a ScaleDown model. One model serves 4, 8 and 16 tokens per slot: the rate is drawn for every batch.
+Rehearse both on a CPU before (`--seconds 60 --work 10000 --bf16 --compile`), in an environment that has what the
+machine with the GPU has and no more. Training stops after a given time, and lessons and learning rates follow the
+clock. The trained weights are saved in bfloat16, in pieces below 16 MiB; `--start FOLDER` continues from such pieces.
+`assemble` turns them into a reader (a PEFT adapter) and a ScaleDown model. One model serves 4, 8 and 16 tokens per
+slot: the rate is drawn for every batch.
 """
 
 import argparse
@@ -297,6 +299,8 @@ def train_by_clock(
         gradient_accumulation_steps=1,
         learning_rate=options.learning_rate,
         save_strategy="no",
+        bf16=options.bf16 or torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
         logging_steps=options.logging_steps,
         logging_nan_inf_filter=False,  # which waits for the GPU in every step
         report_to="none",
@@ -514,6 +518,9 @@ def main() -> None:
         options.add_argument("--logging_steps", type=int, default=25)
         options.add_argument("--num_tests", type=int, default=200)
         options.add_argument("--compile", action="store_true")
+        options.add_argument(
+            "--bf16", action="store_true", help="mixed precision on a CPU, to rehearse what a GPU does"
+        )
     options = commands.choices["joint"]
     options.add_argument("--compressor_learning_rate", type=float, default=5e-4)
     options.add_argument("--first_lesson", type=int, default=0)
