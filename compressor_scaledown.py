@@ -388,9 +388,10 @@ class NLayersCompressor(ScaleDownCompressor):
         Raises:
             ValueError: the backbone has no final norm under a known name, or begins with it.
         """
-        if backbone.config.model_type in NORMALISED_AT_BOTH_ENDS:
+        kind = getattr(getattr(backbone, "config", None), "model_type", None)
+        if kind in NORMALISED_AT_BOTH_ENDS:
             raise ScaleDownError(
-                f"{backbone.config.model_type} normalises its embeddings with its final norm, which a compressor made "
+                f"{kind} normalises its embeddings with its final norm, which a compressor made "
                 'of its first layers would go without; use compressor_type="llm" with this architecture.'
             )
         for name in FINAL_NORM_NAMES:

@@ -185,7 +185,7 @@ def test_roberta_begins_to_count_positions_after_its_padding():
 @pytest.mark.parametrize("side", ["generator_config", "compressor_config"])
 @pytest.mark.parametrize(
     ("model_type", "message"),
-    [("falcon_h1", "scales embeddings only where it looks them up"), ("gemma3", "has no hidden_size of its own")],
+    [("falcon_h1", "scales embeddings only where it looks them up"), ("bark", "has no hidden_size of its own")],
 )
 def test_backbones_that_cannot_read_slots_are_refused(side, model_type, message):
     configs = {"generator_config": GENERATORS["llama"](), "compressor_config": GENERATORS["llama"]()}
