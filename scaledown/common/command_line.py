@@ -22,7 +22,7 @@ Arguments = TypeVar("Arguments")
 logger = logging.getLogger(__name__)
 OWN_LOGGER = logging.getLogger("scaledown")
 # Libraries that log too much at INFO.
-QUIET = ("bm25s", "datasets", "httpx")
+QUIET = ("bm25s", "datasets", "httpx", "httpx2")
 
 
 def run_command(command: Callable[[], str], interrupted: str = "") -> int:

@@ -4,6 +4,7 @@ import logging
 import re
 from dataclasses import dataclass
 
+import openai
 import pytest
 
 from folders import save_generator, write_rows
@@ -130,3 +131,11 @@ def test_what_our_own_code_gets_wrong_in_setting_up_keeps_its_traceback():
         [one] = (1, 2, 3)
         del one
     assert not isinstance(caught.value, ScaleDownError)
+
+
+def test_requests_of_the_client_of_endpoints_are_not_logged_one_by_one(caplog):
+    caplog.set_level(logging.INFO)  # of a command line
+    run_command(lambda: "done")
+    transport = type(openai.OpenAI(api_key="none")._client).__mro__
+    (package,) = {kind.__module__.partition(".")[0] for kind in transport} - {"openai", "builtins"}
+    assert logging.getLogger(package).getEffectiveLevel() >= logging.WARNING
