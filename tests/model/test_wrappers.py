@@ -58,7 +58,7 @@ def wrapper(request, tmp_path_factory):
 
 
 def states_of(whole: torch.nn.Module, ids: torch.Tensor):
-    """What the model makes of text; Llama 4 as a whole wants images in transformers 5.24, its language model does not."""
+    """What the model makes of text; all of Llama 4 wants images in transformers 5.24, its language model does not."""
     model = whole.language_model if whole.config.model_type == "llama4" else whole
     return model(input_ids=ids, output_hidden_states=True)
 
