@@ -337,7 +337,7 @@ def check_generator(name_or_path: str, config: PreTrainedConfig):
     """
     _refuse_scaledown(name_or_path, config, "generator")
     kind = config.model_type
-    kinds = {kind, config.get_text_config(decoder=True).model_type}  # a language model may be a part of the whole
+    kinds = {kind, language_model_config(config).model_type}  # a language model may be a part of the whole
     is_encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     is_remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     is_known = is_remote or not kinds.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

@@ -40,6 +40,7 @@ try:
     from .processing_scaledown import PROCESSOR_FIELDS
     from .quantization_scaledown import bitsandbytes_config, is_quantized, share_quantizer, spare_compressor
     from .weights_scaledown import (
+        HUB_ARGUMENTS,
         absolute_name,
         changed_weights,
         check_fingerprint,
@@ -63,6 +64,7 @@ except ImportError:
     from processing_scaledown import PROCESSOR_FIELDS
     from quantization_scaledown import bitsandbytes_config, is_quantized, share_quantizer, spare_compressor
     from weights_scaledown import (
+        HUB_ARGUMENTS,
         absolute_name,
         changed_weights,
         check_fingerprint,
@@ -88,7 +90,6 @@ GENERATOR_ARGUMENTS = (
     "offload_buffers",
     "attn_implementation",
 )
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 class CheckpointMixin:

@@ -45,7 +45,8 @@ except ImportError:
 # Where a model of several kinds of input keeps its language model: before transformers 4.52, and since.
 LANGUAGE_MODEL_PREFIXES = ("language_model.model.", "model.language_model.")
 FINGERPRINT_SAMPLES = 64
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
+# Arguments of loading that say where files come from.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Values summed at once, in a copy in 64 bits that stays in a processor's cache.
 CHECKSUM_BLOCK = 1 << 18
 # Odd and without pattern, so that products tell places apart and lose nothing in 64 bits.

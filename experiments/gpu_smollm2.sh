@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Minutes of one GPU for models/smollm2-135m-16x. BASE is the generator as a folder or as a GGUF file.
+# Minutes of one GPU for models/smollm2-135m-16x: gpu_smollm2.sh reader|joint --seconds N [options of gpu_smollm2.py].
+# BASE is the generator as a folder or as a GGUF file.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}"
@@ -8,4 +9,6 @@ if [[ $base == *.gguf ]]; then
     "$python" experiments/gguf_to_safetensors.py "$base" "${base%.gguf}"
     base=${base%.gguf}
 fi
-exec "$python" experiments/gpu_smollm2.py train --base "$base" --data "$data" --output "$output" "$@"
+command=${1:?reader or joint}
+shift
+exec "$python" experiments/gpu_smollm2.py "$command" --base "$base" --data "$data" --output "$output" "$@"
