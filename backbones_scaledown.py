@@ -29,8 +29,8 @@ from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 try:
-    from .configuration_scaledown import language_model_config
     from .errors_scaledown import ScaleDownError
+    from .families_scaledown import language_model_config, warn_of_short_sight
     from .generation_scaledown import greedy_settings
     from .gguf_scaledown import first_layers_of, read_config, split_gguf
     from .processing_scaledown import ScaleDownProcessor
@@ -46,8 +46,8 @@ try:
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
-    from configuration_scaledown import language_model_config
     from errors_scaledown import ScaleDownError
+    from families_scaledown import language_model_config, warn_of_short_sight
     from generation_scaledown import greedy_settings
     from gguf_scaledown import first_layers_of, read_config, split_gguf
     from processing_scaledown import ScaleDownProcessor
@@ -262,6 +262,9 @@ def _config_of_backbones(
             f'{generator!r} is quantised; compressor_type="n_layers" trains a copy of its first layers and needs '
             "them unquantised. Name the original checkpoint, and quantise it with load_in_4bit or load_in_8bit."
         )
+    warn_of_short_sight(
+        config.compressor_config, config.max_query_length + config.chunk_length + config.num_memory_tokens
+    )
     config.generator_name_or_path = generator
     config.generator_revision = generator_hub["revision"]
     config.generator_gguf_file = generator_hub["gguf_file"]

@@ -23,8 +23,8 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 try:
-    from .configuration_scaledown import embedding_width
     from .errors_scaledown import ScaleDownError
+    from .families_scaledown import embedding_width
     from .shortcuts_scaledown import (
         SharedPrefixes,
         can_share_prefixes,
@@ -37,8 +37,8 @@ try:
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
-    from configuration_scaledown import embedding_width
     from errors_scaledown import ScaleDownError
+    from families_scaledown import embedding_width
     from shortcuts_scaledown import (
         SharedPrefixes,
         can_share_prefixes,
@@ -168,9 +168,11 @@ class ScaleDownCompressor(nn.Module):
             )
 
     def prepare_backbone(self, backbone: PreTrainedModel) -> PreTrainedModel:
-        """Takes off what compression never reads: a pooler would be weights without a gradient."""
+        """Takes off what compression never reads: a pooler or a projection of sentence embeddings."""
         if getattr(backbone, "pooler", None) is not None:
             backbone.pooler = None
+        if getattr(backbone, "embedding_projection", None) is not None:
+            backbone.embedding_projection = nn.Identity()
         return backbone
 
     def forward(

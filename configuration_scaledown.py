@@ -32,10 +32,24 @@ from transformers.utils import logging
 
 try:
     from .errors_scaledown import ScaleDownError
+    from .families_scaledown import (
+        check_families,
+        embedding_width,
+        language_model_config,
+        num_positions,
+        truncated_config,
+    )
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
     from errors_scaledown import ScaleDownError
+    from families_scaledown import (
+        check_families,
+        embedding_width,
+        language_model_config,
+        num_positions,
+        truncated_config,
+    )
 
 # Two models in one process may come with different code, so that remote code registers nothing.
 IS_REMOTE_CODE = (__package__ or "").startswith("transformers_modules")
@@ -43,13 +57,6 @@ COMPRESSOR_TYPES = ("n_layers", "modernbert", "llm")
 WEIGHTS_FORMATS = ("full", "delta")
 DEFAULT_RATE = 16
 SLOT_POOLINGS = ("memory_tokens", "span_mean", "span_attention")
-# Their first position is the one after the padding token's id.
-POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet")
-# They multiply the embeddings of ids, and take those they are given as they are.
-SCALED_BY_ID = ("falcon_h1",)
-# All that they remember is one state, which transformers passes on by a name of its own.
-WITHOUT_KEYS_AND_VALUES = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
-
 logger = logging.get_logger(__name__)
 
 # What the processor itself passes to `apply_chat_template`.
@@ -289,42 +296,8 @@ class ScaleDownConfig(PreTrainedConfig):
                 f"compressor_type={self.compressor_type!r} needs a compressor_config; pass one, or use "
                 "ScaleDownModel.from_backbones(generator, compressor), which fills it in."
             )
-        if getattr(self.generator_config, "hidden_size_per_layer_input", 0):
-            raise ScaleDownError(
-                f"{self.generator_config.model_type} looks tokens up again in every layer, which slots cannot serve; "
-                "choose a generator without hidden_size_per_layer_input."
-            )
-        if self.generator_config.model_type in WITHOUT_KEYS_AND_VALUES:
-            raise ScaleDownError(
-                f"{self.generator_config.model_type} has no keys and values to generate from; choose a generator with "
-                "attention in some of its layers, such as a Jamba or Bamba model."
-            )
-        for name in ("generator_config", "compressor_config"):
-            backbone = getattr(self, name)
-            if getattr(backbone, "is_encoder_decoder", False):
-                raise ScaleDownError(
-                    f"{name}: {backbone.model_type} has an encoder and a decoder, and ScaleDown reads states of one "
-                    "stack; choose a causal language model, or an encoder as the compressor."
-                )
-            if getattr(backbone, "hidden_size", None) is None:
-                raise ScaleDownError(
-                    f"{name} of model_type={backbone.model_type!r} has no hidden_size of its own: it is made of "
-                    "several models. Name a checkpoint that holds its language model alone."
-                )
-            if backbone.model_type in SCALED_BY_ID:
-                raise ScaleDownError(
-                    f"{name}: {backbone.model_type} scales embeddings only where it looks them up itself, and reads "
-                    "slots, which it does not, unscaled; choose another model."
-                )
-        width = embedding_width(self.generator_config)
-        if width != self.generator_config.hidden_size:
-            raise ScaleDownError(
-                f"generator_config: {self.generator_config.model_type} reads embeddings of {width} numbers and has "
-                f"hidden states of {self.generator_config.hidden_size}; slots need both alike."
-            )
-        limit = getattr(self.compressor_config, "max_position_embeddings", None)
-        if limit is not None and self.compressor_config.model_type in POSITIONS_AFTER_PADDING:
-            limit -= self.compressor_config.pad_token_id + 1
+        check_families(self.generator_config, self.compressor_config)
+        limit = num_positions(self.compressor_config)
         # Up to 4 tokens frame query and chunk (as in RoBERTa), one more asks for the reranking score.
         needed = self.max_query_length + self.chunk_length + self.num_memory_tokens + 5
         if limit is not None and needed > limit:
@@ -351,20 +324,6 @@ def _as_config(config: dict | PreTrainedConfig, name: str) -> PreTrainedConfig:
             "name a model_type it has."
         )
     return language_model_config(CONFIG_MAPPING[model_type](**config))
-
-
-def language_model_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """
-    Takes the language model's configuration out of that of a model that reads images or sound too.
-
-    Args:
-        config (`PreTrainedConfig`): Of either.
-
-    Returns:
-        `PreTrainedConfig`: The language model's; `config` itself where that is all there is.
-    """
-    is_whole = getattr(config, "is_encoder_decoder", False)
-    return config if is_whole else config.get_text_config(decoder=True)
 
 
 def fill_compression_settings(settings: object):
@@ -457,47 +416,8 @@ def check_prompts(settings: object):
         )
 
 
-def embedding_width(config: PreTrainedConfig) -> int:
-    """Width of the embeddings a backbone reads, which ALBERT, ELECTRA and some others widen afterwards."""
-    for name in ("embedding_size", "word_embed_proj_dim"):
-        if isinstance(getattr(config, name, None), int):
-            return getattr(config, name)
-    return config.hidden_size
-
-
-def truncated_config(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
-    """
-    Copies a causal language model's configuration, cut to its first layers.
-
-    Args:
-        config (`PreTrainedConfig`): Configuration of the whole model.
-        num_layers (`int`): Layers to keep.
-
-    Returns:
-        `PreTrainedConfig`: The same architecture, `num_layers` deep.
-
-    Raises:
-        ValueError: the model has fewer layers than asked for.
-    """
-    depth = config.num_hidden_layers
-    if num_layers > depth:
-        raise ScaleDownError(
-            f"num_compressor_layers={num_layers} exceeds the generator's {depth} layers; choose at most {depth}."
-        )
-    truncated = copy.deepcopy(config)
-    # Per-layer lists (`layer_types`, `mlp_layer_types`, `no_rope_layers`, …) must stay as long as the model is deep.
-    for name, value in vars(config).items():
-        if isinstance(value, (list, tuple)) and len(value) == depth and name != "architectures":
-            setattr(truncated, name, value[:num_layers])
-    truncated.num_hidden_layers = num_layers
-    shared = getattr(config, "num_kv_shared_layers", 0)  # the last ones, which read keys and values of earlier layers
-    if shared:
-        truncated.num_kv_shared_layers = max(shared - (depth - num_layers), 0)
-    return truncated
-
-
 if not IS_REMOTE_CODE:
     AutoConfig.register("scaledown", ScaleDownConfig, exist_ok=True)
 ScaleDownConfig.register_for_auto_class()
 
-__all__ = ["ScaleDownConfig", "truncated_config"]
+__all__ = ["ScaleDownConfig"]

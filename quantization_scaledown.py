@@ -18,7 +18,7 @@ import copy
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils import is_bitsandbytes_available
+from transformers.utils import is_bitsandbytes_available, logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 try:
@@ -27,6 +27,8 @@ except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
     from errors_scaledown import ScaleDownError
+
+logger = logging.get_logger(__name__)
 
 NEVER_QUANTIZED = ("compressor", "lm_head", r".*\.lora_[AB]")
 
@@ -132,5 +134,13 @@ def share_quantizer(model: PreTrainedModel):
     # Trainer refuses to train a model that is quantised all through; this one trains compressor and LoRA.
     model.is_quantized, model.generator.is_quantized = False, True
     settings = source.config.quantization_config
+    if isinstance(settings, BitsAndBytesConfig):
+        weights = [parameter for parameter in model.generator.parameters() if not hasattr(parameter, "quant_state")]
+        experts = sum(weight.numel() for weight in weights if weight.dim() == 3)
+        if 2 * experts > model.generator.num_parameters():
+            logger.warning_once(
+                "bitsandbytes quantises linear layers, and the experts of "
+                f"{model.generator.config.model_type}, most of its weights, are none: they keep their size."
+            )
     copied = spare_compressor if isinstance(settings, BitsAndBytesConfig) else copy.deepcopy
     model.config.quantization_config = copied(settings)

@@ -24,11 +24,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
 try:
-    from .configuration_scaledown import truncated_config
+    from .families_scaledown import truncated_config
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
-    from configuration_scaledown import truncated_config
+    from families_scaledown import truncated_config
 
 logger = logging.get_logger(__name__)
 
@@ -267,6 +267,7 @@ def _read_few(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]
     attention = layer.self_attn if hasattr(layer, "self_attn") else layer.attention.self
     mask = kwargs.get("attention_mask", others[0] if others else None)
     cache = kwargs.get(CACHE_NAME)
+    is_causal = attention.is_causal and getattr(attention.config, "is_causal", True)
     if (
         (layer.training and layer.gradient_checkpointing)  # takes away what stands in for a cache
         or attention.config._attn_implementation not in CHECKED_ATTENTIONS
@@ -277,7 +278,7 @@ def _read_few(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]
     read = read.to(states.device)
     few = read.unsqueeze(-1)  # (num_chunks, num_read, 1)
     before = 0 if cache is None else cache.get_seq_length(attention.layer_idx)
-    if mask is None and attention.is_causal:
+    if mask is None and is_causal:
         places = torch.arange(before + states.shape[1], device=states.device)
         unseen = places > before + few  # (num_chunks, num_read, before + total_len)
         mask = states.new_zeros(unseen.shape).masked_fill(unseen, torch.finfo(states.dtype).min).unsqueeze(1)

@@ -30,16 +30,16 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 try:
     from .card_scaledown import HUB_NAME
     from .compressor_scaledown import FINAL_NORM_NAMES
-    from .configuration_scaledown import language_model_config
     from .errors_scaledown import ScaleDownError
+    from .families_scaledown import language_model_config
     from .gguf_scaledown import gguf_fingerprint, load_gguf
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
     from card_scaledown import HUB_NAME
     from compressor_scaledown import FINAL_NORM_NAMES
-    from configuration_scaledown import language_model_config
     from errors_scaledown import ScaleDownError
+    from families_scaledown import language_model_config
     from gguf_scaledown import gguf_fingerprint, load_gguf
 
 # Where a model of several kinds of input keeps its language model: before transformers 4.52, and since.

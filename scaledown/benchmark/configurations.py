@@ -3,8 +3,9 @@
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from configuration_scaledown import ScaleDownConfig, language_model_config
+from configuration_scaledown import ScaleDownConfig
 from errors_scaledown import ScaleDownError
+from families_scaledown import language_model_config
 from gguf_scaledown import read_config, split_gguf
 
 from .shapes import SHAPES

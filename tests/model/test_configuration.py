@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoConfig, LlamaConfig, RobertaConfig
 
 import configuration_scaledown
-from configuration_scaledown import truncated_config
+from families_scaledown import truncated_config
 from lora_scaledown import LORA_DEFAULTS
 from scaledown import ScaleDownConfig, ScaleDownModel, ScaleDownProcessor
 from tiny import ENCODERS, GENERATORS, build_config, build_model

@@ -144,6 +144,21 @@ def test_lora_learns_and_a_delta_gives_the_same_logits(family, tmp_path):
     assert not [name for name, _ in loaded.named_modules() if "lora" in name or "base_layer" in name]
 
 
+def test_a_generator_in_four_bits_answers_and_has_lora_layers_that_learn(family):
+    pytest.importorskip("bitsandbytes")
+    model = ScaleDownModel.from_backbones(family[1], num_compressor_layers=2, load_in_4bit=True)
+    plain = ScaleDownModel.from_backbones(family[1], num_compressor_layers=2)
+    batch = model.processor(QUESTIONS, DOCUMENTS, answers=ANSWERS)
+    with torch.no_grad():
+        alike = torch.nn.functional.cosine_similarity(model(**batch).logits, plain(**batch).logits, dim=-1).mean()
+    assert 0.5 < alike < 0.999  # rough weights of layers this narrow
+    model.add_lora(r=2)
+    model.train()(**batch).loss.backward()
+    learned = [p.grad for name, p in model.generator.named_parameters() if "lora_B" in name]
+    assert any(gradient.any() for gradient in learned if gradient is not None)
+    assert len(model.eval().answer(QUESTIONS, DOCUMENTS, max_new_tokens=3)) == len(QUESTIONS)
+
+
 @torch.no_grad()
 def test_shortcuts_change_nothing(family, monkeypatch):
     monkeypatch.setitem(compressor_scaledown.MIN_SPARED_OPERATIONS, "cpu", 0)

@@ -7,6 +7,7 @@ import torch
 from combinations import combinations
 from transformers import (
     AqlmConfig,
+    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     FineGrainedFP8Config,
@@ -20,6 +21,7 @@ from scaledown import ScaleDownModel
 from scaledown.evaluation.arguments import EvaluationArguments
 from scaledown.evaluation.contestants import load_contestants
 from tiny import ANSWERS, DOCUMENTS, QUESTIONS, build_tokenizer, randomize_lora
+from tiny import SHAPE as TINY
 
 # Blocks of 64 values share a scale, so layers must not be smaller than that.
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -295,3 +297,13 @@ def test_backbones_are_quantised_by_a_configuration_too(generator, bits, tmp_pat
     assert_quantized(ScaleDownModel.from_pretrained(tmp_path), bits)
     with pytest.raises(ValueError, match="exclude each other"):
         from_backbones((generator, None), quantization_config=config, **quantized(bits))
+
+
+def test_experts_that_keep_their_size_are_pointed_out(tmp_path, caplog):
+    pytest.importorskip("bitsandbytes")
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    config = AutoConfig.for_model("qwen3_moe", **{**TINY, **SHAPE, **experts})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    ScaleDownModel.from_backbones(str(tmp_path), num_compressor_layers=1, load_in_4bit=True)
+    assert "experts of qwen3_moe, most of its weights, are none: they keep their size" in caplog.text

@@ -8,8 +8,9 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from backbones_scaledown import check_compressor, check_generator
-from configuration_scaledown import ScaleDownConfig, language_model_config
+from configuration_scaledown import ScaleDownConfig
 from errors_scaledown import ScaleDownError
+from families_scaledown import language_model_config
 from gguf_scaledown import read_config
 from modeling_scaledown import ScaleDownModel
 from processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor
