@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 try:
@@ -174,6 +175,20 @@ class ScaleDownCompressor(nn.Module):
         if getattr(backbone, "embedding_projection", None) is not None:
             backbone.embedding_projection = nn.Identity()
         return backbone
+
+    def compile_layers(self, compiles: bool):
+        """
+        Compiles the backbone's layers one by one, or no longer: few kernels instead of many, for small batches.
+
+        Args:
+            compiles (`bool`): Whether they are compiled from now on, each shape at its first use.
+        """
+        layers = [module for module in self.backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
+        # The last layer has a hook of its own where it computes few positions.
+        for layer in layers[: -1 if self.prunes_last_layer else None]:
+            layer._compiled_call_impl = None
+            if compiles:
+                layer.compile(dynamic=True)
 
     def forward(
         self,

@@ -61,9 +61,10 @@ class ScaleDownGenerationMixin(GenerationMixin):
                 Chunks whose compression is remembered with their question; `model.compression_cache.hit_rate` shows
                 whether that pays.
             compile (`bool`, defaults to `False`):
-                Write answers with a static cache, for which transformers compiles the steps after the prompt: each new
-                batch size compiles for about a minute, then steps are faster. Call it once the model is on its device;
-                where device, architecture or quantisation cannot, a warning says so and nothing changes.
+                Compile the compressor's layers, and write answers with a static cache, for which transformers compiles
+                the steps after the prompt: each new batch size compiles for about a minute, then both are faster. Call
+                it once the model is on its device; where device, architecture or quantisation cannot, a warning says
+                so and nothing changes.
 
         Returns:
             `ScaleDownModel`: The model itself, in evaluation mode.
@@ -79,6 +80,9 @@ class ScaleDownGenerationMixin(GenerationMixin):
         if cache_entries is not None:
             self.compression_cache = CompressionCache(cache_entries)
         self.compiles_decoding = compile and can_compile_decoding(self)
+        if self.compressor.backbone is not None:
+            on_device = self.device.type in COMPILING_DEVICES and not is_offloaded(self)
+            self.compressor.compile_layers(compile and on_device)
         return self
 
     def generate(self, inputs: torch.LongTensor | None = None, *args, **kwargs):

@@ -14,6 +14,7 @@
 """What the compressor saves: a last layer that computes few positions, and questions read once for all their chunks."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -102,13 +103,14 @@ def read_prefixes(
         `SharedPrefixes`: What the chunks continue.
     """
     cache = DynamicCache()
-    backbone(
-        inputs_embeds=embeds,
-        attention_mask=mask.long(),
-        position_ids=(mask.long().cumsum(dim=1) - 1).clamp(min=0),
-        use_cache=True,
-        **{CACHE_NAME: cache},
-    )
+    with _uncompiled():
+        backbone(
+            inputs_embeds=embeds,
+            attention_mask=mask.long(),
+            position_ids=(mask.long().cumsum(dim=1) - 1).clamp(min=0),
+            use_cache=True,
+            **{CACHE_NAME: cache},
+        )
     return SharedPrefixes([(layer.keys, layer.values) for layer in cache.layers], mask, of_chunk)
 
 
@@ -140,10 +142,16 @@ def states_at(
         inputs = prefixes.backbone_inputs(attention_mask)
     if prunes and read.shape[1] < embeds.shape[1]:
         inputs["read_positions"] = read
-    states = backbone(inputs_embeds=embeds, **inputs).last_hidden_state
+    with nullcontext() if prefixes is None else _uncompiled():
+        states = backbone(inputs_embeds=embeds, **inputs).last_hidden_state
     if states.shape[1] == read.shape[1] < embeds.shape[1]:
         return states
     return states.gather(1, read.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+
+
+def _uncompiled() -> AbstractContextManager:
+    """Layers that are compiled one by one run as they are: for a growing cache each would be compiled anew."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.compiler.set_stance("force_eager")
 
 
 def can_share_prefixes(backbone: PreTrainedModel) -> bool:

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import GenerationConfig
 
+import compressor_scaledown
 from compression_scaledown import CompressionCache, pass_sizes
 from reranking_scaledown import select_documents
 from shortcuts_scaledown import CACHE_NAME
@@ -176,6 +178,34 @@ def test_decoding_that_compiles_has_a_static_cache_and_the_same_answers(monkeypa
     model.optimize_for_inference()
     output = model.generate(**batch, **WRITING, return_dict_in_generate=True)
     assert type(output[CACHE_NAME]).__name__ == "DynamicCache"
+
+
+@pytest.mark.parametrize("kind", ["n_layers", "modernbert"])
+def test_layers_of_the_compressor_compile_once_for_all_of_them(kind, monkeypatch):
+    settings = {"num_compressor_layers": 4} if kind == "n_layers" else {}
+    model = build_model(kind, **settings)
+    monkeypatch.setitem(compressor_scaledown.MIN_SPARED_OPERATIONS, "cpu", 1e30)
+    expected = model.compress(QUESTIONS, DOCUMENTS)
+    alone = model.compress(QUESTIONS[0], DOCUMENTS[0][:1])
+    whole = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **kwargs: whole(layer, backend="eager", **kwargs))
+    monkeypatch.setattr("generation_scaledown.COMPILING_DEVICES", ("cpu",))
+    torch.compiler.reset()
+    counters.clear()
+    model.optimize_for_inference(compile=True)
+    assert_same(model.compress(QUESTIONS, DOCUMENTS), expected)
+    assert_same(model.compress(QUESTIONS[0], DOCUMENTS[0][:1]), alone)
+    model.compress(QUESTIONS * 2, DOCUMENTS * 2)
+    compiled = counters["stats"]["unique_graphs"]
+    assert 1 <= compiled <= 5  # by shape and mask, not by layer
+    # Questions read once go through a cache, for which nothing is compiled.
+    monkeypatch.setitem(compressor_scaledown.MIN_SPARED_OPERATIONS, "cpu", 0)
+    assert_same(model.compress(QUESTIONS, DOCUMENTS), expected)
+    assert counters["stats"]["unique_graphs"] == compiled
+    model.optimize_for_inference()
+    torch.compiler.reset()
+    assert_same(model.compress(QUESTIONS, DOCUMENTS), expected)
+    assert counters["stats"]["unique_graphs"] == compiled
 
 
 def test_where_decoding_cannot_be_compiled_nothing_changes(monkeypatch, caplog):
