@@ -15,13 +15,23 @@ MODES = ("flops", "speed", "train", "scaling", "serving")
 SWEPT = ("batch_size", "num_documents", "document_length", "new_tokens", "compression_rate")
 DEFAULT_COMPRESSORS = "5"
 # Counting has no batches, clocks or types of numbers.
-_OF_MEASUREMENTS = ("batch_size", "sweep", "mixed_lengths", "compile", "repeats", "threads", "dtype", "device")
+_OF_MEASUREMENTS = (
+    "batch_size",
+    "sweep",
+    "mixed_lengths",
+    "compile",
+    "repeats",
+    "threads",
+    "dtype",
+    "device",
+    "rivals",
+)
 _OF_SERVING = ("service_url", "text_url", "concurrency")
 UNREAD = {
     "flops": (*_OF_MEASUREMENTS, *_OF_SERVING),
     "speed": _OF_SERVING,
     "scaling": (*_OF_MEASUREMENTS, *_OF_SERVING),
-    "train": ("sweep", "compile", *_OF_SERVING),
+    "train": ("sweep", "compile", "rivals", *_OF_SERVING),
     # What computes, and how, was decided when the servers were started.
     "serving": (
         "compressors",
@@ -33,6 +43,7 @@ UNREAD = {
         "threads",
         "dtype",
         "device",
+        "rivals",
     ),
 }
 CONCURRENCY = "1,8,32"
@@ -92,6 +103,13 @@ class BenchmarkArguments:
     compile: bool = field(
         default=False,
         metadata={"help": "Both sides decode with a static cache, which transformers compiles on a GPU."},
+    )
+    rivals: bool = field(
+        default=False,
+        metadata={
+            "help": "Mode speed: time what else shortens documents too, such as LLMLingua-2, Provence, rerankers and "
+            "PISCO, by the shapes of their models."
+        },
     )
     repeats: int = field(default=5, metadata={"help": "Measurements of each figure, after one warm-up run."})
     threads: int | None = field(default=None, metadata={"help": "Threads on a CPU; torch's choice by default."})

@@ -13,6 +13,7 @@ from . import speed
 from .arguments import SWEPT, BenchmarkArguments, parse_arguments
 from .flops import count_rows, count_table, render
 from .plots import plot_flops, plot_lines, plot_speed
+from .rivals import RivalModels
 from .scaling import count_scaling, fit_exponents, render_exponents
 from .training import measure_training, render_training
 
@@ -61,7 +62,7 @@ def _flops(arguments: BenchmarkArguments) -> tuple[list[dict[str, Any]], str]:
 
 
 def _speed(arguments: BenchmarkArguments) -> tuple[list[dict[str, Any]], str]:
-    rows = speed.measure(arguments)
+    rows = speed.measure(arguments, (RivalModels,) if arguments.rivals else ())
     return rows, speed.render(rows)
 
 

@@ -1,5 +1,20 @@
 """Shapes of published models: of each model's own config.json what decides its shape."""
 
+DEBERTA_V3 = {
+    "model_type": "deberta-v2",
+    "relative_attention": True,
+    "max_relative_positions": -1,
+    "position_buckets": 256,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
 SHAPES = {
     # mistralai/Mistral-7B-Instruct-v0.2
     "mistral-7b": {
@@ -72,6 +87,43 @@ SHAPES = {
         "num_hidden_layers": 22,
         "num_attention_heads": 12,
         "max_position_embeddings": 8192,
+    },
+    # sbintuitions/modernbert-ja-30m, of which the smallest OpenProvence is made
+    "modernbert-30m": {
+        "model_type": "modernbert",
+        "vocab_size": 102400,
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 8192,
+    },
+    # FacebookAI/xlm-roberta-large
+    "xlm-roberta-large": {
+        "model_type": "xlm-roberta",
+        "vocab_size": 250002,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+        "pad_token_id": 1,
+    },
+    # google-bert/bert-base-multilingual-cased
+    "mbert-base": {"model_type": "bert", "vocab_size": 119547},
+    # google-bert/bert-base-uncased
+    "bert-base": {"model_type": "bert", "vocab_size": 30522},
+    # microsoft/deberta-v3-base
+    "deberta-v3-base": {"vocab_size": 128100, **DEBERTA_V3},
+    # microsoft/deberta-v3-large
+    "deberta-v3-large": {
+        "vocab_size": 128100,
+        **DEBERTA_V3,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
     },
     # sentence-transformers/all-MiniLM-L6-v2
     "minilm-l6": {

@@ -7,7 +7,7 @@ them alike, and gains are medians over rounds of the ratio within a round.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -146,12 +146,13 @@ class TimedModels:
         dtype = pick_dtype(arguments.dtype) if arguments.dtype != "auto" or self.device.type == "cuda" else None
         self.models: dict[str, ScaleDownModel] = {}
         self.generator: PreTrainedModel | None = None
+        self.parts: list[PreTrainedModel] = []  # whose weights are not counted as memory of an answer
         longest = max(min(workload.document_length, workload.chunk_length) for workload, _ in arguments.settings)
         finest = min(workload.compression_rate for workload, _ in arguments.settings)
         set_seed(arguments.seed)
         for name in arguments.compressor_names:
             config = build_config(arguments.generator, name, longest, arguments.query_length, finest)
-            with self.device, _default_dtype(dtype or torch.float32):  # a CPU takes minutes to draw 7 billion weights
+            with self.device, default_dtype(dtype or torch.float32):  # a CPU takes minutes to draw 7 billion weights
                 model = ScaleDownModel(config, generator=self.generator).eval()
             self.generator = model.generator
             if arguments.compile:
@@ -159,6 +160,7 @@ class TimedModels:
             # Random weights end answers at random.
             model.generation_config.update(eos_token_id=None, pad_token_id=0, do_sample=False)
             self.models[name] = model
+            self.parts.append(model)
         self.generator.generation_config.update(eos_token_id=None, pad_token_id=0, do_sample=False)
 
     def runs(self, workload: Workload, batch_size: int) -> dict[str, Callable[[], Timing]]:
@@ -179,9 +181,13 @@ class TimedModels:
             )
             if not found:
                 for text_name, ids in ((FULL_TEXT, inputs.text), (TRUNCATED, inputs.truncated)):
-                    found[text_name] = self._text_run(ids.to(self.device), workload.new_tokens)
+                    found[text_name] = self.text_run(ids.to(self.device), workload.new_tokens)
             found[name] = self._compressed_run(model, inputs, workload.new_tokens)
         return found
+
+    def tokens_read(self, name: str, workload: Workload) -> int:
+        """Tokens of the generator's prompt, slots among them."""
+        return workload.text_length if name == FULL_TEXT else workload.slots_length
 
     def padded_compression(self, name: str, workload: Workload, batch_size: int) -> Callable[[], float]:
         """Compression as a straightforward implementation does it: the padding read, the last layer whole.
@@ -220,13 +226,31 @@ class TimedModels:
 
         return run
 
-    def _text_run(self, ids: torch.Tensor, new_tokens: int) -> Callable[[], Timing]:
+    def text_run(
+        self,
+        ids: torch.Tensor,
+        new_tokens: int,
+        before: Callable[[], Any] = lambda: None,
+        settings: dict[str, Any] | None = None,
+    ) -> Callable[[], Timing]:
+        """Reading text.
+
+        Args:
+            ids: `(batch, length)`, the prompt.
+            new_tokens: Tokens of the answer.
+            before: What is computed before, timed as compression.
+            settings: Further arguments of `generate()`.
+
+        Returns:
+            A function that answers once.
+        """
         static = {"cache_implementation": "static"} if self.arguments.compile else {}  # generate() compiles with those
+        settings = {**(settings or {}), **static, "attention_mask": torch.ones_like(ids)}
 
-        def write(_: None, settings: dict[str, Any]) -> None:
-            self.generator.generate(input_ids=ids, **settings, **static)
+        def write(_: Any, timed: dict[str, Any]) -> None:
+            self.generator.generate(input_ids=ids, **timed, **settings)
 
-        return lambda: self._timed(lambda: None, write, new_tokens)
+        return lambda: self._timed(before, write, new_tokens)
 
     def _compressed_run(self, model: ScaleDownModel, inputs: Inputs, new_tokens: int) -> Callable[[], Timing]:
         prompt = {
@@ -261,7 +285,12 @@ class TimedModels:
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New weights are of this type.
+
+    Args:
+        dtype: The type.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -270,11 +299,12 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def measure(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
+def measure(arguments: BenchmarkArguments, others: Sequence[Callable[[TimedModels], Any]] = ()) -> list[dict[str, Any]]:
     """Time all contestants at all settings.
 
     Args:
         arguments: What to measure.
+        others: Make further contestants, timed in the same rounds; their `runs` and `tokens_read` are as here.
 
     Returns:
         A JSON object for each setting and contestant.
@@ -292,24 +322,29 @@ def measure(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
             f"{arguments.generator} has {limit} positions, and the longest setting needs {longest} to read its "
             "documents as text and answer; lower num_documents, document_length or new_tokens."
         )
+    groups = [contestants, *(other(contestants) for other in others)]
     rows = []
     for workload, batch_size in tqdm(arguments.settings, desc="Settings", disable=None):
-        rows += measure_setting(contestants, workload, batch_size)
+        rows += measure_setting(groups, workload, batch_size)
     return rows
 
 
-def measure_setting(contestants: TimedModels, workload: Workload, batch_size: int) -> list[dict[str, Any]]:
+def measure_setting(groups: Sequence[Any], workload: Workload, batch_size: int) -> list[dict[str, Any]]:
     """Time all contestants at one setting.
 
     Args:
-        contestants: The models.
+        groups: The models, and further contestants.
         workload: What is read and written.
         batch_size: Questions.
 
     Returns:
         A JSON object for each contestant.
     """
-    runs = contestants.runs(workload, batch_size)
+    contestants, runs, tokens = groups[0], {}, {}
+    for group in groups:
+        found = group.runs(workload, batch_size)
+        tokens |= {name: group.tokens_read(name, workload) for name in found}
+        runs |= found
     padded = {name: contestants.padded_compression(name, workload, batch_size) for name in contestants.models}
     peaks = {name: _peak_memory(contestants, name, run) for name, run in runs.items()}  # warms up too
     times: dict[str, list[Timing]] = {name: [] for name in runs}
@@ -326,7 +361,7 @@ def measure_setting(contestants: TimedModels, workload: Workload, batch_size: in
     }
     rows = []
     for name, found in times.items():
-        row = {**setting, "contestant": name, "peak_bytes": peaks[name]}
+        row = {**setting, "contestant": name, "tokens_read": tokens[name], "peak_bytes": peaks[name]}
         for figure in FIGURES:
             row[figure] = spread([getattr(run, figure) for run in found])
             row[f"{figure}_gain"] = spread(
@@ -356,8 +391,7 @@ def _peak_memory(contestants: TimedModels, name: str, run: Callable[[], Timing])
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    models = (contestants.generator, *contestants.models.values())
-    tracker = MemoryTracker(tensor for model in models for tensor in (*model.parameters(), *model.buffers()))
+    tracker = MemoryTracker(tensor for model in contestants.parts for tensor in (*model.parameters(), *model.buffers()))
     with tracker:
         run()
     return tracker.peak
@@ -382,12 +416,22 @@ def render(rows: list[dict[str, Any]]) -> str:
     names = ("batch_size", "num_documents", "document_length", "new_tokens", "compression_rate")
     shown = [name for name in names if len({row[name] for row in rows}) > 1]
     titles = [name.replace("_", " ") for name in shown]
-    titles += ["reads", "compression, s", "first token, s", "gain", "answer, s", "gain", "questions/s", "peak, MB"]
+    titles += [
+        "reads",
+        "tokens",
+        "compression, s",
+        "first token, s",
+        "gain",
+        "answer, s",
+        "gain",
+        "questions/s",
+        "peak, MB",
+    ]
     lines = [titles]
     for row in rows:
         name = row["contestant"]
-        cells = [str(row[name]) for name in shown] + [label(name)]
-        compression = row["compression"] if REFERENCE in row else spread([])
+        cells = [str(row[name]) for name in shown] + [label(name), str(row["tokens_read"])]
+        compression = spread([]) if name in (FULL_TEXT, TRUNCATED) else row["compression"]
         for figure, digits, unit in (
             (compression, 3, ""),
             (row["first_token"], 3, ""),

@@ -100,10 +100,16 @@ def test_shapes_are_those_of_the_models(name):
         "qwen2.5-0.5b": 494,
         "modernbert-base": 149,
         "minilm-l6": 23,
+        "modernbert-30m": 37,
+        "xlm-roberta-large": 560,
+        "mbert-base": 178,
+        "bert-base": 109,
+        "deberta-v3-base": 184,
+        "deberta-v3-large": 434,
     }
     config = load_shape(name)
     with torch.device("meta"):
-        causal = name not in ("modernbert-base", "minilm-l6")
+        causal = config.model_type in ("llama", "mistral", "qwen2")
         model = (AutoModelForCausalLM if causal else AutoModel).from_config(config)
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == millions[name]
 

@@ -8,6 +8,7 @@ import torch
 from scaledown import ScaleDownModel
 from scaledown.benchmark.arguments import BenchmarkArguments
 from scaledown.benchmark.configurations import SHAPES
+from scaledown.benchmark.rivals import CACHED_PREFIX, OWN_DECODER, RIVALS, RivalModels
 from scaledown.benchmark.run import main
 from scaledown.benchmark.scaling import DOCUMENTS, LENGTHS, count_scaling, fit_exponents
 from scaledown.benchmark.speed import TimedModels, draw_inputs, measure
@@ -19,7 +20,8 @@ from tiny import ENCODER_SHAPE, SHAPE
 @pytest.fixture(autouse=True)
 def tiny_shapes(monkeypatch):
     monkeypatch.setitem(SHAPES, "tiny", {"model_type": "llama", **SHAPE})
-    monkeypatch.setitem(SHAPES, "tiny-encoder", {"model_type": "bert", **ENCODER_SHAPE})
+    for name in ("tiny-encoder", *(rival.shape for rival in RIVALS if rival.shape not in (None, OWN_DECODER))):
+        monkeypatch.setitem(SHAPES, name, {"model_type": "bert", **ENCODER_SHAPE})
 
 
 def arguments(**kwargs) -> BenchmarkArguments:
@@ -55,6 +57,57 @@ def test_speed_of_every_contestant_at_every_setting():
     text, _, layers, _ = rows[:4]
     assert text["first_token_gain"]["median"] == 1
     assert layers["peak_bytes"] < rows[6]["peak_bytes"]  # two questions take more than one
+
+
+def test_rivals_are_timed_in_the_same_run_and_leave_what_they_say():
+    rows = measure(arguments(rivals=True, repeats=1, num_documents=4), (RivalModels,))
+    rows = {row["contestant"]: row for row in rows}
+    # A prompt of 16 tokens and 3 separators around 4 documents of 24 tokens, 3 slots each.
+    expected = {
+        "full text": 19 + 96,
+        "2": 19 + 12,
+        CACHED_PREFIX: 19 + 96 - 8,
+        "LLMLingua-2 (mBERT base) 3×": 19 + 32,
+        "LLMLingua-2 (mBERT base) 6×": 19 + 16,
+        "OpenProvence (30M), keeps 20%": 19 + 19,
+        "reranker (DeBERTa-v3 large), best 3": 18 + 72,
+        "RECOMP, extractive": 19 + 6,
+        "PISCO, compressed now": 19 + 12,
+    }
+    assert {name: rows[name]["tokens_read"] for name in expected} == expected
+    assert len(rows) == 4 + 1 + len(RIVALS)
+    before = rows["PISCO, compressed before"]
+    assert before["compression"]["median"] < rows["PISCO, compressed now"]["compression"]["median"]
+    assert all(row["first_token_gain"]["median"] for row in rows.values())
+    assert rows["full text"]["peak_bytes"] > before["peak_bytes"]
+
+
+def test_a_cached_prefix_gives_the_same_tokens(monkeypatch):
+    models = TimedModels(arguments())
+    answers = []
+    generate = type(models.generator).generate
+
+    def watched(*args, **kwargs):
+        answers.append(generate(*args, **kwargs))
+        return answers[-1]
+
+    monkeypatch.setattr(type(models.generator), "generate", watched)
+    workload = models.arguments.workload
+    rivals = RivalModels(models)
+    run = rivals.runs(workload, 2)[CACHED_PREFIX]
+    run(), run()
+    ids = answers[0][:, : workload.text_length]
+    models.text_run(ids, workload.new_tokens)()
+    assert answers[0].tolist() == answers[1].tolist() == answers[2].tolist()
+
+
+def test_what_a_rival_reads():
+    workload = Workload(num_documents=10, document_length=128, query_length=16)
+    rows = {rival.name: rival.rows_read(workload) for rival in RIVALS}
+    assert rows["LLMLingua-2 (XLM-R large) 3×"] == (10, 132)
+    assert rows["OpenProvence (150M), keeps 50%"] == (10, 148)
+    assert rows["RECOMP, extractive"] == (61, 25)
+    assert rows["PISCO, compressed now"] == (10, 140)
 
 
 def test_documents_of_mixed_length_fill_their_slots():
@@ -117,12 +170,16 @@ def test_exponents_are_those_of_a_power_law():
     ("settings", "message"),
     [
         ({"device": "cuda:77"}, "device is cuda:77, which is not here"),
+        (
+            {"rivals": True, "document_length": 128, "query_length": 384, "num_documents": 1},
+            "reads 512 tokens at once, and the longest",
+        ),
         ({"num_documents": 500}, "has 512 positions, and the longest setting needs 125"),
     ],
 )
 def test_what_cannot_be_measured_is_told(settings, message):
     with pytest.raises(ValueError, match=message):
-        measure(arguments(**settings))
+        measure(arguments(**settings), (RivalModels,) if "rivals" in settings else ())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
