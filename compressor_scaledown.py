@@ -121,8 +121,8 @@ class ScaleDownCompressor(nn.Module):
 
     The input of the backbone is `[query] [chunk] MEM_1 … MEM_l RR` (OSCAR, arXiv 2504.07109). MEM and RR are
     parameters of this module, not rows of a vocabulary. Slots over spans of the chunk's own tokens (`slot_pooling`)
-    need no MEM. A further kind of backbone is a subclass that overrides `prepare_backbone` or
-    `has_projector`, entered in `COMPRESSORS` and in the configuration's `COMPRESSOR_TYPES`.
+    need no MEM. A further kind of backbone is a subclass that overrides `prepare_backbone`, `has_projector` or
+    `keeps_final_norm`, entered in `COMPRESSORS` and in the configuration's `COMPRESSOR_TYPES`.
 
     Args:
         config (`ScaleDownConfig`): The model's configuration.
@@ -131,7 +131,9 @@ class ScaleDownCompressor(nn.Module):
             `False` leaves the backbone out: what follows it can be trained on cached states.
     """
 
+    # Unless the configuration says otherwise.
     has_projector = True
+    keeps_final_norm = True
     # A causal backbone has read everything at its last token, an encoder was pretrained to sum up at its first.
     rerank_at_first_token = False
 
@@ -140,13 +142,22 @@ class ScaleDownCompressor(nn.Module):
         if backbone is None and with_backbone:
             backbone = AutoModel.from_config(config.compressor_config)
         self.backbone = self.prepare_backbone(backbone) if backbone is not None else None
+        keeps_norm = self.keeps_final_norm if config.keep_final_norm is None else config.keep_final_norm
+        if self.backbone is not None and not keeps_norm:
+            remove_final_norm(self.backbone)
         # The last layer computes only what is read; turned off, it computes every position, to the same result.
         self.prunes_last_layer = self.backbone is not None and prepare_last_layer(self.backbone)
         self.shares_prefixes = (
             self.prunes_last_layer and config.slot_pooling == "memory_tokens" and can_share_prefixes(self.backbone)
         )
         self._shortcuts_hold = {}
+        # Positions count padding up to here; `None` where they do not.
+        self.padded_length = config.compressor_max_length if config.compressor_padding_side is not None else None
+        self.pads_left = config.compressor_padding_side == "left"
         width = config.compressor_config.hidden_size
+        self.separator_embedding = None
+        if config.learned_separator:
+            self.separator_embedding = nn.Parameter(torch.zeros(config.generator_config.hidden_size))
         self.memory_embeddings, self.rerank_embedding = None, None
         self.scores_relevance = config.enable_reranking
         read = embedding_width(config.compressor_config)
@@ -161,7 +172,7 @@ class ScaleDownCompressor(nn.Module):
             self.projector = EmbeddingProjector(
                 config.memory_state_size, config.generator_config.hidden_size, bias=False
             )
-        elif self.has_projector:
+        elif self.has_projector if config.use_projector is None else config.use_projector:
             self.projector = nn.Sequential(
                 nn.Linear(width, config.projector_hidden_size),
                 nn.ReLU(),
@@ -270,6 +281,8 @@ class ScaleDownCompressor(nn.Module):
     def _can_share_prefixes(self) -> bool:
         if not self.shares_prefixes or torch.is_grad_enabled() or not self._may_take_shortcuts():
             return False
+        if self.padded_length is not None and self.pads_left:  # where a prefix begins depends on the chunk
+            return False
         if self.memory_embeddings.is_meta:  # offloaded, and fetched for `forward` only
             return False
         last = self.backbone.layers[-1]
@@ -302,6 +315,9 @@ class ScaleDownCompressor(nn.Module):
         if self.projector is not None:
             memory = self.projector(memory)  # (num_chunks, slots, generator_hidden)
         memory = memory.masked_fill(~memory_mask.unsqueeze(-1), 0.0)
+        if self.separator_embedding is not None:
+            last = torch.arange(memory.shape[1], device=memory.device) == memory_mask.sum(dim=1, keepdim=True) - 1
+            memory = torch.where(last.unsqueeze(-1), self.separator_embedding.to(memory.dtype), memory)
         scores = None
         if self.reranking_head is not None and rerank_states is not None:
             scores = self.reranking_head(rerank_states).squeeze(-1)  # (num_chunks,)
@@ -323,7 +339,7 @@ class ScaleDownCompressor(nn.Module):
 
         Returns:
             `tuple`: memory states `(num_chunks, slots, hidden)`, their mask `(num_chunks, slots)`, and reranking
-            states `(num_chunks, hidden)` or `None`.
+            states `(num_chunks, hidden)` or `None`. The state of a separator's slot means nothing.
 
         Raises:
             ValueError: there is no backbone, or no `document_mask` where it is needed.
@@ -337,6 +353,8 @@ class ScaleDownCompressor(nn.Module):
                 "Slots over spans of a chunk need compressor_document_mask; pass all that the processor returned."
             )
         num_chunks = input_ids.shape[0]
+        separators = int(self.separator_embedding is not None)
+        chunk_slots = chunk_slots - separators
         num_slots = int(chunk_slots.max())
         embeds = self.backbone.get_input_embeddings()(input_ids)  # (num_chunks, chunk_len, hidden)
         slot_ids = torch.arange(num_slots, device=input_ids.device)
@@ -348,7 +366,7 @@ class ScaleDownCompressor(nn.Module):
             masks.append(memory_mask)
         if self.rerank_embedding is not None:
             parts.append(self.rerank_embedding.to(embeds.dtype).expand(num_chunks, 1, -1))
-            masks.append(torch.ones_like(memory_mask[:, :1]))
+            masks.append(torch.ones(num_chunks, 1, dtype=torch.bool, device=input_ids.device))
         source, keep = torch.cat(parts, dim=1), torch.cat(masks, dim=1)  # (num_chunks, chunk_len + slots + 1, …)
 
         # Every backbone counts positions, and some measure distances, by index: what is kept moves together at the
@@ -363,22 +381,39 @@ class ScaleDownCompressor(nn.Module):
             if self.scores_relevance:
                 read = torch.cat([read, total.unsqueeze(1) - 1], dim=1)  # (num_chunks, slots + 1)
             prunes = self.prunes_last_layer and self._may_take_shortcuts()
-            states = states_at(self.backbone, read, embeds, keep, prefixes, prunes)  # (num_chunks, slots + 1, hidden)
-            return states[:, :num_slots], memory_mask, states[:, -1] if self.scores_relevance else None
-
-        document_mask = nn.functional.pad(document_mask, (0, source.shape[1] - document_mask.shape[1]))
-        states = self.backbone(inputs_embeds=embeds, attention_mask=keep.long(), use_cache=False).last_hidden_state
-        spans = document_mask.gather(1, order), chunk_slots, num_slots
-        if self.span_attention is not None:
-            states = self.span_attention.normalize(states)
-            memory = self.span_attention(states, embeds, *spans)  # (num_chunks, slots, 2 * hidden)
+            positions = self._padded_positions(first, embeds.shape[1], prefixes)
+            states = states_at(self.backbone, read, embeds, keep, prefixes, prunes, positions)
+            memory, rerank = states[:, :num_slots], states[:, -1] if self.scores_relevance else None
         else:
-            memory = mean_over_spans(states, *spans)
-        rerank = None
-        if self.scores_relevance:
-            position = torch.zeros_like(total) if self.rerank_at_first_token else total - 1
-            rerank = states[torch.arange(num_chunks, device=states.device), position]  # (num_chunks, hidden)
+            document_mask = nn.functional.pad(document_mask, (0, source.shape[1] - document_mask.shape[1]))
+            states = self.backbone(inputs_embeds=embeds, attention_mask=keep.long(), use_cache=False).last_hidden_state
+            spans = document_mask.gather(1, order), chunk_slots, num_slots
+            if self.span_attention is not None:
+                states = self.span_attention.normalize(states)
+                memory = self.span_attention(states, embeds, *spans)  # (num_chunks, slots, 2 * hidden)
+            else:
+                memory = mean_over_spans(states, *spans)
+            rerank = None
+            if self.scores_relevance:
+                position = torch.zeros_like(total) if self.rerank_at_first_token else total - 1
+                rerank = states[torch.arange(num_chunks, device=states.device), position]  # (num_chunks, hidden)
+        if separators:
+            memory = nn.functional.pad(memory, (0, 0, 0, 1))
+            memory_mask = nn.functional.pad(memory_mask, (1, 0), value=True)  # one more of each chunk
         return memory, memory_mask, rerank
+
+    def _padded_positions(
+        self, first: torch.LongTensor, length: int, prefixes: SharedPrefixes | None
+    ) -> torch.LongTensor | None:
+        """Positions `(num_chunks, length)` that count padding, with so many tokens `(num_chunks, 1)` before MEM."""
+        if self.padded_length is None:
+            return None
+        places = torch.arange(length, device=first.device)
+        gap = self.padded_length - first  # (num_chunks, 1)
+        if self.pads_left:
+            return gap + places
+        before = 0 if prefixes is None else prefixes.lengths.unsqueeze(1)
+        return before + places + torch.where(places < first, 0, gap - before)
 
     @torch.no_grad()
     def initialize_from_vocabulary(self):
@@ -387,7 +422,10 @@ class ScaleDownCompressor(nn.Module):
         count = min(embedding.weight.shape[0], 4096)
         ids = torch.linspace(0, embedding.weight.shape[0] - 1, count, device=embedding.weight.device).long()
         rows = embedding(ids).float()  # (count, hidden)
-        for parameter in (self.memory_embeddings, self.rerank_embedding):
+        parameters = [self.memory_embeddings, self.rerank_embedding]
+        if self.projector is None:  # its space is the generator's
+            parameters.append(self.separator_embedding)
+        for parameter in parameters:
             if parameter is not None:
                 noise = torch.randn(parameter.shape, device=rows.device)
                 parameter.copy_(rows.mean(dim=0) + rows.std(dim=0) * noise)
@@ -397,28 +435,7 @@ class NLayersCompressor(ScaleDownCompressor):
     """Own copy of the generator's first layers; its raw hidden states already live in the generator's space."""
 
     has_projector = False
-
-    def prepare_backbone(self, backbone: PreTrainedModel) -> PreTrainedModel:
-        """
-        Takes off the final norm: the method reads the raw hidden state of layer N (OSCAR, arXiv 2504.07109).
-
-        Raises:
-            ValueError: the backbone has no final norm under a known name, or begins with it.
-        """
-        kind = getattr(getattr(backbone, "config", None), "model_type", None)
-        if kind in NORMALISED_AT_BOTH_ENDS:
-            raise ScaleDownError(
-                f"{kind} normalises its embeddings with its final norm, which a compressor made "
-                'of its first layers would go without; use compressor_type="llm" with this architecture.'
-            )
-        for name in FINAL_NORM_NAMES:
-            if isinstance(getattr(backbone, name, None), nn.Module):
-                setattr(backbone, name, nn.Identity())
-                return backbone
-        raise ScaleDownError(
-            f"{type(backbone).__name__} has no final norm under any of the names {', '.join(FINAL_NORM_NAMES)}; "
-            'use compressor_type="llm" with this architecture.'
-        )
+    keeps_final_norm = False  # the method reads the raw hidden state of layer N (OSCAR, arXiv 2504.07109)
 
 
 class EncoderCompressor(ScaleDownCompressor):
@@ -434,6 +451,32 @@ class LLMCompressor(ScaleDownCompressor):
 COMPRESSORS = {"n_layers": NLayersCompressor, "modernbert": EncoderCompressor, "llm": LLMCompressor}
 
 
+def remove_final_norm(backbone: PreTrainedModel):
+    """
+    Takes off a backbone's final norm.
+
+    Args:
+        backbone (`PreTrainedModel`): A stack of layers.
+
+    Raises:
+        ScaleDownError: it has no final norm under a known name, or begins with it.
+    """
+    kind = getattr(getattr(backbone, "config", None), "model_type", None)
+    if kind in NORMALISED_AT_BOTH_ENDS:
+        raise ScaleDownError(
+            f"{kind} normalises its embeddings with its final norm, which a compressor made "
+            'of its first layers would go without; use compressor_type="llm" with this architecture.'
+        )
+    for name in FINAL_NORM_NAMES:
+        if isinstance(getattr(backbone, name, None), nn.Module):
+            setattr(backbone, name, nn.Identity())
+            return
+    raise ScaleDownError(
+        f"{type(backbone).__name__} has no final norm under any of the names {', '.join(FINAL_NORM_NAMES)}; "
+        'use compressor_type="llm" with this architecture.'
+    )
+
+
 def own_tokens(chunk_slots: torch.LongTensor, config: PreTrainedConfig) -> torch.LongTensor:
     """
     Counts the embeddings that the compressor reads beside the tokens of question and chunk.
@@ -445,5 +488,6 @@ def own_tokens(chunk_slots: torch.LongTensor, config: PreTrainedConfig) -> torch
     Returns:
         `torch.LongTensor` of shape `(num_chunks,)`.
     """
-    memory = chunk_slots if config.slot_pooling == "memory_tokens" else torch.zeros_like(chunk_slots)
+    memory = chunk_slots - int(config.learned_separator)
+    memory = memory if config.slot_pooling == "memory_tokens" else torch.zeros_like(chunk_slots)
     return memory + int(config.enable_reranking and config.slot_pooling != "span_mean")

@@ -14,8 +14,6 @@
 """ScaleDown model configuration."""
 
 import copy
-import datetime
-import json
 import math
 import os
 
@@ -28,50 +26,49 @@ except ImportError as error:
         f"ScaleDown needs transformers 5.17 or newer, and this is {__version__}: pip install --upgrade transformers."
     ) from error
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import logging
 
 try:
     from .errors_scaledown import ScaleDownError
     from .families_scaledown import (
+        POSITIONS_AFTER_PADDING,
         check_families,
         embedding_width,
         language_model_config,
         num_positions,
         truncated_config,
+    )
+    from .settings_scaledown import (
+        PADDING_SIDES,
+        check_compressor_input,
+        check_prompts,
+        check_sizes,
+        fill_compression_settings,
     )
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
     from errors_scaledown import ScaleDownError
     from families_scaledown import (
+        POSITIONS_AFTER_PADDING,
         check_families,
         embedding_width,
         language_model_config,
         num_positions,
         truncated_config,
     )
+    from settings_scaledown import (
+        PADDING_SIDES,
+        check_compressor_input,
+        check_prompts,
+        check_sizes,
+        fill_compression_settings,
+    )
 
 # Two models in one process may come with different code, so that remote code registers nothing.
 IS_REMOTE_CODE = (__package__ or "").startswith("transformers_modules")
 COMPRESSOR_TYPES = ("n_layers", "modernbert", "llm")
 WEIGHTS_FORMATS = ("full", "delta")
-DEFAULT_RATE = 16
 SLOT_POOLINGS = ("memory_tokens", "span_mean", "span_attention")
-logger = logging.get_logger(__name__)
-
-# What the processor itself passes to `apply_chat_template`.
-RESERVED_VARIABLES = {
-    "messages",
-    "conversation",
-    "chat_template",
-    "tokenize",
-    "add_generation_prompt",
-    "continue_final_message",
-    "return_tensors",
-    "return_dict",
-    "return_assistant_tokens_mask",
-    "strftime_now",
-}
 
 # The prompt of OSCAR (arXiv 2504.07109).
 DEFAULT_SYSTEM_PROMPT = (
@@ -119,6 +116,27 @@ class ScaleDownConfig(PreTrainedConfig):
             Query tokens shown to the compressor beside a chunk. The generator always reads the whole question.
         reranking_trained (`bool`, *optional*):
             Whether the reranking head has learned; `None` where that is not known. Training sets it.
+        compressor_prompt (`str`, *optional*):
+            The compressor's row as a text with `{document}` and, in front of it, `{question}`, tokenised as one; no
+            question is read without the latter. The tokenizer adds its special tokens unless the text spells some. Left
+            out, question and chunk are tokenised apart, in the frame the backbone was pretrained with.
+        compressor_max_length (`int`, *optional*):
+            Tokens of a row in front of the memory embeddings. A document is one chunk then, and what exceeds the row is
+            cut off. Left out, question and chunk have lengths of their own, and long documents become several chunks.
+        compressor_padding_side (`str`, *optional*):
+            `"left"` or `"right"`: positions count padding there, up to `compressor_max_length` and in front of the
+            memory embeddings. Left out, nothing counts padding.
+        fixed_slots (`bool`, defaults to `False`):
+            Whether a chunk has `num_memory_tokens` slots however short it is.
+        learned_separator (`bool`, defaults to `False`):
+            Whether a learned embedding follows each document's memory embeddings, in a slot of its own.
+        tokenize_jointly (`bool`, defaults to `False`):
+            Whether the generator's question is tokenised in one with the prompt around it, so that a token may reach
+            over its ends.
+        keep_final_norm (`bool`, *optional*):
+            Whether slots are read after the compressor's final norm; left out, after it in all types but `n_layers`.
+        use_projector (`bool`, *optional*):
+            Whether the compressor has a projector; left out, all types but `n_layers` have one.
         enable_reranking (`bool`, defaults to `True`):
             Whether the compressor also scores every chunk's relevance.
         reranking_loss_weight (`float`, defaults to 0.05):
@@ -174,6 +192,14 @@ class ScaleDownConfig(PreTrainedConfig):
     slot_pooling: str = "memory_tokens"
     chunk_length: int = 128
     max_query_length: int = 128
+    compressor_prompt: str | None = None
+    compressor_max_length: int | None = None
+    compressor_padding_side: str | None = None
+    fixed_slots: bool = False
+    learned_separator: bool = False
+    tokenize_jointly: bool = False
+    keep_final_norm: bool | None = None
+    use_projector: bool | None = None
     enable_reranking: bool = True
     reranking_trained: bool | None = None
     reranking_loss_weight: float = 0.05
@@ -282,12 +308,24 @@ class ScaleDownConfig(PreTrainedConfig):
                 raise ScaleDownError(f"{name}={value!r} must be a number of at least 0{remedy}.")
         if not isinstance(self.enable_reranking, bool):
             raise ScaleDownError(f"enable_reranking={self.enable_reranking!r} must be True or False.")
+        for name in ("keep_final_norm", "use_projector"):
+            if getattr(self, name) not in (None, True, False):
+                raise ScaleDownError(f"{name}={getattr(self, name)!r} must be True, False or None.")
+        side = self.compressor_padding_side
+        if side is not None and side not in PADDING_SIDES:
+            raise ScaleDownError(f"compressor_padding_side={side!r} must be {' or '.join(PADDING_SIDES)}, or None.")
+        if side is not None and (self.compressor_max_length is None or self.slot_pooling != "memory_tokens"):
+            raise ScaleDownError(
+                f"compressor_padding_side={side!r} counts positions up to memory embeddings behind the row; set "
+                'compressor_max_length, and slot_pooling="memory_tokens".'
+            )
         if self.reranking_trained not in (None, True, False):
             raise ScaleDownError(f"reranking_trained={self.reranking_trained!r} must be True, False or None.")
         if self.lora_config is not None and not isinstance(self.lora_config, dict):
             raise ScaleDownError(
                 f"lora_config={self.lora_config!r} must be a dictionary of peft.LoraConfig arguments, or None."
             )
+        check_compressor_input(self)
         check_prompts(self)
 
     def _validate_backbones(self):
@@ -297,14 +335,26 @@ class ScaleDownConfig(PreTrainedConfig):
                 "ScaleDownModel.from_backbones(generator, compressor), which fills it in."
             )
         check_families(self.generator_config, self.compressor_config)
+        width = self.generator_config.hidden_size
+        if self.use_projector is False and self.memory_state_size != width:
+            raise ScaleDownError(
+                f"use_projector=False needs a compressor as wide as the generator: it has states of "
+                f"{self.memory_state_size} numbers, and the generator embeddings of {width}. Leave use_projector out."
+            )
+        kind = self.compressor_config.model_type
+        if self.compressor_padding_side is not None and kind in POSITIONS_AFTER_PADDING:
+            raise ScaleDownError(f"{kind} counts no padding; leave compressor_padding_side out.")
         limit = num_positions(self.compressor_config)
         # Up to 4 tokens frame query and chunk (as in RoBERTa), one more asks for the reranking score.
-        needed = self.max_query_length + self.chunk_length + self.num_memory_tokens + 5
+        parts, special = ("max_query_length", "chunk_length", "num_memory_tokens"), 5
+        if self.compressor_max_length is not None:
+            parts, special = ("compressor_max_length", "num_memory_tokens"), 1
+        needed = sum(getattr(self, name) for name in parts) + special
         if limit is not None and needed > limit:
+            named = " + ".join(f"{name}={getattr(self, name)}" for name in parts)
             raise ScaleDownError(
-                f"max_query_length={self.max_query_length} + chunk_length={self.chunk_length} + num_memory_tokens="
-                f"{self.num_memory_tokens} + 5 special tokens = {needed} exceeds the compressor's "
-                f"{limit} positions. Lower max_query_length or chunk_length."
+                f"{named} + {special} special tokens = {needed} exceeds the compressor's {limit} positions. Lower "
+                f"{' or '.join(parts[:-1])}."
             )
 
 
@@ -324,96 +374,6 @@ def _as_config(config: dict | PreTrainedConfig, name: str) -> PreTrainedConfig:
             "name a model_type it has."
         )
     return language_model_config(CONFIG_MAPPING[model_type](**config))
-
-
-def fill_compression_settings(settings: object):
-    """
-    Gives slots per chunk and compression rate a value where they have none: what goes with the other.
-
-    Args:
-        settings: A configuration or a processor.
-    """
-    length, rate, slots = settings.chunk_length, settings.compression_rate, settings.num_memory_tokens
-    known = [value for value in (length, rate, slots) if value is not None]
-    if not all(isinstance(value, int) and value >= 1 for value in known):
-        return  # which `check_sizes` says
-    if rate is None:
-        settings.compression_rate = math.ceil(length / slots) if slots is not None else min(DEFAULT_RATE, length)
-    if slots is None:
-        settings.num_memory_tokens = math.ceil(length / settings.compression_rate)
-
-
-def check_sizes(settings: object, more: tuple[str, ...] = ()):
-    """
-    Checks the sizes of chunks, questions and slots.
-
-    Args:
-        settings: A configuration or a processor.
-        more (`tuple[str, ...]`): Further names of whole numbers.
-
-    Raises:
-        ScaleDownError: a size is out of range, or sizes contradict each other.
-    """
-    for name in ("num_memory_tokens", "compression_rate", "chunk_length", "max_query_length", *more):
-        value = getattr(settings, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ScaleDownError(f"{name}={value!r} must be a whole number of at least 1.")
-    if settings.num_memory_tokens > settings.chunk_length:
-        raise ScaleDownError(
-            f"num_memory_tokens={settings.num_memory_tokens} exceeds chunk_length={settings.chunk_length}: a chunk "
-            "would grow instead of shrink. Lower num_memory_tokens or raise chunk_length."
-        )
-    if settings.compression_rate > settings.chunk_length:
-        raise ScaleDownError(
-            f"compression_rate={settings.compression_rate} exceeds chunk_length={settings.chunk_length}: one slot "
-            "cannot stand for more tokens than a chunk has. Lower compression_rate or raise chunk_length."
-        )
-    wanted = math.ceil(settings.chunk_length / settings.compression_rate)
-    if wanted > settings.num_memory_tokens:
-        logger.warning_once(
-            f"compression_rate={settings.compression_rate} asks for {wanted} slots for a chunk of chunk_length="
-            f"{settings.chunk_length} tokens, and num_memory_tokens={settings.num_memory_tokens} allows no more than "
-            f"that: full chunks are compressed {settings.chunk_length / settings.num_memory_tokens:g}×. Leave one of "
-            "the two out, and it follows from the other."
-        )
-
-
-def check_prompts(settings: object):
-    """
-    Checks the parts of the prompt.
-
-    Args:
-        settings: A configuration or a processor.
-
-    Raises:
-        ScaleDownError: a part is no string, or does not name documents and question once, in that order; variables of
-            the chat template or a date that are none.
-    """
-    variables, date = settings.chat_template_kwargs, settings.prompt_date
-    if variables is not None and not (isinstance(variables, dict) and all(isinstance(name, str) for name in variables)):
-        raise ScaleDownError(f"chat_template_kwargs={variables!r} must be a dictionary of variables by name, or None.")
-    for name in RESERVED_VARIABLES & (variables or {}).keys():
-        raise ScaleDownError(f"chat_template_kwargs sets {name}, which the processor decides; leave it out.")
-    try:
-        json.dumps(variables)
-    except TypeError as error:
-        raise ScaleDownError(f"chat_template_kwargs={variables!r} cannot be saved ({error}).") from None
-    try:
-        datetime.date.fromisoformat("2026-01-01" if date is None else date)
-    except (TypeError, ValueError):
-        raise ScaleDownError(f"prompt_date={date!r} must be a date such as '2026-01-31', or None.") from None
-    for name in ("system_prompt", "user_prompt", "closed_book_prompt", "document_separator"):
-        if not isinstance(getattr(settings, name), str):
-            raise ScaleDownError(f"{name}={getattr(settings, name)!r} must be a string.")
-    for name, fields in (("user_prompt", ("{documents}", "{question}")), ("closed_book_prompt", ("{question}",))):
-        for field in fields:
-            if getattr(settings, name).count(field) != 1:
-                raise ScaleDownError(f"{name}={getattr(settings, name)!r} must contain {field} exactly once.")
-    if settings.user_prompt.index("{documents}") > settings.user_prompt.index("{question}"):
-        raise ScaleDownError(
-            f"user_prompt={settings.user_prompt!r} must name {{documents}} before {{question}}, so that a prompt can "
-            "be continued from the documents' cache."
-        )
 
 
 if not IS_REMOTE_CODE:

@@ -181,7 +181,7 @@ class ScaleDownModel(
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, ScaleDownCompressor):
-            for parameter in (module.memory_embeddings, module.rerank_embedding):
+            for parameter in (module.memory_embeddings, module.rerank_embedding, module.separator_embedding):
                 if parameter is not None:
                     init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, EmbeddingProjector | SpanAttention):
@@ -231,7 +231,8 @@ class ScaleDownModel(
         old = self.config.vocab_size
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         backbone = self.compressor.backbone
-        if self.config.compressor_type == "n_layers" and backbone is not None:
+        # A vocabulary of its own stays.
+        if self.config.compressor_type == "n_layers" and backbone is not None and backbone.config.vocab_size == old:
             own = backbone.resize_token_embeddings(*args, **kwargs)
             with torch.no_grad():  # the new tokens are the generator's
                 own.weight[old:] = embeddings.weight[old : own.weight.shape[0]].to(own.weight.device, own.weight.dtype)
@@ -265,7 +266,7 @@ class ScaleDownModel(
             compressor_input_ids (`torch.LongTensor` of shape `(num_chunks, chunk_len)`): Query and chunk.
             compressor_attention_mask (`torch.LongTensor` of shape `(num_chunks, chunk_len)`, *optional*): 0 on padding.
             chunk_slots (`torch.LongTensor` of shape `(num_chunks,)`, *optional*):
-                Memory embeddings of each chunk; `num_memory_tokens` for all when left out.
+                Slots of each chunk, a separator's included; as many as it can have when left out.
             compressor_document_mask (`torch.BoolTensor` of shape `(num_chunks, chunk_len)`, *optional*):
                 True on the chunk's own tokens; needed unless `slot_pooling` is `"memory_tokens"`.
             batch_size (`int`, *optional*):
@@ -282,7 +283,8 @@ class ScaleDownModel(
         self._warn_of_slow_type()
         if compressor_attention_mask is None:
             compressor_attention_mask = torch.ones_like(compressor_input_ids)
-        limit = self.config.num_memory_tokens
+        separators = int(self.config.learned_separator)
+        limit = self.config.num_memory_tokens + separators
         if chunk_slots is None:
             chunk_slots = compressor_input_ids.new_full((compressor_input_ids.shape[0],), limit)
         if chunk_slots.shape != compressor_input_ids.shape[:1] or chunk_slots.numel() == 0:
@@ -290,10 +292,11 @@ class ScaleDownModel(
                 f"chunk_slots has shape {tuple(chunk_slots.shape)} for {compressor_input_ids.shape[0]} chunks; pass "
                 "one number per chunk, and at least one chunk."
             )
-        if int(chunk_slots.max()) > limit or int(chunk_slots.min()) < 1:
+        if int(chunk_slots.max()) > limit or int(chunk_slots.min()) < 1 + separators:
             raise ScaleDownError(
-                f"chunk_slots ranges from {int(chunk_slots.min())} to {int(chunk_slots.max())}; this model has 1 to "
-                f"{limit} memory embeddings per chunk. Use a processor with num_memory_tokens={limit} or less."
+                f"chunk_slots ranges from {int(chunk_slots.min())} to {int(chunk_slots.max())}; this model has "
+                f"{1 + separators} to {limit} memory embeddings per chunk{', its separator included' * separators}. "
+                f"Use a processor with num_memory_tokens={limit - separators} or less."
             )
         chunks = (compressor_input_ids, compressor_attention_mask, chunk_slots, compressor_document_mask)
         if batch_size is not None:

@@ -14,7 +14,6 @@
 """ScaleDown processor: questions and ragged lists of documents in, one padded batch out."""
 
 import copy
-import itertools
 import math
 from numbers import Integral, Real
 
@@ -29,25 +28,21 @@ try:
         DEFAULT_USER_PROMPT,
         IS_REMOTE_CODE,
         ScaleDownConfig,
-        check_prompts,
-        check_sizes,
-        fill_compression_settings,
     )
     from .errors_scaledown import ScaleDownError
     from .prompt_scaledown import PromptMixin, date_of, pad
     from .reranking_scaledown import slots_by_document
+    from .rows_scaledown import CompressorRowsMixin
+    from .settings_scaledown import check_compressor_input, check_prompts, check_sizes, fill_compression_settings
     from .text_scaledown import (
         Conversation,
         check_answers,
         check_texts,
         control_ids,
-        encode_as_text,
-        first_special_ids,
         is_conversation,
         listed,
         read_question,
         tokenize,
-        warn_of_unknown,
     )
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
@@ -58,25 +53,21 @@ except ImportError:
         DEFAULT_USER_PROMPT,
         IS_REMOTE_CODE,
         ScaleDownConfig,
-        check_prompts,
-        check_sizes,
-        fill_compression_settings,
     )
     from errors_scaledown import ScaleDownError
     from prompt_scaledown import PromptMixin, date_of, pad
     from reranking_scaledown import slots_by_document
+    from rows_scaledown import CompressorRowsMixin
+    from settings_scaledown import check_compressor_input, check_prompts, check_sizes, fill_compression_settings
     from text_scaledown import (
         Conversation,
         check_answers,
         check_texts,
         control_ids,
-        encode_as_text,
-        first_special_ids,
         is_conversation,
         listed,
         read_question,
         tokenize,
-        warn_of_unknown,
     )
 
 logger = logging.get_logger(__name__)
@@ -87,6 +78,11 @@ PROCESSOR_FIELDS = (
     "compression_rate",
     "chunk_length",
     "max_query_length",
+    "compressor_prompt",
+    "compressor_max_length",
+    "fixed_slots",
+    "learned_separator",
+    "tokenize_jointly",
     "system_prompt",
     "user_prompt",
     "closed_book_prompt",
@@ -96,7 +92,7 @@ PROCESSOR_FIELDS = (
 )
 
 
-class ScaleDownProcessor(PromptMixin, ProcessorMixin):
+class ScaleDownProcessor(CompressorRowsMixin, PromptMixin, ProcessorMixin):
     r"""
     Turns questions and their documents into the inputs of a [`ScaleDownModel`], for training and inference alike.
 
@@ -118,6 +114,8 @@ class ScaleDownProcessor(PromptMixin, ProcessorMixin):
         chat_template_kwargs (`dict`, *optional*): Further variables of the chat template.
         prompt_date (`str`, *optional*):
             Date a chat template shows as today's; today, where the template asks for one.
+        compressor_prompt, compressor_max_length, fixed_slots, learned_separator, tokenize_jointly:
+            How rows and prompts are made, as in [`ScaleDownConfig`].
 
     Raises:
         ValueError: the generator's tokenizer has no end token.
@@ -150,6 +148,11 @@ class ScaleDownProcessor(PromptMixin, ProcessorMixin):
         document_separator: str = "\n",
         chat_template_kwargs: dict | None = None,
         prompt_date: str | None = None,
+        compressor_prompt: str | None = None,
+        compressor_max_length: int | None = None,
+        fixed_slots: bool = False,
+        learned_separator: bool = False,
+        tokenize_jointly: bool = False,
     ):
         if compressor_tokenizer is None:
             # transformers saves each tokenizer in its own folder and edits it on the way: not the same object twice
@@ -163,6 +166,11 @@ class ScaleDownProcessor(PromptMixin, ProcessorMixin):
         self.compression_rate = compression_rate
         self.chunk_length = chunk_length
         self.max_query_length = max_query_length
+        self.compressor_prompt = compressor_prompt
+        self.compressor_max_length = compressor_max_length
+        self.fixed_slots = fixed_slots
+        self.learned_separator = learned_separator
+        self.tokenize_jointly = tokenize_jointly
         self.max_prompt_length = max_prompt_length
         self.system_prompt = system_prompt
         self.user_prompt = user_prompt
@@ -181,6 +189,7 @@ class ScaleDownProcessor(PromptMixin, ProcessorMixin):
             ScaleDownError: as in [`ScaleDownConfig`].
         """
         check_sizes(self)
+        check_compressor_input(self)
         check_prompts(self)
 
     @classmethod
@@ -360,23 +369,15 @@ class ScaleDownProcessor(PromptMixin, ProcessorMixin):
         if not texts:
             return {}
         tokenizer = self.compressor_tokenizer
-        prefix, middle, suffix = self._compressor_frame()
-        asked, encoded = (encode_as_text(tokenizer, part) for part in (questions, texts))
-        warn_of_unknown(tokenizer, [*questions, *texts], [*asked, *encoded])
-        queries = [self._cut_query(ids) for ids in asked]
+        fixed = self.fixed_slots and compression_rate is None
         rows, own, slots, chunk_to_document, document_to_example = [], [], [], [], []
-        for i, row in enumerate(documents):
-            start = prefix + (queries[i] + middle if queries[i] else [])
-            for j in range(len(row)):
-                ids = encoded[len(document_to_example)]
-                if not ids:
-                    raise ScaleDownError(
-                        f"documents[{i}][{j}] has no token in the compressor's vocabulary; leave it out."
-                    )
-                for chunk in _split_evenly(ids, self.chunk_length):
-                    rows.append(start + chunk + suffix)
-                    own.append([False] * len(start) + [True] * len(chunk) + [False] * len(suffix))
-                    slots.append(min(math.ceil(len(chunk) / rate), max_slots))
+        for i, row in enumerate(self.compressor_rows(questions, documents)):
+            for chunks in row:
+                for ids, start, end in chunks:
+                    rows.append(ids)
+                    own.append([start <= place < end for place in range(len(ids))])
+                    count = max_slots if fixed else min(math.ceil((end - start) / rate), max_slots)
+                    slots.append(count + int(self.learned_separator))
                     chunk_to_document.append(len(document_to_example))
                 document_to_example.append(i)
         # The value is masked and never read, so any id of the vocabulary will do.
@@ -426,36 +427,10 @@ class ScaleDownProcessor(PromptMixin, ProcessorMixin):
             )
         return rate, max_slots
 
-    def _compressor_frame(self) -> tuple[list[int], list[int], list[int]]:
-        """Ids before the query, between query and chunk, and after the chunk, as the backbone was pretrained."""
-        tokenizer = self.compressor_tokenizer
-        if tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None:
-            pair = tokenize(tokenizer, "a", "b", return_special_tokens_mask=True)
-            ids, is_special = pair["input_ids"], pair["special_tokens_mask"]
-            first, last = is_special.index(0), len(ids) - 1 - is_special[::-1].index(0)
-            gap = [i for i in range(first, last) if is_special[i]]
-            return ids[:first], [ids[i] for i in gap], ids[last + 1 :]
-        return first_special_ids(tokenizer), tokenize(tokenizer, "\n", add_special_tokens=False)["input_ids"], []
-
-    def _cut_query(self, ids: list[int]) -> list[int]:
-        if len(ids) > self.max_query_length:
-            logger.warning_once(
-                f"A question of {len(ids)} tokens exceeds max_query_length={self.max_query_length}: the compressor "
-                "sees its first part, the generator all of it."
-            )
-        return ids[: self.max_query_length]
-
 
 def is_whole(number: object) -> bool:
     """Whether something is a whole number, of Python or of an array."""
     return isinstance(number, Integral) and not isinstance(number, bool)
-
-
-def _split_evenly(ids: list[int], chunk_length: int) -> list[list[int]]:
-    """The fewest chunks of at most `chunk_length` ids, of equal length, so that none is a leftover of a few tokens."""
-    count = math.ceil(len(ids) / chunk_length)
-    bounds = [round(k * len(ids) / count) for k in range(count + 1)]
-    return [ids[start:end] for start, end in itertools.pairwise(bounds)]
 
 
 def _reranking_labels(scores: list, documents: list[list[str]]) -> torch.Tensor:

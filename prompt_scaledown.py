@@ -23,12 +23,14 @@ from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 try:
-    from .configuration_scaledown import check_prompts
     from .errors_scaledown import ScaleDownError
+    from .settings_scaledown import check_prompts
     from .text_scaledown import (
         Conversation,
+        delimiting_token,
         encode_as_text,
         encode_continuations,
+        encode_filled,
         first_special_ids,
         padding_id,
         tokenize,
@@ -36,12 +38,14 @@ try:
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
-    from configuration_scaledown import check_prompts
     from errors_scaledown import ScaleDownError
+    from settings_scaledown import check_prompts
     from text_scaledown import (
         Conversation,
+        delimiting_token,
         encode_as_text,
         encode_continuations,
+        encode_filled,
         first_special_ids,
         padding_id,
         tokenize,
@@ -100,9 +104,15 @@ class PromptMixin:
         leads = [frames[kind][3] for kind in kinds]
         asked = [lead + text for lead, text in zip(leads, questions, strict=True)]
         encoded = encode_continuations(self.tokenizer, asked)
+        ends = [
+            between + ids + after
+            for (_, between, after, _), ids in zip([frames[kind] for kind in kinds], encoded, strict=True)
+        ]
+        if self.tokenize_jointly:
+            ends = self._ends_as_one(questions, kinds, ends)
         prompts = []
         for i, row in enumerate(document_slots):
-            before, between, after, _ = frames[kinds[i]]
+            before = frames[kinds[i]][0]
             ids, is_slot = list(before), [False] * len(before)
             for j, num_slots in enumerate(row):
                 if j > 0:
@@ -110,9 +120,8 @@ class PromptMixin:
                     is_slot += [False] * len(separator)
                 ids += [filler] * num_slots
                 is_slot += [True] * num_slots
-            rest = between + encoded[i] + after
-            ids += rest
-            is_slot += [False] * len(rest)
+            ids += ends[i]
+            is_slot += [False] * len(ends[i])
             length = len(ids) + len(learned[i])
             if self.max_prompt_length is not None and length > self.max_prompt_length:
                 answer = f" and {len(learned[i])} tokens of answer" if answers is not None else ""
@@ -166,6 +175,20 @@ class PromptMixin:
         ids = list(itertools.chain.from_iterable(itertools.chain(*pair) for pair in zip(before, said, strict=False)))
         ids += before[-1] if len(before) > len(said) else []
         return (ids, between, after, leads[-1]) if not closed_book else ([], ids, after, leads[-1])
+
+    def _ends_as_one(self, questions: list[str], kinds: list[tuple], ends: list[list[int]]) -> list[list[int]]:
+        """Ids after the documents where question and prompt are tokenised as one; `ends` where there are none."""
+        # Slots are special tokens to whoever tokenises all of a prompt.
+        slot = delimiting_token(self.tokenizer)
+        ends = list(ends)
+        for kind in {kind for kind in kinds if not kind[0]}:
+            rest = self._render_prompt(*kind).split(_DOCUMENTS_MARK)[1]
+            pieces = f"{slot}{rest}".split(_QUESTION_MARK)
+            places = [i for i, own in enumerate(kinds) if own == kind]
+            encoded = encode_filled(self.tokenizer, pieces, [[questions[i]] for i in places])
+            for i, ids in zip(places, encoded, strict=True):
+                ends[i] = ids[1:]
+        return ends
 
     def _render_prompt(
         self, closed_book: bool, system_prompt: str | None = None, turns: tuple[tuple[str, str], ...] = ()

@@ -66,6 +66,11 @@ class SharedPrefixes:
     mask: torch.BoolTensor
     of_chunk: torch.LongTensor
 
+    @property
+    def lengths(self) -> torch.LongTensor:
+        """Tokens in front of each chunk `(num_chunks,)`."""
+        return self.mask.sum(dim=1)[self.of_chunk]
+
     def of(self, chunks: torch.LongTensor) -> "SharedPrefixes":
         """The prefixes of some of the chunks."""
         return replace(self, of_chunk=self.of_chunk[chunks])
@@ -121,6 +126,7 @@ def states_at(
     attention_mask: torch.BoolTensor,
     prefixes: SharedPrefixes | None = None,
     prunes: bool = False,
+    positions: torch.LongTensor | None = None,
 ) -> torch.Tensor:
     """
     Computes a backbone's states at some positions.
@@ -133,6 +139,8 @@ def states_at(
         prefixes (`SharedPrefixes`, *optional*): What stands in front of the chunks.
         prunes (`bool`, defaults to `False`):
             Whether the last layer computes no other positions; `prepare_last_layer` must have been called.
+        positions (`torch.LongTensor` of shape `(num_chunks, total_len)`, *optional*):
+            Where they are not those of the embeddings' indices.
 
     Returns:
         `torch.FloatTensor` of shape `(num_chunks, num_read, hidden)`.
@@ -140,6 +148,8 @@ def states_at(
     inputs = {"attention_mask": attention_mask.long(), "use_cache": False}
     if prefixes is not None:
         inputs = prefixes.backbone_inputs(attention_mask)
+    if positions is not None:
+        inputs["position_ids"] = positions
     if prunes and read.shape[1] < embeds.shape[1]:
         inputs["read_positions"] = read
     with nullcontext() if prefixes is None else _uncompiled():

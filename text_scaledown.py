@@ -13,6 +13,7 @@
 # limitations under the License.
 """Untrusted texts: questions, conversations and documents, checked, and encoded without any special token."""
 
+import itertools
 import os
 import threading
 from collections.abc import Iterable, Mapping, Set
@@ -194,6 +195,12 @@ def first_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return single["input_ids"][: single["special_tokens_mask"].index(0)]
 
 
+def last_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids the tokenizer puts after a text."""
+    single = tokenize(tokenizer, "a", return_special_tokens_mask=True)
+    return single["input_ids"][len(single["input_ids"]) - single["special_tokens_mask"][::-1].index(0) :]
+
+
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids that steer the model: special tokens, and added tokens the chat template uses."""
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
@@ -237,6 +244,65 @@ def encode_continuations(
         ids[len(start) :] if ids[: len(start)] == start else encode([text])[0]
         for ids, start, text in zip(whole, starts, texts, strict=True)
     ]
+
+
+def encode_filled(
+    tokenizer: PreTrainedTokenizerBase, pieces: list[str], texts: list[list[str]], add_special_tokens: bool = False
+) -> list[list[int]]:
+    """
+    Token ids of untrusted texts and what stands around them, tokenised as one: tokens may reach over a text's ends.
+
+    Where texts spell special tokens they are encoded apart, as `encode_as_text` does.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
+        pieces (`list[str]`): What stands before, between and after the texts; special tokens in it are such.
+        texts (`list[list[str]]`): Of each result, one text fewer than pieces.
+        add_special_tokens (`bool`, defaults to `False`): Whether the tokenizer adds those of its own.
+
+    Returns:
+        `list[list[int]]`: One list per row of texts.
+    """
+    settings = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "verbose": False}
+    rows = [[*interleaved(pieces, row)] for row in [[""] * (len(pieces) - 1), *texts]]
+    frame, *encoded = tokenize(tokenizer, ["".join(row) for row in rows], **settings)["input_ids"]
+    control = control_ids(tokenizer)
+    expected = [i for i in frame if i in control]
+    for n, (ids, row) in enumerate(zip(encoded, texts, strict=True)):
+        if [i for i in ids if i in control] != expected:
+            settings["add_special_tokens"] = False
+            parts = tokenize(tokenizer, list(pieces), **settings)["input_ids"]
+            apart = list(itertools.chain.from_iterable(interleaved(parts, encode_as_text(tokenizer, row))))
+            if add_special_tokens:
+                apart = [*first_special_ids(tokenizer), *apart, *last_special_ids(tokenizer)]
+            encoded[n] = apart
+    return encoded
+
+
+def interleaved(pieces: list, fillings: list) -> Iterable:
+    """Pieces with a filling after each but the last."""
+    yield pieces[0]
+    for filling, piece in zip(fillings, pieces[1:], strict=True):
+        yield from (filling, piece)
+
+
+def delimiting_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """
+    Finds a special token that takes no white space from its neighbours, to stand where slots are.
+
+    Raises:
+        ScaleDownError: the tokenizer has none.
+    """
+    for token_id in sorted(control_ids(tokenizer)):
+        token = tokenizer.added_tokens_decoder.get(token_id)
+        if token is not None and token.special and not (token.lstrip or token.rstrip):
+            ids = tokenize(tokenizer, token.content, add_special_tokens=False)["input_ids"]
+            if ids == [token_id]:
+                return token.content
+    raise ScaleDownError(
+        "tokenize_jointly=True needs a special token that takes no white space from its neighbours, and the tokenizer "
+        "has none. Set tokenize_jointly=False."
+    )
 
 
 def _encode_without_added_tokens(tokenizer: PreTrainedTokenizerBase, text: str, control: set[int]) -> list[int]:

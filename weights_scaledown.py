@@ -385,7 +385,7 @@ def load_first_layers(name_or_path: str, config: PreTrainedConfig, loading: dict
         match = layer.search(name)
         if name.startswith("lm_head.") or (prefix is not None and not name.startswith(prefix)):
             continue
-        if match is None and final_norm.search(name):
+        if match is None and final_norm.search(name) and not config.keep_final_norm:
             # Lies in the last shard, and the compressor takes it off: not worth reading.
             cut_off[name] = torch.ones(config.compressor_config.hidden_size)
         elif match is None or int(match.group(1)) < config.num_compressor_layers:

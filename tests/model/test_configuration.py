@@ -7,7 +7,7 @@ import json
 import pytest
 from transformers import AutoConfig, LlamaConfig, RobertaConfig
 
-import configuration_scaledown
+import settings_scaledown
 from families_scaledown import truncated_config
 from lora_scaledown import LORA_DEFAULTS
 from scaledown import ScaleDownConfig, ScaleDownModel, ScaleDownProcessor
@@ -224,7 +224,7 @@ def test_rate_and_slots_follow_from_each_other(given, rate, slots, tokenizer):
 
 def test_a_rate_that_the_slots_do_not_allow_is_told(monkeypatch):
     warnings = []
-    monkeypatch.setattr(configuration_scaledown.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(settings_scaledown.logger, "warning_once", warnings.append)
     ScaleDownConfig(compression_rate=2)
     assert warnings == []
     ScaleDownConfig(compression_rate=2, num_memory_tokens=8)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from configuration_scaledown import DEFAULT_SYSTEM_PROMPT, DEFAULT_USER_PROMPT
-from processing_scaledown import _split_evenly
+from rows_scaledown import _split_evenly
 from scaledown import ScaleDownProcessor
 from text_scaledown import _encode_without_added_tokens, control_ids
 from tiny import ANSWERS, CHAT_TEMPLATE, DOCUMENTS, QUESTIONS, build_config, build_tokenizer
