@@ -1,0 +1,1 @@
+"""Converts published OSCAR and PISCO checkpoints into ScaleDown models (docs/converting.md)."""
