@@ -133,6 +133,8 @@ class ScaleDownConfig(PreTrainedConfig):
         tokenize_jointly (`bool`, defaults to `False`):
             Whether the generator's question is tokenised in one with the prompt around it, so that a token may reach
             over its ends.
+        penalize_prompt (`bool`, defaults to `True`):
+            Whether a repetition penalty, where generation has one, counts the prompt's tokens beside the answer's.
         keep_final_norm (`bool`, *optional*):
             Whether slots are read after the compressor's final norm; left out, after it in all types but `n_layers`.
         use_projector (`bool`, *optional*):
@@ -198,6 +200,7 @@ class ScaleDownConfig(PreTrainedConfig):
     fixed_slots: bool = False
     learned_separator: bool = False
     tokenize_jointly: bool = False
+    penalize_prompt: bool = True
     keep_final_norm: bool | None = None
     use_projector: bool | None = None
     enable_reranking: bool = True
@@ -308,6 +311,8 @@ class ScaleDownConfig(PreTrainedConfig):
                 raise ScaleDownError(f"{name}={value!r} must be a number of at least 0{remedy}.")
         if not isinstance(self.enable_reranking, bool):
             raise ScaleDownError(f"enable_reranking={self.enable_reranking!r} must be True or False.")
+        if not isinstance(self.penalize_prompt, bool):
+            raise ScaleDownError(f"penalize_prompt={self.penalize_prompt!r} must be True or False.")
         for name in ("keep_final_norm", "use_projector"):
             if getattr(self, name) not in (None, True, False):
                 raise ScaleDownError(f"{name}={getattr(self, name)!r} must be True, False or None.")

@@ -17,7 +17,13 @@ import copy
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+)
 from transformers.utils import logging
 
 try:
@@ -128,6 +134,14 @@ class ScaleDownGenerationMixin(GenerationMixin):
         if self.compiles_decoding:
             kwargs = _with_static_cache(kwargs, self.generation_config)
         return super().generate(inputs, *args, **kwargs)
+
+    def _get_logits_processor(self, generation_config, input_ids_seq_length: int | None = None, *args, **kwargs):
+        """Lets a repetition penalty count the answer's tokens alone, where the configuration says so."""
+        found = super()._get_logits_processor(generation_config, input_ids_seq_length, *args, **kwargs)
+        for processor in found:
+            if isinstance(processor, RepetitionPenaltyLogitsProcessor) and not self.config.penalize_prompt:
+                processor.prompt_ignore_length = input_ids_seq_length
+        return found
 
     def _get_candidate_generator(self, *args, **kwargs):
         """A plain language model that assists reads the ids of the prompt; documents are then in the target alone."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModel, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModel, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from folders import save_encoder, save_generator
 from published_reference import ReferenceConfig, ReferenceModel
@@ -40,6 +40,7 @@ class Variant:
         padding_side: Of the base tokenizers.
         tokenizer: Its family: `bytes`, `unigram`, or `split`, whose words take a sign in front of them along.
         max_length: Tokens of question and document.
+        generation: Settings of its decoder's generation.
         expected: Fields of the converted configuration.
     """
 
@@ -50,6 +51,7 @@ class Variant:
     padding_side: str = "left"
     tokenizer: str = "bytes"
     max_length: int = MAX_LENGTH
+    generation: dict[str, Any] = field(default_factory=dict)
     expected: dict[str, Any] = field(default_factory=dict)
 
 
@@ -108,6 +110,10 @@ def save_compressor(folder: Path, kind: str, padding_side: str) -> Path:
 def build(folder: Path, variant: Variant, seed: int = 0) -> ReferenceModel:
     """Save a published checkpoint in `folder / "oscar"`, and return the model it holds."""
     decoder = save_base(folder / "decoder", variant.decoder, variant.padding_side, variant.tokenizer)
+    if variant.generation:
+        generation = GenerationConfig.from_pretrained(decoder)
+        generation.update(**variant.generation)
+        generation.save_pretrained(decoder)
     names = {"decoder_model_name": str(decoder), "compr_base_model_name": str(decoder)}
     if variant.compressor is not None:
         own = str(save_compressor(folder / "base", variant.compressor, variant.padding_side))

@@ -28,6 +28,7 @@ VARIANTS = {
     "decoder": Variant({"training_form": "both_separately"}, with_questions=False),
     "decoder with question": Variant({"training_form": "both_separately"}),
     "decoder, one adapter": Variant({"different_mem_tokens": False}, with_questions=False),
+    "trimmed with penalty": Variant(TRIMMED, generation={"repetition_penalty": 1.6}),
     "decoder, unigram": Variant({}, tokenizer="unigram", max_length=110),
     "trimmed, unigram": Variant(TRIMMED, tokenizer="unigram", max_length=110),
     "trimmed, split": Variant(TRIMMED, tokenizer="split"),

@@ -1,6 +1,5 @@
 """From a published checkpoint to a ScaleDown model."""
 
-import logging
 from typing import Any
 
 import torch
@@ -25,8 +24,6 @@ SYSTEM_PROMPT = (
 )
 USER_PROMPT = "Background:\n{documents}\n\nQuestion:{question}"
 PROBE = "Who wrote it?"
-
-logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -72,13 +69,6 @@ def convert(source: Source, args: ConversionArguments) -> ScaleDownModel:
             raise ScaleDownError(f"{name} has shape {tuple(parameter.shape)}, and the checkpoint {found} for it.")
         parameter.data = own[name].to(decoder.model.dtype).clone()
     model.generation_config = greedy_settings(decoder.model.generation_config, decoder.tokenizer)
-    if getattr(model.generation_config, "repetition_penalty", None) not in (None, 1.0):
-        logger.warning(
-            "The decoder's generation settings have repetition_penalty=%s. The published class applies it to the "
-            "answer's tokens alone, ScaleDown to the prompt's too: answers may differ. Pass repetition_penalty=1.0 to "
-            "do without.",
-            model.generation_config.repetition_penalty,
-        )
     model.processor = ScaleDownProcessor.from_config(config, decoder.tokenizer, compressor.tokenizer)
     model.remember_generator()
     if args.merge_lora:
@@ -101,6 +91,7 @@ def settings_of(layout: Layout, decoder: Decoder, compressor: Compressor, args: 
         "fixed_slots": True,
         "learned_separator": layout.sep,
         "tokenize_jointly": True,
+        "penalize_prompt": False,  # the published class gives its decoder embeddings, and no ids of them
         "document_separator": "",
         "system_prompt": SYSTEM_PROMPT,
         "user_prompt": USER_PROMPT,
