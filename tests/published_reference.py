@@ -161,8 +161,8 @@ class ReferenceModel(PreTrainedModel):
     def num_known_tokens(self) -> int:
         return len(self.tokenizer) - (4 + (len(set(self.slots)) - 1) + self.config.kbtc_training)
 
-    def save_layout(self, folder: Path, adapter_prefix: str = ""):
-        """Write the files of the published layout."""
+    def save_layout(self, folder: Path, adapter_prefix: str = "", with_ends: bool = False):
+        """Write the files of the published layout; adapters with copies of the embeddings, as some of PEFT's are."""
         folder.mkdir(parents=True, exist_ok=True)
         self.config.save_pretrained(folder)
         if not self.config.lora:
@@ -179,7 +179,10 @@ class ReferenceModel(PreTrainedModel):
             torch.save(tensors, folder / "pytorch_model.bin")
             return
         states = {name: self.decoder.get_adapter_state_dict(name) for name in self.adapters}
-        states = {name: {adapter_prefix + k: v for k, v in state.items()} for name, state in states.items()}
+        states = {
+            name: {adapter_prefix + k: v for k, v in state.items() if with_ends or "lora_" in k}
+            for name, state in states.items()
+        }
         torch.save(states, folder / "adapters.pth")
         ends = {n: p.data for n, p in self.decoder.named_parameters() if "lm_head" in n or "embed_tokens" in n}
         torch.save({n.replace(".base_layer", ""): p for n, p in ends.items()}, folder / "decoder_first_last_layers.pth")
@@ -194,6 +197,7 @@ class ReferenceModel(PreTrainedModel):
             first = {n: p.data for n, p in model.named_parameters() if "embed_tokens.weight" in n}
             torch.save(first, inner / "first_layer.pth")
             state = self.compressor.whole.get_adapter_state_dict("compr_adapter")
+            state = {k: v for k, v in state.items() if with_ends or "lora_" in k}
             torch.save(state, inner / "compressor_adapters.pth")
         else:
             torch.save(model.state_dict(), inner / "compressor.pth")

@@ -41,6 +41,7 @@ class Variant:
         tokenizer: Its family: `bytes`, `unigram`, or `split`, whose words take a sign in front of them along.
         max_length: Tokens of question and document.
         generation: Settings of its decoder's generation.
+        saved: How its adapters are saved.
         expected: Fields of the converted configuration.
     """
 
@@ -52,6 +53,7 @@ class Variant:
     tokenizer: str = "bytes"
     max_length: int = MAX_LENGTH
     generation: dict[str, Any] = field(default_factory=dict)
+    saved: dict[str, Any] = field(default_factory=dict)
     expected: dict[str, Any] = field(default_factory=dict)
 
 
@@ -124,7 +126,7 @@ def build(folder: Path, variant: Variant, seed: int = 0) -> ReferenceModel:
     model = ReferenceModel(ReferenceConfig(**{**defaults, **names, **variant.settings})).eval()
     model.add_adapters()
     model.randomize()
-    model.save_layout(folder / "oscar")
+    model.save_layout(folder / "oscar", **variant.saved)
     return model.eval()
 
 
@@ -177,6 +179,3 @@ def assert_same(model: ScaleDownModel, reference: ReferenceModel, variant: Varia
     found = model.answer(QUESTIONS, DOCUMENTS, max_new_tokens=8)
     assert found == [answer.strip() for answer in answers]
     assert len(set(found)) == 2 and all(found)
-
-
-__all__ = ["Variant", "assert_same", "build", "converted", "read_here", "set_config"]
