@@ -70,6 +70,8 @@ def convert(source: Source, args: ConversionArguments) -> ScaleDownModel:
         parameter.data = own[name].to(decoder.model.dtype).clone()
     model.generation_config = greedy_settings(decoder.model.generation_config, decoder.tokenizer)
     model.processor = ScaleDownProcessor.from_config(config, decoder.tokenizer, compressor.tokenizer)
+    # The weights' own terms, which only their repository states.
+    model.card_fields = {"license": "other", **({"base_model": source.name} if source.commit is not None else {})}
     model.remember_generator()
     if args.merge_lora:
         model.merge_lora()

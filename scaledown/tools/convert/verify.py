@@ -42,6 +42,9 @@ def compare(model: ScaleDownModel, source: Source, python: str) -> str:
         ScaleDownError: The class cannot be run there, or gives something else.
     """
     memory, answers = published(source, python, reads_question(model))
+    rounded = (
+        "" if model.dtype == torch.float32 else f" It was converted in {model.dtype}; compare with --dtype float32."
+    )
     model = model.float()
     flat = [document for row in DOCUMENTS for document in row]
     asked = [question for question, row in zip(QUESTIONS, DOCUMENTS, strict=True) for _ in row]
@@ -62,7 +65,7 @@ def compare(model: ScaleDownModel, source: Source, python: str) -> str:
     if difference > TOLERANCE or not all(same):
         places = [i for i, equal in enumerate(same) if not equal]
         shown = "".join(f"\n  published: {answers[i]!r}\n  converted: {own[i]!r}" for i in places)
-        raise ScaleDownError(f"The converted model is not the published one: {figures}.{shown}")
+        raise ScaleDownError(f"The converted model is not the published one: {figures}.{rounded}{shown}")
     return f"Compared with the published class: {figures}."
 
 
