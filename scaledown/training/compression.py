@@ -38,6 +38,15 @@ FINGERPRINTED_SETTINGS = (
     "max_query_length",
     "enable_reranking",
 )
+# Named only where they are set, so that caches of before there were any stay valid.
+FINGERPRINTED_IF_SET = (
+    "compressor_prompt",
+    "compressor_max_length",
+    "compressor_padding_side",
+    "fixed_slots",
+    "learned_separator",
+    "keep_final_norm",
+)
 
 
 def cache_fingerprint(
@@ -69,6 +78,11 @@ def cache_fingerprint(
         "records": len(records),
         "data": digest.hexdigest(),
         **{name: getattr(config, name) for name in FINGERPRINTED_SETTINGS},
+        **{
+            name: getattr(config, name)
+            for name in FINGERPRINTED_IF_SET
+            if getattr(config, name) != getattr(type(config), name)
+        },
         "num_compressor_layers": config.num_compressor_layers if config.compressor_type == "n_layers" else None,
         "tokenizer": hashlib.sha256(vocabulary.encode("utf-8")).hexdigest(),
         "weights": weights,

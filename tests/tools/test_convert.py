@@ -181,6 +181,8 @@ def test_what_has_no_equivalent_or_does_not_fit_is_refused(name, saved, tmp_path
 def test_whether_the_question_is_read_is_asked_for(saved, tmp_path):
     copied(saved, tmp_path)
     assert "{question}" in converted(tmp_path, VARIANTS["trimmed"], reads_question=None).config.compressor_prompt
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert "license: other" in card and "question and document and their frame exceed 48 tokens" in card
     (tmp_path / "oscar").rename(tmp_path / "model-7b")
     args = ConversionArguments(source=str(tmp_path / "model-7b"), output="nowhere")
     with pytest.raises(ValueError, match="Say it: --reads_question true or --reads_question false"):

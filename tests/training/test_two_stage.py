@@ -1,5 +1,6 @@
 """Two-stage training: the cache holds what the frozen compressor gives, and everything behind it learns."""
 
+import copy
 import json
 import shutil
 import threading
@@ -383,6 +384,11 @@ def test_processes_share_the_work(backbones, data, tmp_path, num_processes):
         records, model.processor, model.config, index["fingerprint"]["weights"], index["fingerprint"]["dtype"]
     )
     assert fingerprint == index["fingerprint"]
+    for name, value in {"compressor_max_length": 48, "keep_final_norm": False}.items():
+        other = copy.deepcopy(model.config)
+        setattr(other, name, value)
+        where = index["fingerprint"]["weights"], index["fingerprint"]["dtype"]
+        assert cache_fingerprint(records, model.processor, other, *where) == {**fingerprint, name: value}
     barrier = threading.Barrier(num_processes)
 
     def process(index):
