@@ -52,5 +52,5 @@ def any_model(request):
 
 @pytest.fixture(scope="session")
 def model():
-    """The default kind, `n_layers`; read-only."""
-    return build_model("n_layers")
+    """The default kind, `n_layers`, with more layers than most tests need; read-only."""
+    return build_model("n_layers", num_layers=4)

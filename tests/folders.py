@@ -26,7 +26,7 @@ def check_isolated():
 """
 # Fields of ScaleDownConfig: chunks of 32 tokens become 4 slots.
 SETTINGS = {
-    "num_compressor_layers": 2,
+    "num_compressor_layers": 1,
     "num_memory_tokens": 4,
     "compression_rate": 8,
     "chunk_length": 32,
@@ -42,9 +42,7 @@ def save_generator(
     folder: Path, kind: str = "llama", seed: int = 1, dtype: torch.dtype = torch.float32, shards: str = "5GB", **changes
 ) -> Path:
     """A random language model with its tokenizer; `changes` are fields of its configuration."""
-    config = GENERATORS[kind]()
-    for name, value in changes.items():
-        setattr(config, name, value)
+    config = GENERATORS[kind](**changes)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     model.generation_config.pad_token_id = SHAPE["pad_token_id"]

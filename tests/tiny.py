@@ -87,7 +87,7 @@ SHAPE = {
     "vocab_size": 400,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
@@ -97,28 +97,31 @@ SHAPE = {
     # Random weights of the usual size are so small that attention hardly matters; tests must see it.
     "initializer_range": 0.2,
 }
+# What a test takes grows with the layers, so there are no more than show that a model has several; tests of what layers
+# do to one another ask for more.
 GENERATORS = {
-    "llama": lambda: LlamaConfig(**SHAPE),
-    "mistral": lambda: MistralConfig(**SHAPE, head_dim=8),
-    "qwen2": lambda: Qwen2Config(**SHAPE),
-    "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=8),
-    "gemma": lambda: GemmaConfig(**SHAPE, head_dim=8),
-    "gemma2": lambda: AutoConfig.for_model("gemma2", **SHAPE, head_dim=8, sliding_window=16),
-    "gemma3": lambda: AutoConfig.for_model(
-        "gemma3_text",
-        **SHAPE,
-        head_dim=8,
-        sliding_window=16,
-        layer_types=["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
-    ),
-    "phi3": lambda: Phi3Config(**SHAPE),
+    "llama": lambda **more: LlamaConfig(**{**SHAPE, **more}),
+    "mistral": lambda **more: MistralConfig(**{**SHAPE, "head_dim": 8, **more}),
+    "qwen2": lambda **more: Qwen2Config(**{**SHAPE, **more}),
+    "qwen3": lambda **more: Qwen3Config(**{**SHAPE, "head_dim": 8, **more}),
+    "gemma": lambda **more: GemmaConfig(**{**SHAPE, "head_dim": 8, **more}),
+    "gemma2": lambda **more: AutoConfig.for_model("gemma2", **{**SHAPE, "head_dim": 8, "sliding_window": 16, **more}),
+    "gemma3": lambda **more: _gemma3({**SHAPE, "head_dim": 8, "sliding_window": 16, **more}),
+    "phi3": lambda **more: Phi3Config(**{**SHAPE, **more}),
 }
+
+
+def _gemma3(fields: dict):
+    kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    return AutoConfig.for_model("gemma3_text", **fields, layer_types=kinds[: fields["num_hidden_layers"]])
+
+
 # Rotary positions are relative, so that only a model with learned ones notices when padding is counted.
 LEARNED_POSITIONS = {
-    "gpt2": lambda: GPT2Config(
+    "gpt2": lambda num_hidden_layers=SHAPE["num_hidden_layers"]: GPT2Config(
         **{name: SHAPE[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")},
         n_embd=32,
-        n_layer=4,
+        n_layer=num_hidden_layers,
         n_head=4,
         n_positions=512,
         initializer_range=0.2,
@@ -149,15 +152,17 @@ ENCODERS = {
 }
 
 
-def build_config(compressor_type: str, generator: str = "llama", compressor: str | None = None, **kwargs):
-    """Configuration of a tiny model; chunks of 32 tokens become 4 slots."""
+def build_config(
+    compressor_type: str, generator: str = "llama", compressor: str | None = None, num_layers: int = 2, **kwargs
+):
+    """Configuration of a tiny model, whose generator has `num_layers`; chunks of 32 tokens become 4 slots."""
     compressor_config = None
     if compressor_type == "modernbert":
         compressor_config = ENCODERS[compressor or "modernbert"]()
     elif compressor_type == "llm":
         compressor_config = LlamaConfig(**{**SHAPE, "hidden_size": 24, "num_hidden_layers": 2})
     settings = {
-        "num_compressor_layers": 2,
+        "num_compressor_layers": num_layers // 2,
         "num_memory_tokens": 4,
         "compression_rate": 8,
         "chunk_length": 32,
@@ -167,7 +172,7 @@ def build_config(compressor_type: str, generator: str = "llama", compressor: str
         "system_prompt": "Answer.",
     }
     return ScaleDownConfig(
-        generator_config={**GENERATORS, **LEARNED_POSITIONS}[generator](),
+        generator_config={**GENERATORS, **LEARNED_POSITIONS}[generator](num_hidden_layers=num_layers),
         compressor_config=compressor_config,
         compressor_type=compressor_type,
         **{**settings, **kwargs},

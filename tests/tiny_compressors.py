@@ -28,7 +28,8 @@ def build(kind: str, name: str | None, attention: str | None = None) -> ScaleDow
         model = ScaleDownModel(config).eval()
         model.processor = ScaleDownProcessor.from_config(config, build_tokenizer(), build_tokenizer(pair=True))
     else:
-        model = build_model(kind, **({"generator": name} if kind == "n_layers" else {"compressor": name}))
+        names = {"generator": name, "num_layers": 4} if kind == "n_layers" else {"compressor": name}
+        model = build_model(kind, **names)
     if attention is not None:
         model.compressor.backbone.set_attn_implementation(attention)
     return model

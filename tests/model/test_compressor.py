@@ -18,7 +18,7 @@ BACKBONES = [
 
 def build(kind: str, name: str | None, **kwargs):
     """A model around one backbone: of the generator's architecture for `n_layers`."""
-    which = {"generator": name} if kind == "n_layers" else {"compressor": name}
+    which = {"generator": name, "num_layers": 4} if kind == "n_layers" else {"compressor": name}
     return build_model(kind, **which, **kwargs)
 
 
@@ -45,7 +45,7 @@ def assert_same(actual, expected):
 @torch.no_grad()
 def test_n_layers_reads_the_generators_own_hidden_state_of_layer_n(generator):
     """Against transformers' causal language model of full depth: layer N, raw, without the final norm."""
-    model = build_model("n_layers", generator=generator)
+    model = build_model("n_layers", generator=generator, num_layers=4)
     backbone, language_model = model.compressor.backbone, model.generator
     incompatible = backbone.load_state_dict(language_model.base_model.state_dict(), strict=False)
     assert not incompatible.missing_keys
@@ -108,7 +108,7 @@ def test_only_other_backbones_have_a_projector(any_model):
 
 @pytest.mark.parametrize("name", GENERATORS)
 def test_n_layers_has_no_head_and_no_final_norm(name):
-    backbone = build_model("n_layers", generator=name).compressor.backbone
+    backbone = build_model("n_layers", generator=name, num_layers=4).compressor.backbone
     assert len(backbone.layers) == 2
     assert not hasattr(backbone, "lm_head")
     assert not list(backbone.norm.parameters())
@@ -280,7 +280,7 @@ def test_every_architecture_answers_and_learns(kind, name):
 @pytest.mark.parametrize("generator", ["gemma3", "qwen2"])
 @pytest.mark.parametrize("kind", ["modernbert", "llm"])
 def test_the_generator_need_not_be_of_the_compressors_family(kind, generator):
-    model = build_model(kind, generator=generator)
+    model = build_model(kind, generator=generator, num_layers=4)
     batch = model.processor(QUESTIONS, DOCUMENTS, ANSWERS)
     model(**batch).loss.backward()
     assert model.compressor.memory_embeddings.grad.abs().max() > 0

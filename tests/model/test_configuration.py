@@ -19,7 +19,7 @@ REFUSED = [
     ("compressor_type", "pca", "'pca' is unknown; choose one of n_layers, modernbert, llm"),
     ("weights_format", "pickle", "'pickle' is unknown; choose one of full, delta"),
     ("num_compressor_layers", 0, "must be a whole number of at least 1"),
-    ("num_compressor_layers", 5, "exceeds the generator's 4 layers; choose at most 4"),
+    ("num_compressor_layers", 3, "exceeds the generator's 2 layers; choose at most 2"),
     ("num_memory_tokens", 0, "must be a whole number of at least 1"),
     ("num_memory_tokens", 33, "exceeds chunk_length=32.*Lower num_memory_tokens or raise chunk_length"),
     ("compression_rate", 0, "must be a whole number of at least 1"),
@@ -115,8 +115,8 @@ def test_a_saved_file_is_checked_as_well(tmp_path):
 
 @pytest.mark.parametrize("generator", GENERATORS)
 def test_a_truncated_configuration_is_consistent(generator):
-    whole = GENERATORS[generator]()
-    config = build_config("n_layers", generator=generator, num_compressor_layers=3)
+    whole = GENERATORS[generator](num_hidden_layers=4)
+    config = build_config("n_layers", generator=generator, num_layers=4, num_compressor_layers=3)
     cut = config.compressor_config
     assert cut.num_hidden_layers == 3
     layer_types = getattr(whole, "layer_types", None)

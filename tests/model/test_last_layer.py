@@ -96,7 +96,7 @@ def test_the_last_layer_of_a_loaded_model_is_pruned_too(tmp_path):
 
 
 def test_without_reranking_only_the_slots_are_computed():
-    model = build_model("n_layers", enable_reranking=False)
+    model = build_model("n_layers", enable_reranking=False, num_layers=4)
     batch = batch_of(model, ragged=True)
     seen = []
     model.compressor.backbone.layers[-1].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))

@@ -57,7 +57,7 @@ def test_a_question_read_once_gives_the_result_of_reading_it_with_every_chunk(ki
 
 @torch.no_grad()
 def test_a_question_is_not_read_apart_where_that_costs_more_than_it_saves(monkeypatch):
-    model = build_model("n_layers")
+    model = build_model("n_layers", num_layers=4)
     batch = chunks_of(model, QUESTIONS, DOCUMENTS)
     assert len(read_lengths(model, batch, batch_size=64)[1]) > 1
     spared = 2 * sum(parameter.numel() for parameter in model.compressor.backbone.layers[0].parameters())
@@ -67,7 +67,7 @@ def test_a_question_is_not_read_apart_where_that_costs_more_than_it_saves(monkey
 
 @torch.no_grad()
 def test_the_last_layer_behind_a_prefix_computes_few_positions():
-    model = build_model("n_layers")
+    model = build_model("n_layers", num_layers=4)
     seen = []
     model.compressor.backbone.layers[-1].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     batch = chunks_of(model, QUESTIONS[:1], DOCUMENTS[:1])
@@ -77,7 +77,7 @@ def test_the_last_layer_behind_a_prefix_computes_few_positions():
 
 @torch.no_grad()
 def test_what_is_not_shared_is_read_as_before():
-    model = build_model("n_layers")
+    model = build_model("n_layers", num_layers=4)
     alone = chunks_of(model, QUESTIONS, [[text] for text in TEXTS])  # a question per chunk
     together = chunks_of(model, QUESTIONS, DOCUMENTS)
     for batch, settings in ((alone, {"batch_size": 64}), (together, {})):
@@ -93,7 +93,7 @@ def test_what_is_not_shared_is_read_as_before():
 
 @torch.no_grad()
 def test_many_questions_are_read_a_few_at_a_time():
-    model = build_model("n_layers")
+    model = build_model("n_layers", num_layers=4)
     questions = [f"Who wrote {'so ' * n}much?" for n in range(7)]
     batch = chunks_of(model, questions, [TEXTS] * 7)
     expected = model.get_memory_embeddings(**batch)
@@ -106,7 +106,7 @@ def test_many_questions_are_read_a_few_at_a_time():
 @torch.no_grad()
 def test_checkpointed_layers_in_training_share_nothing():
     """transformers takes caches away from them, with gradients or without."""
-    model = build_model("n_layers", lora=False)
+    model = build_model("n_layers", num_layers=4)
     model.gradient_checkpointing_enable()
     batch = chunks_of(model, QUESTIONS, DOCUMENTS)
     assert_same(model.train().get_memory_embeddings(**batch, batch_size=64), model.get_memory_embeddings(**batch))
@@ -114,7 +114,7 @@ def test_checkpointed_layers_in_training_share_nothing():
 
 @torch.no_grad()
 def test_an_offloaded_compressor_compresses_all_at_once():
-    model = build_model("n_layers")
+    model = build_model("n_layers", num_layers=4)
     batch = model.processor(QUESTIONS, DOCUMENTS)
     expected = model.generate(**batch, max_new_tokens=4)
     cpu_offload(model, execution_device="cpu")
@@ -144,7 +144,7 @@ def test_backbones_that_see_both_ways_or_have_no_known_cache_share_nothing(kind,
 )
 @torch.no_grad()
 def test_a_decoder_that_sees_both_ways_shares_nothing(generator, flag):
-    model = build_model("n_layers", generator=generator)
+    model = build_model("n_layers", generator=generator, num_layers=4)
     config = model.config.to_dict()
     for side in ("generator_config", "compressor_config"):
         config[side].update(flag)
@@ -156,7 +156,7 @@ def test_a_decoder_that_sees_both_ways_shares_nothing(generator, flag):
 
 
 def test_answers_are_the_same_alone_together_and_without_sharing():
-    model = build_model("n_layers")
+    model = build_model("n_layers", num_layers=4)
     answers = model.answer(QUESTIONS, DOCUMENTS, max_new_tokens=6)
     assert model.answer(QUESTIONS, DOCUMENTS, max_new_tokens=6, batch_size=1) == answers
     model.compressor.shares_prefixes = False

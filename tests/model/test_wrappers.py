@@ -16,6 +16,7 @@ VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
+TEXT = {**SHAPE, "num_hidden_layers": 4, "head_dim": 8}
 EXPERTS = {
     "intermediate_size_mlp": 48,
     "num_local_experts": 2,
@@ -24,23 +25,23 @@ EXPERTS = {
 }
 WRAPPERS = {
     "gemma3": {
-        "text_config": {"model_type": "gemma3_text", **SHAPE, "head_dim": 8, "sliding_window": 16},
+        "text_config": {"model_type": "gemma3_text", **TEXT, "sliding_window": 16},
         "vision_config": {"model_type": "siglip_vision_model", **VISION},
         "mm_tokens_per_image": 4,
     },
     "mistral3": {
-        "text_config": {"model_type": "mistral", **SHAPE, "head_dim": 8},
+        "text_config": {"model_type": "mistral", **TEXT},
         "vision_config": {"model_type": "pixtral", **VISION},
     },
     "llama4": {
-        "text_config": {"model_type": "llama4_text", **SHAPE, "head_dim": 8, **EXPERTS},
+        "text_config": {"model_type": "llama4_text", **TEXT, **EXPERTS},
         "vision_config": {
             "model_type": "llama4_vision_model",
             **VISION,
             **dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 16),
         },
     },
-    "gemma4": {"text_config": {"model_type": "gemma4_text", **SHAPE, "head_dim": 8, "hidden_size_per_layer_input": 0}},
+    "gemma4": {"text_config": {"model_type": "gemma4_text", **TEXT, "hidden_size_per_layer_input": 0}},
 }
 KNOWN = [name for name in WRAPPERS if name in CONFIG_MAPPING]
 

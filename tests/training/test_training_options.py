@@ -64,7 +64,7 @@ def test_wrong_recipes_are_named(tmp_path, capsys, text, message):
         (["--eval_strategy", "steps"], "set eval_file"),
         (["--resume_from_checkpoint", "nowhere"], "is not a folder"),
         (["--compressor_type", "llm"], "does not go with compressor_type"),
-        (["--num_compressor_layers", "9"], "exceeds the generator's 4 layers"),
+        (["--num_compressor_layers", "9"], "exceeds the generator's 2 layers"),
     ],
 )
 def test_wrong_options_are_named(backbones, train_file, tmp_path, capsys, options, message):
