@@ -113,15 +113,23 @@ def test_every_folder_has_its_place():
     assert {path.name for path in (ROOT / PACKAGE).iterdir() if (path / "__init__.py").is_file()} <= PLACES.keys()
 
 
-def test_imports_point_left():
-    modules = modules_in(ROOT)
-    found = [entry.at(modules) for entry in pointing_wrong(imports_among(modules))]
+@pytest.fixture(scope="module")
+def modules():
+    return modules_in(ROOT)
+
+
+@pytest.fixture(scope="module")
+def imports(modules):
+    return imports_among(modules)
+
+
+def test_imports_point_left(modules, imports):
+    found = [entry.at(modules) for entry in pointing_wrong(imports)]
     assert not found, "\n".join(found)
 
 
-def test_no_module_imports_itself_by_way_of_others():
-    modules = modules_in(ROOT)
-    found = [entry.at(modules) for entry in in_circles(imports_among(modules))]
+def test_no_module_imports_itself_by_way_of_others(modules, imports):
+    found = [entry.at(modules) for entry in in_circles(imports)]
     assert not found, "\n".join(found)
 
 

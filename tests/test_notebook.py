@@ -9,7 +9,6 @@ from dataclasses import fields
 import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
-from nbclient import NotebookClient
 
 from folders import ROOT
 from scaledown.data.arguments import PreparationArguments
@@ -75,6 +74,8 @@ def test_the_demo_runs_from_top_to_bottom_without_a_network(notebook, tmp_path, 
     monkeypatch.setenv("PATH", os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # where nobody answers
+    from nbclient import NotebookClient  # which takes long to import
+
     client = NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(tmp_path / "notebooks")}})
     client.execute()
     outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}

@@ -1,6 +1,7 @@
 """The package that pyproject.toml describes; `make test-wheel` installs it and tries it outside the checkout."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -75,6 +76,11 @@ def packages_of(extra: str) -> set[str]:
     return names
 
 
+# Reading what every installed package holds takes long.
+distributions_of_packages = functools.cache(packages_distributions)
+
+
+@functools.cache
 def imported_at_once(module: str) -> set[str]:
     """The modules that a module of ours imports when it is loaded, not those imported inside functions."""
     path = Path(ROOT, *module.split("."))
@@ -97,7 +103,7 @@ def imported_at_once(module: str) -> set[str]:
 def packages_needed_by(module: str) -> set[str]:
     """The packages without which a module of ours cannot be loaded."""
     seen, waiting, needed = set(), [module], set()
-    distributions = packages_distributions()
+    distributions = distributions_of_packages()
     while waiting:
         name = waiting.pop()
         top, path = name.partition(".")[0], Path(ROOT, *name.split("."))

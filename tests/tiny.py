@@ -113,7 +113,7 @@ GENERATORS = {
 
 def _gemma3(fields: dict):
     kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
-    return AutoConfig.for_model("gemma3_text", **fields, layer_types=kinds[: fields["num_hidden_layers"]])
+    return AutoConfig.for_model("gemma3_text", **{"layer_types": kinds[: fields["num_hidden_layers"]], **fields})
 
 
 # Rotary positions are relative, so that only a model with learned ones notices when padding is counted.

@@ -146,7 +146,7 @@ def test_without_reranking_nothing_is_scored(any_model):
 
 @torch.no_grad()
 def test_a_causal_compressors_memory_does_not_see_the_reranking_position(model):
-    without = build_model("n_layers", enable_reranking=False)
+    without = build_model("n_layers", num_layers=4, enable_reranking=False)
     without.load_state_dict(model.state_dict(), strict=False)
     batch = chunks_of(model)
     torch.testing.assert_close(

@@ -112,7 +112,7 @@ def test_an_encoder_that_cannot_compress_is_refused(name, reason):
     ],
 )
 def test_layers_that_see_only_what_is_near_are_pointed_out(kinds, window, warns, tmp_path, caplog):
-    save_generator(tmp_path, "gemma3", layer_types=kinds, sliding_window=window)
+    save_generator(tmp_path, "gemma3", num_hidden_layers=4, layer_types=kinds, sliding_window=window)
     ScaleDownModel.from_backbones(str(tmp_path), num_compressor_layers=2, chunk_length=32, max_query_length=16)
     assert ("sees all of its" in caplog.text) == warns
 

@@ -104,8 +104,9 @@ def hub(tmp_path_factory):
     """The Hub with a generator in two revisions, and a card somebody wrote."""
     folder = tmp_path_factory.mktemp("generators")
     with HubStandIn() as hub:
-        pinned = hub.commit("them/generator", save_generator(folder / "first", seed=1, shards="60KB", num_hidden_layers=4))
-        hub.commit("them/generator", save_generator(folder / "second", seed=2, shards="60KB", num_hidden_layers=4))
+        shape = {"shards": "60KB", "num_hidden_layers": 4}
+        pinned = hub.commit("them/generator", save_generator(folder / "first", seed=1, **shape))
+        hub.commit("them/generator", save_generator(folder / "second", seed=2, **shape))
         hub.commit("me/handwritten", {"README.md": b"# Mine\n", "notes.txt": b"keep"})
         hub.pinned = pinned
         yield hub

@@ -182,7 +182,7 @@ def test_decoding_that_compiles_has_a_static_cache_and_the_same_answers(monkeypa
 
 @pytest.mark.parametrize("kind", ["n_layers", "modernbert"])
 def test_layers_of_the_compressor_compile_once_for_all_of_them(kind, monkeypatch):
-    settings = {"num_compressor_layers": 4} if kind == "n_layers" else {}
+    settings = {"num_layers": 4, "num_compressor_layers": 4} if kind == "n_layers" else {}
     model = build_model(kind, **settings)
     monkeypatch.setitem(compressor_scaledown.MIN_SPARED_OPERATIONS, "cpu", 1e30)
     expected = model.compress(QUESTIONS, DOCUMENTS)

@@ -43,6 +43,11 @@ def bits(request):
     return request.param
 
 
+def with_bits(names, *values, fast):
+    """Combinations with the number of bits, which the fixture `bits` takes."""
+    return pytest.mark.parametrize(("bits", *names), combinations((4, 8), *values, fast=fast), indirect=["bits"])
+
+
 def quantized(bits):
     return {f"load_in_{bits}bit": True}
 
@@ -97,7 +102,7 @@ def test_four_and_eight_bits_exclude_each_other(generator):
 # -- with bitsandbytes -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compressor", ["n_layers", "modernbert"])
+@with_bits(["compressor"], ("n_layers", "modernbert"), fast=[(4, "modernbert"), (8, "n_layers")])
 def test_from_backbones(compressor, bits, generator, tmp_path):
     encoder = save_encoder(tmp_path) if compressor == "modernbert" else None
     model, whole = built(generator, bits, encoder=encoder), built(generator, encoder=encoder)
@@ -117,9 +122,7 @@ def test_from_backbones(compressor, bits, generator, tmp_path):
     assert model.rank(QUESTIONS[2], DOCUMENTS[2]) == whole.rank(QUESTIONS[2], DOCUMENTS[2])
 
 
-@pytest.mark.parametrize(
-    ("weights_format", "lora"), combinations(("full", "delta"), (False, True), fast=[("full", False), ("delta", True)])
-)
+@with_bits(["weights_format", "lora"], ("full", "delta"), (False, True), fast=[(4, "delta", True), (8, "full", False)])
 def test_from_pretrained(weights_format, lora, bits, generator, tmp_path):
     whole = built(generator, lora=lora)
     whole.save_pretrained(tmp_path, weights_format=weights_format)
@@ -152,9 +155,8 @@ def test_a_quantisation_that_cannot_leave_the_compressor_out_is_refused(generato
         ScaleDownModel.from_pretrained(tmp_path, quantization_config=AqlmConfig())
 
 
-@pytest.mark.parametrize(
-    ("weights_format", "as_dictionary"),
-    combinations(("full", "delta"), (False, True), fast=[("full", True), ("delta", False)]),
+@with_bits(
+    ["weights_format", "as_dictionary"], ("full", "delta"), (False, True), fast=[(4, "full", True), (8, "delta", False)]
 )
 def test_settings_of_a_users_own_concern_the_generator_alone(weights_format, as_dictionary, bits, generator, tmp_path):
     built(generator).save_pretrained(tmp_path, weights_format=weights_format)
@@ -187,9 +189,7 @@ def train(model, steps=8):
     return losses
 
 
-@pytest.mark.parametrize(
-    "source", combinations(("from_backbones", "full", "delta"), fast=[("from_backbones",), ("delta",)])
-)
+@with_bits(["source"], ("from_backbones", "full", "delta"), fast=[(4, "from_backbones"), (8, "delta")])
 def test_lora_trains_on_a_quantized_generator(source, bits, generator, tmp_path):
     if source == "from_backbones":
         model = built(generator, bits)
@@ -209,9 +209,11 @@ def test_lora_trains_on_a_quantized_generator(source, bits, generator, tmp_path)
             assert torch.equal(before[name], parameter), name
 
 
-@pytest.mark.parametrize(
-    ("source", "lora"),
-    combinations(("from_backbones", "full", "delta"), (False, True), fast=[("from_backbones", True), ("delta", False)]),
+@with_bits(
+    ["source", "lora"],
+    ("from_backbones", "full", "delta"),
+    (False, True),
+    fast=[(4, "from_backbones", True), (8, "delta", False)],
 )
 def test_a_quantized_model_is_saved_as_it_is(source, lora, bits, generator, tmp_path):
     if source == "from_backbones":
@@ -264,7 +266,7 @@ def test_lora_is_not_merged_into_a_quantized_generator(bits, generator, tmp_path
     assert whole.config.lora_config is None
 
 
-@pytest.mark.parametrize("weights_format", ["full", "delta"])
+@with_bits(["weights_format"], ("full", "delta"), fast=[(4, "delta"), (8, "full")])
 def test_a_generator_that_is_quantized_in_its_repository(weights_format, bits, generator, tmp_path):
     pytest.importorskip("bitsandbytes")
     settings = BitsAndBytesConfig(**quantized(bits))

@@ -122,27 +122,37 @@ def test_saved_code_is_the_code_of_the_repository(tmp_path):
 # -- in processes of their own -----------------------------------------------------------------------------------------
 
 
+def save(model, folder, **kwargs) -> dict[str, torch.Tensor]:
+    """Saves a model and returns what it gives."""
+    model.save_pretrained(folder, **kwargs)
+    return outputs(model)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Folder with models saved in every way, and what each gives."""
+    """Folder with a model saved with LoRA unmerged and merged, and what each gives."""
     folder = tmp_path_factory.mktemp("remote")
     expected = {}
-
-    def save(name, model, **kwargs):
-        expected[name] = outputs(model)
-        model.save_pretrained(folder / name, **kwargs)
-
     model = randomize_lora(build_model("n_layers", lora=True))
-    save("unmerged", model)
+    expected["unmerged"] = save(model, folder / "unmerged")
     model.merge_lora()
     expected["answers"] = model.answer(QUESTIONS, DOCUMENTS, max_new_tokens=6, do_sample=False)
     expected["ranking"] = [item["corpus_id"] for item in model.rank(QUESTIONS[2], DOCUMENTS[2])]
-    save("merged", model)
-    backbones = save_backbones(folder / "backbones")
-    for kind in ("modernbert", "llm"):
-        save(kind, randomize_lora(_with_lora(from_backbones(backbones[kind]))), weights_format="delta")
-    save("gemma", build_model("modernbert", generator="gemma", compressor="bert"))
+    expected["merged"] = save(model, folder / "merged")
     return folder, expected
+
+
+@pytest.fixture(scope="module")
+def saved_in_other_ways(saved):
+    """The same folder with deltas, other kinds and another architecture too."""
+    folder, expected = saved
+    backbones = save_backbones(folder / "backbones")
+    others = {}
+    for kind in ("modernbert", "llm"):
+        model = randomize_lora(_with_lora(from_backbones(backbones[kind])))
+        others[kind] = save(model, folder / kind, weights_format="delta")
+    others["gemma"] = save(build_model("modernbert", generator="gemma", compressor="bert"), folder / "gemma")
+    return folder, {**expected, **others}
 
 
 def _with_lora(model):
@@ -211,9 +221,9 @@ def test_a_merged_model_runs_without_the_repository_and_without_peft(saved, else
 
 
 @pytest.mark.slow
-def test_everything_else_runs_without_the_repository(saved, elsewhere, tmp_path):
+def test_everything_else_runs_without_the_repository(saved_in_other_ways, elsewhere, tmp_path):
     """One process for what was saved over there, for unmerged LoRA, deltas, other kinds and other code."""
-    folder, expected = saved
+    folder, expected = saved_in_other_ways
     changed = shutil.copytree(folder / "merged", tmp_path / "changed")
     for name in CODE:
         with (changed / name).open("a", encoding="utf-8") as file:

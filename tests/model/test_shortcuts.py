@@ -36,6 +36,11 @@ CHANGES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _shortcuts_checked_once():
+    """Here every model checks."""
+
+
 @pytest.fixture
 def warnings_of(monkeypatch):
     found = []
@@ -47,11 +52,11 @@ def warnings_of(monkeypatch):
 @pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
 def test_after_a_change_in_transformers_the_plain_way_is_taken(change, monkeypatch, warnings_of):
-    expected = build_model()
+    expected = build_model(num_layers=4)
     expected.compressor.prunes_last_layer = expected.compressor.shares_prefixes = False
     expected = expected.compress(QUESTIONS, DOCUMENTS)
     CHANGES[change](monkeypatch)
-    model = build_model()
+    model = build_model(num_layers=4)
     for _ in range(2):
         compressed = model.compress(QUESTIONS, DOCUMENTS)
     torch.testing.assert_close(compressed.memory_embeddings, expected.memory_embeddings, rtol=1e-4, atol=1e-5)
@@ -71,7 +76,7 @@ def test_shortcuts_hold_for_every_listed_backbone(kind, name, attention, warning
 
 
 def test_the_output_names_its_cache_as_transformers_does():
-    model = build_model()
+    model = build_model(num_layers=4)
     output = model(**model.processor(QUESTIONS, DOCUMENTS), use_cache=True)
     assert output[CACHE_NAME].get_seq_length() == output.logits.shape[1]
     assert output.to_tuple()[0] is output.logits

@@ -31,10 +31,13 @@ class Service:
 
     def __init__(self, port: int, engine: Engine):
         self.url, self.engine = f"http://127.0.0.1:{port}", engine
+        self._clients: dict[str, openai.OpenAI] = {}
 
     def client(self, api_key: str = "none") -> openai.OpenAI:
-        """OpenAI's own client."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0)
+        """OpenAI's own client, which takes long to make."""
+        if api_key not in self._clients:
+            self._clients[api_key] = openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0)
+        return self._clients[api_key]
 
     def send(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any, Any]:
         """Status, JSON or text, and headers of a reply; `body` is JSON, or bytes as they are."""

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+from combinations import combinations
 from fake_vllm import FakeVLLM
 from server import Service, free_port, running, serving
 
@@ -108,8 +109,14 @@ def test_prompts_that_vllm_could_not_read_are_refused_here(model):
     assert len(fake.bodies) == 1
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("trouble", [500, 503, ("cut", 0), ("error", 0)])
+@pytest.mark.parametrize(
+    ("trouble", "stream"),
+    combinations(
+        (500, 503, ("cut", 0), ("error", 0)),
+        (False, True),
+        fast=[(500, True), (503, False), (("cut", 0), True), (("error", 0), False)],
+    ),
+)
 def test_what_failed_before_the_first_token_is_tried_once_more(trouble, stream, model):
     expected = model.answer(QUESTIONS[0], DOCUMENTS[0], max_new_tokens=8)
     with served(model) as (service, fake):

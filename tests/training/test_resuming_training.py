@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from combinations import combinations
 from tiny_training import build_trainer, model_arguments, rows, training_arguments
 from transformers import AutoModel, TrainerCallback
 
@@ -43,7 +44,10 @@ class StopAt(TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    "weights_format, sampling", [("full", "random"), ("delta", "random"), ("full", "group_by_length")]
+    ("weights_format", "sampling"),
+    combinations(
+        ("full", "delta"), ("random", "group_by_length"), fast=[("full", "random"), ("delta", "group_by_length")]
+    ),
 )
 def test_resumed_run_equals_an_uninterrupted_one(
     backbones, train_file, tmp_path, monkeypatch, weights_format, sampling, caplog

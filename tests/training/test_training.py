@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import build_trainer, model_arguments, parameters, rows, training_arguments
 from tokenizers import normalizers
 from transformers import AutoModelForCausalLM
@@ -271,6 +270,9 @@ def test_the_branch_asked_for_is_pushed_to(tmp_path, monkeypatch):
 
 
 def test_tensorboard_gets_what_the_log_has(tmp_path):
+    # Imported by this test alone, as it takes long.
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     trainer = build_trainer(build_model(lora=True), tmp_path, report_to="tensorboard")
     trainer.train()
     trainer.evaluate(rows())
