@@ -294,6 +294,7 @@ def test_questions_without_passages_ask_for_a_corpus(tmp_path):
         prepare(PreparationArguments(path, str(tmp_path / "out.jsonl")))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real data sets are not here")
 def test_real_natural_questions(tmp_path):
     arguments = PreparationArguments(str(DATA / "nq" / "qed-train.jsonl"), str(tmp_path / "out.jsonl"), num_examples=30)

@@ -121,7 +121,11 @@ def answer(_, body) -> Reply:
     return Reply(body=completion(f"It lives there: {question_of(body)}"))
 
 
-@pytest.mark.parametrize("step", ["pool", "bm25", "splade", "dense", "reranker", "teacher", "endpoint"])
+# The index of splade is written by the same code as that of dense.
+@pytest.mark.parametrize(
+    "step",
+    ["pool", "bm25", pytest.param("splade", marks=pytest.mark.slow), "dense", "reranker", "teacher", "endpoint"],
+)
 def test_a_run_killed_again_and_again_ends_like_one_that_was_not(tmp_path, source, models, step):
     settings = options(step, source, models)
     chance = random.Random(f"{step}")

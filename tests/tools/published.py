@@ -85,7 +85,7 @@ TOKENIZERS = {"bytes": build_tokenizer, "unigram": build_unigram, "split": build
 
 def save_base(folder: Path, kind: str, padding_side: str, family: str = "bytes") -> Path:
     """A language model whose tokenizer pads on a side."""
-    save_generator(folder, kind, seed=5)
+    save_generator(folder, kind, seed=5, num_hidden_layers=4)
     tokenizer = TOKENIZERS[family]()
     tokenizer.padding_side = padding_side
     tokenizer.save_pretrained(folder)

@@ -36,7 +36,7 @@ from tiny import build_model as build_tiny_model
 
 KINDS = ("n_layers", "modernbert", "llm")
 ORIGINS = ("backbones", "checkpoint")
-FAST = [("n_layers", "backbones"), ("n_layers", "checkpoint"), ("modernbert", "checkpoint"), ("llm", "backbones")]
+FAST = [("n_layers", "checkpoint"), ("modernbert", "checkpoint"), ("llm", "backbones")]
 
 
 @pytest.fixture(scope="module")
