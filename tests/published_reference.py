@@ -6,7 +6,6 @@ It stands alone, so that a folder can hold it as remote code. Nothing in it is f
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
@@ -54,8 +53,35 @@ def with_tokens(name: str, tokens: list[str], **settings):
     return tokenizer
 
 
-def lora_of(rank: int) -> LoraConfig:
-    return LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, lora_dropout=0.1, target_modules="all-linear")
+class Adapter:
+    """LoRA beside all linear layers of a model but its head; it counts while it is active."""
+
+    def __init__(self, model: PreTrainedModel, rank: int):
+        self.active, self.weights = True, {}
+        head = model.get_output_embeddings()
+        for name, layer in model.named_modules():
+            if isinstance(layer, torch.nn.Linear) and layer is not head:
+                first, second = torch.zeros(rank, layer.in_features), torch.zeros(layer.out_features, rank)
+                self.weights[name] = (first, second)
+                layer.register_forward_hook(lambda _, args, out, pair=(first, second): self.change(out, args[0], *pair))
+
+    def change(self, output, inputs, first, second):
+        # alpha is twice the rank
+        return output + 2 * (inputs @ first.T @ second.T) if self.active else output
+
+    def randomize(self):
+        for pair in self.weights.values():
+            for matrix in pair:
+                matrix.normal_(std=0.1)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {f"{name}.lora_{'AB'[i]}.weight": pair[i] for name, pair in self.weights.items() for i in (0, 1)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]):
+        own = self.state_dict()
+        assert own.keys() == state.keys()
+        for name, matrix in own.items():
+            matrix.copy_(state[name])
 
 
 def load(auto_class, name: str, num_layers: int | None = None):
@@ -128,27 +154,32 @@ class ReferenceModel(PreTrainedModel):
                     torch.nn.ReLU(),
                     torch.nn.Linear(config.compr_mlp_hidden_dim, self.decoder.config.hidden_size),
                 )
-        self.adapters = []
-
-    def add_adapters(self):
-        if self.config.lora:
-            names = ["decoder_adapter"]
-            if self.config.training_form == "both_separately" and self.compressor is None:
-                names.append("encoder_adapter")
-            for name in names:
-                self.decoder.add_adapter(lora_of(self.config.lora_r), name)
-                self.adapters.append(name)
-        if self.config.lora_compressor and self.compressor is not None:
-            self.compressor.whole.add_adapter(lora_of(self.compressor_rank), "compr_adapter")
+        self.adapters, self.compressor_adapter = {}, None
+        if config.lora:
+            separately = config.training_form == "both_separately" and self.compressor is None
+            names = ["decoder_adapter", *["encoder_adapter"] * separately]
+            self.adapters = {name: Adapter(self.decoder, config.lora_r) for name in names}
+        if config.lora_compressor and self.compressor is not None:
+            self.compressor_adapter = Adapter(self.compressor.whole, config.lora_r_compressor or config.lora_r)
 
     @property
-    def compressor_rank(self) -> int:
-        return self.config.lora_r_compressor or self.config.lora_r
+    def saved_compressor(self) -> torch.nn.Module | None:
+        """The part of the compressor whose weights are saved: a trimmed one's have a prefix."""
+        is_trimmed = isinstance(self.compressor, Trimmed)
+        return self.compressor if self.compressor is None or is_trimmed else self.compressor.whole
+
+    def activate(self, name: str):
+        """Let an adapter count and no other; all of them where there is none of that name."""
+        for other, adapter in self.adapters.items():
+            adapter.active = name == other or name not in self.adapters
 
     @torch.no_grad()
     def randomize(self, scale: float = 0.05):
         """Weights as after some training: everything that is saved differs from the backbones."""
-        trained = ("lora_", "embed_tokens", "embeddings")
+        for adapter in (*self.adapters.values(), self.compressor_adapter):
+            if adapter is not None:
+                adapter.randomize()
+        trained = ("embed_tokens", "embeddings")
         for name, parameter in self.named_parameters():
             of_compressor = name.startswith("compressor.") and not self.config.lora_compressor
             if of_compressor or name.startswith("mlp.") or any(part in name for part in trained):
@@ -166,10 +197,7 @@ class ReferenceModel(PreTrainedModel):
         folder.mkdir(parents=True, exist_ok=True)
         self.config.save_pretrained(folder)
         if not self.config.lora:
-            parts = {"decoder": self.decoder, "compr.mlp": self.mlp}
-            if self.compressor is not None:
-                parts["compr.model"] = getattr(self.compressor, "custom_model", None) and self.compressor
-                parts["compr.model"] = parts["compr.model"] or self.compressor.whole
+            parts = {"decoder": self.decoder, "compr.model": self.saved_compressor, "compr.mlp": self.mlp}
             tensors = {
                 f"{prefix}.{name}": tensor
                 for prefix, part in parts.items()
@@ -178,27 +206,25 @@ class ReferenceModel(PreTrainedModel):
             }
             torch.save(tensors, folder / "pytorch_model.bin")
             return
-        states = {name: self.decoder.get_adapter_state_dict(name) for name in self.adapters}
+        ends = {n: p.data for n, p in self.decoder.named_parameters() if "lm_head" in n or "embed_tokens" in n}
+        torch.save(ends, folder / "decoder_first_last_layers.pth")
+        copies = ends if with_ends else {}
         states = {
-            name: {adapter_prefix + k: v for k, v in state.items() if with_ends or "lora_" in k}
-            for name, state in states.items()
+            name: {adapter_prefix + key: value for key, value in {**adapter.state_dict(), **copies}.items()}
+            for name, adapter in self.adapters.items()
         }
         torch.save(states, folder / "adapters.pth")
-        ends = {n: p.data for n, p in self.decoder.named_parameters() if "lm_head" in n or "embed_tokens" in n}
-        torch.save({n.replace(".base_layer", ""): p for n, p in ends.items()}, folder / "decoder_first_last_layers.pth")
         if self.compressor is None:
             return
         inner = folder / "compressor"
         inner.mkdir(exist_ok=True)
-        model = self.compressor if isinstance(self.compressor, Trimmed) else self.compressor.whole
+        model = self.saved_compressor
         if self.mlp is not None:
             torch.save(self.mlp.state_dict(), inner / "mlp.pth")
         if self.config.lora_compressor:
             first = {n: p.data for n, p in model.named_parameters() if "embed_tokens.weight" in n}
             torch.save(first, inner / "first_layer.pth")
-            state = self.compressor.whole.get_adapter_state_dict("compr_adapter")
-            state = {k: v for k, v in state.items() if with_ends or "lora_" in k}
-            torch.save(state, inner / "compressor_adapters.pth")
+            torch.save(self.compressor_adapter.state_dict(), inner / "compressor_adapters.pth")
         else:
             torch.save(model.state_dict(), inner / "compressor.pth")
 
@@ -208,15 +234,12 @@ class ReferenceModel(PreTrainedModel):
         folder = Path(name)
         config = ReferenceConfig.from_pretrained(folder) if config is None else config
         model = cls(config)
-        model.add_adapters()
         read = {path.stem: torch.load(path, weights_only=True) for path in folder.rglob("*.pth")}
         model.decoder.load_state_dict(read["decoder_first_last_layers"], strict=False)
-        for adapter, state in read["adapters"].items():
-            named = {k.replace(".weight", f".{adapter}.weight"): v for k, v in state.items()}
-            assert not model.decoder.load_state_dict(named, strict=False).unexpected_keys
+        for name, state in read["adapters"].items():
+            model.adapters[name].load_state_dict(state)
         if "compressor" in read:
-            inner = model.compressor if isinstance(model.compressor, Trimmed) else model.compressor.whole
-            inner.load_state_dict(read["compressor"])
+            model.saved_compressor.load_state_dict(read["compressor"])
         if "mlp" in read:
             model.mlp.load_state_dict(read["mlp"])
         return model.eval()
@@ -251,10 +274,7 @@ class ReferenceModel(PreTrainedModel):
         if self.compressor is not None:
             states = self.compressor(input_ids=ids, attention_mask=mask)[:, -self.num_slots :]
             return states if self.mlp is None else self.mlp(states)
-        if "encoder_adapter" in self.adapters:
-            self.decoder.set_adapter("encoder_adapter")
-        elif self.adapters:
-            self.decoder.set_adapter(self.adapters)
+        self.activate("encoder_adapter")
         outputs = self.decoder(input_ids=ids, attention_mask=mask, output_hidden_states=True)
         return outputs.hidden_states[-1][:, -self.num_slots :]
 
@@ -295,8 +315,7 @@ class ReferenceModel(PreTrainedModel):
         memory = self.compress_documents(flat, asked if with_questions else None, max_length)
         ids, mask = self.prompts(questions, len(documents[0]))
         embeds = self.filled(ids, memory)
-        if "decoder_adapter" in self.adapters:
-            self.decoder.set_adapter("decoder_adapter")
+        self.activate("decoder_adapter")
         return embeds, mask
 
     @torch.no_grad()

@@ -124,7 +124,6 @@ def build(folder: Path, variant: Variant, seed: int = 0) -> ReferenceModel:
     defaults = {"doc_max_length": 32, "compr_rate": 8, "compr_mlp_hidden_dim": 40, "lora_r": 4}
     torch.manual_seed(seed)
     model = ReferenceModel(ReferenceConfig(**{**defaults, **names, **variant.settings})).eval()
-    model.add_adapters()
     model.randomize()
     model.save_layout(folder / "oscar", **variant.saved)
     return model.eval()
@@ -178,4 +177,4 @@ def assert_same(model: ScaleDownModel, reference: ReferenceModel, variant: Varia
     answers = reference.generate_from_text(QUESTIONS, DOCUMENTS, 8, with_questions, max_length)
     found = model.answer(QUESTIONS, DOCUMENTS, max_new_tokens=8)
     assert found == [answer.strip() for answer in answers]
-    assert len(set(found)) == 2 and all(found)
+    assert any(found) and not torch.allclose(logits[0], logits[1])
