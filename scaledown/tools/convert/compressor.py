@@ -25,6 +25,18 @@ FIRST_FILE = f"{FOLDER}/first_layer.pth"
 ADAPTERS_FILE = f"{FOLDER}/compressor_adapters.pth"
 MLP_FILE = f"{FOLDER}/mlp.pth"
 TRIMMED_PREFIX = "custom_model."
+# What two configurations of one architecture may differ in.
+OF_NO_MATTER = dict.fromkeys(
+    (
+        "_name_or_path",
+        "architectures",
+        "dtype",
+        "vocab_size",
+        "transformers_version",
+        "use_cache",
+        "tie_word_embeddings",
+    )
+)
 ASKED = "\nQuery:\n{question}Document:\n{document}"
 
 
@@ -74,47 +86,22 @@ def load_compressor(
     tokenizer = AutoTokenizer.from_pretrained(name, **hub)
     known = len(tokenizer)
     explained = known + layout.num_slots
+    prefix = ""  # of names in a language model with its head, which a trimmed compressor is part of
     if layout.compressor == "trimmed":
         if not 1 <= layout.num_layers <= config.num_hidden_layers:
             raise ScaleDownError(
                 f"compr_n_layers={layout.num_layers}, and {name} has {config.num_hidden_layers} layers."
             )
         config = truncated_config(config, layout.num_layers)
-    needs_base = layout.compressor_lora_r is not None
-    auto_class = AutoModelForCausalLM if layout.compressor == "trimmed" else AutoModel
-    if needs_base and layout.compressor == "trimmed":
-        whole = load_complete(AutoModelForCausalLM, name, dtype=dtype, **hub).base_model.state_dict()
-        backbone = AutoModel.from_config(config, dtype=dtype)
-        kept = {key: tensor for key, tensor in whole.items() if key in backbone.state_dict()}
-        load_whole(backbone, kept, "the compressor")
-    elif needs_base:
-        backbone = load_complete(AutoModel, name, config=config, dtype=dtype, **hub)
+        prefix = f"{AutoModelForCausalLM._model_mapping[type(config)].base_model_prefix}."
+    if layout.compressor_lora_r is not None:
+        backbone = pretrained_backbone(layout, name, config, hub, dtype)
+        check_embeddings(backbone.get_input_embeddings(), name)
+        table = take_adapted(source, layout, backbone, prefix)
     else:
         backbone = AutoModel.from_config(config, dtype=dtype)
-    check_embeddings(backbone.get_input_embeddings(), name)
-    outer = (
-        f"{AutoModelForCausalLM._model_mapping[type(config)].base_model_prefix}." if auto_class is not AutoModel else ""
-    )
-    prefix = f"{TRIMMED_PREFIX}{outer}" if layout.compressor == "trimmed" else ""
-    if needs_base:
-        table = take_adapted(source, layout, backbone, outer)
-    else:
-        state = source.take(WHOLE_FILE) or take_prefixed(source, "compr.model.")
-        if not state:
-            raise ScaleDownError(
-                f"{source.name} has no {WHOLE_FILE}; the compressor was trained whole (lora_compressor=False)."
-            )
-        state = {
-            key.removeprefix(prefix): tensor for key, tensor in state.items() if not key.endswith("lm_head.weight")
-        }
-        if not layout.keeps_norm:  # the class has none, and ScaleDown takes it off
-            state.setdefault("norm.weight", torch.ones(config.hidden_size))
-        embeddings = next(n for n, m in backbone.named_modules() if m is backbone.get_input_embeddings())
-        table = state.get(f"{embeddings}.weight")
-        if table is None:
-            raise ScaleDownError(f"{WHOLE_FILE} holds no {embeddings}.weight.")
-        with_rows(backbone, table.shape[0])
-        load_whole(backbone, state, "the compressor")
+        check_embeddings(backbone.get_input_embeddings(), name)
+        table = take_whole(source, layout, backbone, f"{TRIMMED_PREFIX}{prefix}" if prefix else "")
     check_rows(table, backbone.get_input_embeddings().weight, explained, "the compressor")
     with_rows(backbone, known)
     backbone.get_input_embeddings().weight.copy_(table[:known])
@@ -159,7 +146,37 @@ def copy_of_decoder(layout: Layout, decoder: Decoder) -> Compressor:
     return Compressor(backbone, tokenizer, decoder.table, memory, explained, None, settings)
 
 
-def take_adapted(source: Source, layout: Layout, backbone: PreTrainedModel, outer: str) -> torch.Tensor:
+def pretrained_backbone(layout: Layout, name: str, config: Any, hub: dict, dtype: Any) -> PreTrainedModel:
+    """The base model of a compressor that learned by LoRA; of a trimmed one, its first layers."""
+    if layout.compressor == "separate":
+        return load_complete(AutoModel, name, config=config, dtype=dtype, **hub)
+    whole = load_complete(AutoModelForCausalLM, name, dtype=dtype, **hub).base_model.state_dict()
+    backbone = AutoModel.from_config(config, dtype=dtype)
+    names = backbone.state_dict().keys()
+    load_whole(backbone, {key: tensor for key, tensor in whole.items() if key in names}, "the compressor")
+    return backbone
+
+
+def take_whole(source: Source, layout: Layout, backbone: PreTrainedModel, prefix: str) -> torch.Tensor:
+    """Fill a compressor that was trained whole, and return its table."""
+    state = source.take(WHOLE_FILE) or take_prefixed(source, "compr.model.")
+    if not state:
+        raise ScaleDownError(
+            f"{source.name} has no {WHOLE_FILE}; the compressor was trained whole (lora_compressor=False)."
+        )
+    state = {key.removeprefix(prefix): value for key, value in state.items() if not key.endswith("lm_head.weight")}
+    if not layout.keeps_norm:  # the class has none, and ScaleDown takes it off
+        state.setdefault("norm.weight", torch.ones(backbone.config.hidden_size))
+    embeddings = next(name for name, module in backbone.named_modules() if module is backbone.get_input_embeddings())
+    table = state.get(f"{embeddings}.weight")
+    if table is None:
+        raise ScaleDownError(f"{WHOLE_FILE} holds no {embeddings}.weight.")
+    with_rows(backbone, table.shape[0])
+    load_whole(backbone, state, "the compressor")
+    return table
+
+
+def take_adapted(source: Source, layout: Layout, backbone: PreTrainedModel, prefix: str) -> torch.Tensor:
     """Merge a compressor's LoRA, and return its table."""
     first = source.take(FIRST_FILE)
     table = one_of(first, "embed_tokens.weight", FIRST_FILE)
@@ -168,7 +185,7 @@ def take_adapted(source: Source, layout: Layout, backbone: PreTrainedModel, oute
         raise ScaleDownError(f"{source.name} has no {FIRST_FILE if table is None else ADAPTERS_FILE}.")
     weights = backbone.state_dict()
     adapter = read_adapter(state, layout.compressor_lora_r, ADAPTERS_FILE, first)
-    merge_adapter(weights, adapter, outer, ADAPTERS_FILE)
+    merge_adapter(weights, adapter, prefix, ADAPTERS_FILE)
     backbone.load_state_dict(weights)
     return table
 
@@ -192,20 +209,6 @@ def settings_of(
     if layout.mlp_size is not None:
         settings["projector_hidden_size"] = layout.mlp_size
     return settings
-
-
-# What two configurations of one architecture may differ in.
-OF_NO_MATTER = dict.fromkeys(
-    (
-        "_name_or_path",
-        "architectures",
-        "dtype",
-        "vocab_size",
-        "transformers_version",
-        "use_cache",
-        "tie_word_embeddings",
-    ),
-)
 
 
 def prompt_of_pair(tokenizer: PreTrainedTokenizerBase) -> str | None:
