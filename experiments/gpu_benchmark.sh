@@ -11,3 +11,5 @@ generator=${GENERATOR:-mistral-7b} compressors=${COMPRESSORS:-5,8,llama-3.2-1b,m
 "$python" experiments/gpu_profile.py --generator "$generator" --compressor "${compressors%%,*}" --output "$out/profile.txt"
 "$python" benchmark.py --mode speed --generator "$generator" --compressors "${compressors%%,*}" --compile true \
     --repeats 5 --output_dir "$out/compiled"
+"$python" benchmark.py --mode speed --generator "$generator" --compressors "${compressors%%,*}" --rivals true \
+    --query_length 16 --batch_size "${RIVALS_BATCH:-32}" --repeats 2 --output_dir "$out/rivals"

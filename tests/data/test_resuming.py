@@ -117,14 +117,18 @@ def run_until_killed(arguments: PreparationArguments, num_syncs: int, cut: int) 
     return False
 
 
+OF_THE_SAME_CODE = ("splade", "reranker", "endpoint")
+
+
 def answer(_, body) -> Reply:
     return Reply(body=completion(f"It lives there: {question_of(body)}"))
 
 
-# The index of splade is written by the same code as that of dense.
+# The index of splade is written by the same code as that of dense; scores and answers of an endpoint go through the
+# same journal as those of a teacher.
 @pytest.mark.parametrize(
     "step",
-    ["pool", "bm25", pytest.param("splade", marks=pytest.mark.slow), "dense", "reranker", "teacher", "endpoint"],
+    ["pool", "bm25", "dense", "teacher", *(pytest.param(name, marks=pytest.mark.slow) for name in OF_THE_SAME_CODE)],
 )
 def test_a_run_killed_again_and_again_ends_like_one_that_was_not(tmp_path, source, models, step):
     settings = options(step, source, models)

@@ -124,16 +124,18 @@ def test_a_prompt_may_be_read_one_token_at_a_time(model):
     assert torch.equal(new_tokens(model, batch, **settings), new_tokens(model, batch, **GREEDY, **NO_END))
 
 
-def test_the_documents_matter_in_every_mode(model):
+@pytest.mark.parametrize(
+    "mode", [name if i < 2 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(MODES)]
+)
+def test_the_documents_matter_in_every_mode(model, mode):
     """Guards the tests above: other documents give other tokens, so nothing here agrees by ignoring them."""
     batch = batch_of(model)
     other = batch_of(model, documents=[[text[::-1] for text in listed] for listed in DOCUMENTS])
     memory = memory_of(model, batch)
     zeros = {**memory, "memory_embeddings": torch.zeros_like(memory["memory_embeddings"])}
-    for mode in MODES.values():
-        settings = {**GREEDY, **mode}
-        tokens = new_tokens(model, batch, **settings)
-        assert not torch.equal(tokens, new_tokens(model, {**only(batch, *PROMPT), **zeros}, **settings))
+    settings = {**GREEDY, **MODES[mode]}
+    tokens = new_tokens(model, batch, **settings)
+    assert not torch.equal(tokens, new_tokens(model, {**only(batch, *PROMPT), **zeros}, **settings))
     assert not torch.equal(new_tokens(model, batch, **GREEDY), new_tokens(model, other, **GREEDY))
 
 

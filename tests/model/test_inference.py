@@ -180,7 +180,7 @@ def test_decoding_that_compiles_has_a_static_cache_and_the_same_answers(monkeypa
     assert type(output[CACHE_NAME]).__name__ == "DynamicCache"
 
 
-@pytest.mark.parametrize("kind", ["n_layers", "modernbert"])
+@pytest.mark.parametrize("kind", ["n_layers", pytest.param("modernbert", marks=pytest.mark.slow)])
 def test_layers_of_the_compressor_compile_once_for_all_of_them(kind, monkeypatch):
     settings = {"num_layers": 4, "num_compressor_layers": 4} if kind == "n_layers" else {}
     model = build_model(kind, **settings)

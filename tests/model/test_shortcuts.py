@@ -84,7 +84,11 @@ def test_the_output_names_its_cache_as_transformers_does():
 
 @pytest.mark.parametrize(
     "statement",
-    ["from scaledown import ScaleDownModel", "import modeling_scaledown", "import processing_scaledown"],
+    [
+        "from scaledown import ScaleDownModel",
+        "import modeling_scaledown",
+        pytest.param("import processing_scaledown", marks=pytest.mark.slow),
+    ],
 )
 def test_an_old_transformers_is_told_by_its_version(statement, tmp_path):
     (tmp_path / "transformers").mkdir()
