@@ -266,8 +266,9 @@ class CheckpointMixin:
             "AutoProcessor": "processing_scaledown.ScaleDownProcessor",
         }
         quantization = getattr(self.config, "quantization_config", None)
-        if is_quantized(self.generator):
-            # transformers cannot undo how it read weights that were stored quantised.
+        if is_quantized(self.generator) or self.config.lora_config is not None:
+            # transformers cannot undo how it read weights that were stored quantised, and undoes the names of experts
+            # in those of LoRA too.
             kwargs.setdefault("save_original_format", False)
         self.config.weights_format = weights_format
         try:

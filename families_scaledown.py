@@ -32,6 +32,10 @@ SCALED_BY_ID = ("falcon_h1",)
 # All that they remember is one state, which transformers passes on by a name of its own.
 WITHOUT_KEYS_AND_VALUES = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
 
+# Their cache is of a kind of its own, which `generate()` does not make for prompts of embeddings.
+WITH_CACHE_OF_THEIR_OWN = ("minimax",)
+# Layers share weights, and a saved adapter gives other results than the one that was trained.
+WITHOUT_LORA = ("zamba", "zamba2")
 # They cannot compress, and why.
 UNFIT_COMPRESSORS = {
     "convbert": "reads padding as text",
@@ -60,6 +64,11 @@ def check_families(generator: PreTrainedConfig, compressor: PreTrainedConfig):
         raise ScaleDownError(
             f"{generator.model_type} has no keys and values to generate from; choose a generator with "
             "attention in some of its layers, such as a Jamba or Bamba model."
+        )
+    if generator.model_type in WITH_CACHE_OF_THEIR_OWN:
+        raise ScaleDownError(
+            f"{generator.model_type} generates with a cache of its own kind, which prompts of slots cannot begin; "
+            "choose another generator, such as MiniMax-M2."
         )
     for name, backbone in (("generator_config", generator), ("compressor_config", compressor)):
         if getattr(backbone, "is_encoder_decoder", False):
@@ -178,6 +187,7 @@ def truncated_config(config: PreTrainedConfig, num_layers: int) -> PreTrainedCon
 
 
 __all__ = [
+    "WITHOUT_LORA",
     "check_families",
     "embedding_width",
     "language_model_config",

@@ -20,12 +20,14 @@ from transformers.utils import logging
 
 try:
     from .errors_scaledown import WITHOUT_GENERATOR, ScaleDownError
+    from .families_scaledown import WITHOUT_LORA
     from .quantization_scaledown import is_quantized
     from .weights_scaledown import checkpoint_index, execution_device, is_offloaded, read_tensors
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
     from errors_scaledown import WITHOUT_GENERATOR, ScaleDownError
+    from families_scaledown import WITHOUT_LORA
     from quantization_scaledown import is_quantized
     from weights_scaledown import checkpoint_index, execution_device, is_offloaded, read_tensors
 
@@ -155,6 +157,11 @@ def inject_lora(generator: PreTrainedModel, settings: dict):
         raise ImportError(
             "LoRA layers in the generator need peft: pip install peft. (A model saved after merge_lora() does not.)"
         ) from error
+    if generator.config.model_type in WITHOUT_LORA:
+        raise ScaleDownError(
+            f"{generator.config.model_type} shares weights between layers, where LoRA is not saved as it was trained; "
+            "train the compressor alone (lora_r=0), or choose another generator."
+        )
     inject_adapter_in_model(LoraConfig(**settings), generator)
     for name, parameter in generator.named_parameters():
         if "lora_" in name:

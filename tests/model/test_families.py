@@ -10,9 +10,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import compressor_scaledown
 from scaledown import ScaleDownConfig, ScaleDownModel
 from shortcuts_scaledown import CAUSAL_BACKBONES
-from tiny import ANSWERS, DOCUMENTS, QUESTIONS, SHAPE, build_tokenizer
+from tiny import ANSWERS, DOCUMENTS, QUESTIONS, build_tokenizer
+from tiny import SHAPE as TINY
 
 ROOT = Path(__file__).parents[2]
+SHAPE = {**TINY, "num_hidden_layers": 4}  # the first two are compared with all
 HEADS = {**SHAPE, "head_dim": 8}
 EXPERTS = {**SHAPE, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
@@ -47,6 +49,37 @@ FAMILIES = {
     "smollm3": SHAPE,
     "olmo2": SHAPE,
     "olmo3": {**SHAPE, **SLIDING},
+    "mixtral": {**SHAPE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "minimax_m2": {**HEADS, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16},
+    "qwen3_5_moe_text": {
+        **EXPERTS,
+        "head_dim": 8,
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 16,
+        **LINEAR,
+    },
+    "granitemoeshared": {
+        **SHAPE,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 16,
+    },
+    "granitemoehybrid": {
+        **SHAPE,
+        **STATE_SPACE,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 16,
+        "layer_types": ["mamba", "attention"] * 2,
+    },
+    "olmo": SHAPE,
+    "phi": SHAPE,
+    "starcoder2": SHAPE,
+    "nemotron": SHAPE,
+    "stablelm": SHAPE,
+    "qwen2": SHAPE,
+    "gemma": HEADS,
     "deepseek_v3": {
         **EXPERTS,
         **LATENT,
@@ -185,8 +218,30 @@ def test_the_table_of_families_says_what_is_true(tmp_path):
     assert not missing, "\n".join(rows)
 
 
-@pytest.mark.parametrize("name", ["nanochat", "mamba2", "gemma3n_text"])
+def test_lora_that_would_not_be_saved_as_it_was_trained_is_refused():
+    shape = {
+        **SHAPE,
+        "mamba_d_state": 8,
+        "n_mamba_heads": 4,
+        "mamba_headdim": 16,
+        "num_mem_blocks": 1,
+        "num_key_value_heads": 4,
+        "attention_head_dim": 16,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+    }
+    config = AutoConfig.for_model("zamba2", **shape)
+    model = ScaleDownModel(ScaleDownConfig(generator_config=config, num_compressor_layers=2))
+    with pytest.raises(ValueError, match="zamba2 shares weights between layers"):
+        model.add_lora(r=2)
+
+
+@pytest.mark.parametrize("name", ["nanochat", "mamba2", "gemma3n_text", "minimax"])
 def test_what_cannot_serve_is_refused_with_the_reason(name):
-    reasons = {"nanochat": "llm", "mamba2": "no keys and values", "gemma3n_text": "looks tokens up again"}
+    reasons = {
+        "nanochat": "llm",
+        "mamba2": "no keys and values",
+        "gemma3n_text": "looks tokens up again",
+        "minimax": "a cache of its own kind",
+    }
     with pytest.raises(ValueError, match=reasons[name]):
         ScaleDownModel(ScaleDownConfig(generator_config=AutoConfig.for_model(name), num_compressor_layers=2))

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from jinja2.sandbox import SecurityError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from card_scaledown import write_card
 from folders import (
@@ -29,7 +29,17 @@ from folders import (
     silence,
 )
 from scaledown import ScaleDownModel, ScaleDownProcessor
-from tiny import ANSWERS, DOCUMENTS, ENCODERS, GENERATORS, QUESTIONS, build_model, build_tokenizer, randomize_lora
+from tiny import (
+    ANSWERS,
+    DOCUMENTS,
+    ENCODERS,
+    GENERATORS,
+    QUESTIONS,
+    SHAPE,
+    build_model,
+    build_tokenizer,
+    randomize_lora,
+)
 
 KINDS = ("n_layers", "modernbert", "llm")
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
@@ -742,3 +752,18 @@ def test_a_rendered_card_is_rendered_again(tmp_path):
     loaded.card_fields = {"repo_id": "me/second-time"}
     loaded.save_pretrained(tmp_path)
     assert "# second-time" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("weights_format", ["full", "delta"])
+def test_lora_on_experts_that_transformers_saves_by_other_names(weights_format, tmp_path):
+    config = AutoConfig.for_model("mixtral", **SHAPE, num_local_experts=2, num_experts_per_tok=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "generator")
+    build_tokenizer().save_pretrained(tmp_path / "generator")
+    model = ScaleDownModel.from_backbones(str(tmp_path / "generator"), num_compressor_layers=1)
+    model.add_lora(r=2)
+    with torch.no_grad():
+        for name, parameter in model.generator.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "saved", weights_format=weights_format)
+    assert_same_outputs(ScaleDownModel.from_pretrained(tmp_path / "saved"), outputs(model.eval()))
