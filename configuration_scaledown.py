@@ -309,11 +309,10 @@ class ScaleDownConfig(PreTrainedConfig):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 remedy = "; 0 switches the reranking loss off" if name == "reranking_loss_weight" else ""
                 raise ScaleDownError(f"{name}={value!r} must be a number of at least 0{remedy}.")
-        if not isinstance(self.enable_reranking, bool):
-            raise ScaleDownError(f"enable_reranking={self.enable_reranking!r} must be True or False.")
-        if not isinstance(self.penalize_prompt, bool):
-            raise ScaleDownError(f"penalize_prompt={self.penalize_prompt!r} must be True or False.")
-        for name in ("keep_final_norm", "use_projector"):
+        for name in ("enable_reranking", "penalize_prompt"):
+            if not isinstance(getattr(self, name), bool):
+                raise ScaleDownError(f"{name}={getattr(self, name)!r} must be True or False.")
+        for name in ("keep_final_norm", "use_projector", "reranking_trained"):
             if getattr(self, name) not in (None, True, False):
                 raise ScaleDownError(f"{name}={getattr(self, name)!r} must be True, False or None.")
         side = self.compressor_padding_side
@@ -324,8 +323,6 @@ class ScaleDownConfig(PreTrainedConfig):
                 f"compressor_padding_side={side!r} counts positions up to memory embeddings behind the row; set "
                 'compressor_max_length, and slot_pooling="memory_tokens".'
             )
-        if self.reranking_trained not in (None, True, False):
-            raise ScaleDownError(f"reranking_trained={self.reranking_trained!r} must be True, False or None.")
         if self.lora_config is not None and not isinstance(self.lora_config, dict):
             raise ScaleDownError(
                 f"lora_config={self.lora_config!r} must be a dictionary of peft.LoraConfig arguments, or None."

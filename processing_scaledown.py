@@ -375,7 +375,7 @@ class ScaleDownProcessor(CompressorRowsMixin, PromptMixin, ProcessorMixin):
             for chunks in row:
                 for ids, start, end in chunks:
                     rows.append(ids)
-                    own.append([start <= place < end for place in range(len(ids))])
+                    own.append([False] * start + [True] * (end - start) + [False] * (len(ids) - end))
                     count = max_slots if fixed else min(math.ceil((end - start) / rate), max_slots)
                     slots.append(count + int(self.learned_separator))
                     chunk_to_document.append(len(document_to_example))

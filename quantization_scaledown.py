@@ -135,12 +135,18 @@ def share_quantizer(model: PreTrainedModel):
     model.is_quantized, model.generator.is_quantized = False, True
     settings = source.config.quantization_config
     if isinstance(settings, BitsAndBytesConfig):
-        weights = [parameter for parameter in model.generator.parameters() if not hasattr(parameter, "quant_state")]
-        experts = sum(weight.numel() for weight in weights if weight.dim() == 3)
-        if 2 * experts > model.generator.num_parameters():
-            logger.warning_once(
-                "bitsandbytes quantises linear layers, and the experts of "
-                f"{model.generator.config.model_type}, most of its weights, are none: they keep their size."
-            )
-    copied = spare_compressor if isinstance(settings, BitsAndBytesConfig) else copy.deepcopy
-    model.config.quantization_config = copied(settings)
+        _warn_of_experts(model.generator)
+        model.config.quantization_config = spare_compressor(settings)
+    else:
+        model.config.quantization_config = copy.deepcopy(settings)
+
+
+def _warn_of_experts(generator: PreTrainedModel):
+    """Says where most of a generator's weights stay as they are: experts, which are no linear layers."""
+    weights = [parameter for parameter in generator.parameters() if not hasattr(parameter, "quant_state")]
+    experts = sum(weight.numel() for weight in weights if weight.dim() == 3)
+    if 2 * experts > generator.num_parameters():
+        logger.warning_once(
+            f"bitsandbytes quantises linear layers, and the experts of {generator.config.model_type}, most of its "
+            "weights, are none: they keep their size."
+        )

@@ -55,25 +55,26 @@ class CompressorRowsMixin:
         texts = [document for row in documents for document in row]
         asked, encoded = (encode_as_text(tokenizer, part) for part in (questions, texts))
         warn_of_unknown(tokenizer, [*questions, *texts], [*asked, *encoded])
-        own = iter(encoded)
-        for i, row in enumerate(documents):
-            for j in range(len(row)):
-                if not next(own):
+        found = iter(encoded)
+        own = [[next(found) for _ in row] for row in documents]
+        for i, row in enumerate(own):
+            for j, ids in enumerate(row):
+                if not ids:
                     raise ScaleDownError(
                         f"documents[{i}][{j}] has no token in the compressor's vocabulary; leave it out."
                     )
         if self.compressor_prompt is not None:
             return self._rows_of_prompt(questions, documents)
         prefix, middle, suffix = self._compressor_frame()
-        own, rows = iter(encoded), []
-        for i, row in enumerate(documents):
+        rows = []
+        for i, row in enumerate(own):
             query = self._cut_query(asked[i])
             start = prefix + (query + middle if query else [])
             rows.append([])
-            for j in range(len(row)):
-                ids = next(own)
-                chunks = _split_evenly(ids, self.chunk_length) if limit is None else [ids]
-                if limit is not None:
+            for j, ids in enumerate(row):
+                if limit is None:
+                    chunks = _split_evenly(ids, self.chunk_length)
+                else:
                     room = limit - len(start) - len(suffix)
                     _check_cut(f"documents[{i}][{j}]", len(ids), room, limit)
                     chunks = [ids[:room]]

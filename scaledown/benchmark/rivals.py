@@ -18,7 +18,7 @@ from families_scaledown import num_positions
 from shortcuts_scaledown import CACHE_NAME
 
 from .configurations import load_shape
-from .speed import TimedModels, Timing, default_dtype
+from .speed import TimedModels, Timing, default_dtype, draw_ids
 from .workload import Workload
 
 CACHED_PREFIX = "full text, prefix cached"
@@ -70,10 +70,6 @@ class Rival:
         return workload.num_documents, length + workload.query_length * self.reads_question
 
 
-def _kept(share: float) -> str:
-    return f"keeps {share:.0%}"
-
-
 RIVALS = (
     # LLMLingua-2 (arXiv 2403.12968) drops tokens without knowing the question.
     *(
@@ -83,7 +79,7 @@ RIVALS = (
     ),
     # Provence (arXiv 2501.16214) drops sentences, half of the text to four fifths; OpenProvence does with ModernBERT.
     *(
-        Rival(f"{title}, {_kept(share)}", shape, share)
+        Rival(f"{title}, keeps {share:.0%}", shape, share)
         for title, shape in (
             ("Provence (DeBERTa-v3 large)", "deberta-v3-large"),
             ("Provence (DeBERTa-v3 base)", "deberta-v3-base"),
@@ -159,8 +155,7 @@ class RivalModels:
 
     def _ids(self, model: PreTrainedModel, *shape: int) -> torch.Tensor:
         source = torch.Generator().manual_seed(self.models.arguments.seed)
-        size = model.config.vocab_size
-        return torch.randint(size // 2, size, shape, generator=source).to(self.models.device)
+        return draw_ids(source, model.config.vocab_size, *shape).to(self.models.device)
 
     def _encoding(self, rival: Rival, workload: Workload, batch_size: int) -> Callable[[], Any]:
         if rival.shape is None:

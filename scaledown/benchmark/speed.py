@@ -82,6 +82,11 @@ class Inputs:
     chunks: dict[str, torch.Tensor]
 
 
+def draw_ids(source: torch.Generator, vocab_size: int, *shape: int) -> torch.Tensor:
+    """Draw token ids from the upper half of a vocabulary, where no special tokens are."""
+    return torch.randint(vocab_size // 2, vocab_size, shape, generator=source)
+
+
 def draw_inputs(
     workload: Workload, batch_size: int, vocab_size: int, mixed: bool, compressor_vocab_size: int, seed: int
 ) -> Inputs:
@@ -110,19 +115,16 @@ def draw_inputs(
         is_slot += [False] * workload.separator_length * (place > 0) + [True] * sum(numbers)
     is_slot += [False] * (workload.frame_length + sum(map(sum, slots)) - len(is_slot))
 
-    def draw(size: int, *shape: int) -> torch.Tensor:
-        return torch.randint(size // 2, size, shape, generator=source)
-
     read = torch.tensor([chunk + workload.query_length for listed in chunks for chunk in listed] * batch_size)
     places = torch.arange(int(read.max()))
     mask = (places < read.unsqueeze(1)).long()
-    ids = draw(compressor_vocab_size, *mask.shape)
+    ids = draw_ids(source, compressor_vocab_size, *mask.shape)
     if workload.query_length:  # a question's documents are read with the same question
-        question = draw(compressor_vocab_size, batch_size, 1, workload.query_length)
+        question = draw_ids(source, compressor_vocab_size, batch_size, 1, workload.query_length)
         ids[:, : workload.query_length] = question.expand(-1, len(ids) // batch_size, -1).flatten(0, 1)
     return Inputs(
-        text=draw(vocab_size, batch_size, workload.frame_length + int(lengths.sum())),
-        truncated=draw(vocab_size, batch_size, len(is_slot)),
+        text=draw_ids(source, vocab_size, batch_size, workload.frame_length + int(lengths.sum())),
+        truncated=draw_ids(source, vocab_size, batch_size, len(is_slot)),
         slot_mask=torch.tensor(is_slot).expand(batch_size, -1),
         chunks={
             "compressor_input_ids": ids,

@@ -144,7 +144,7 @@ def read_here(paths):
 
 
 def set_config(folder: Path, **changes):
-    """Change a saved configuration; None takes a setting out."""
+    """Change a saved configuration; `...` takes a setting out."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config.update(changes)

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass, field
 
+from configuration_scaledown import WEIGHTS_FORMATS
 from errors_scaledown import ScaleDownError
+from settings_scaledown import PADDING_SIDES
 
+from ...common.choices import DTYPES
 from ...common.command_line import check_least
 
-TYPES = ("float32", "bfloat16", "float16")
-SIDES = ("left", "right")
+TYPES = tuple(name for name in DTYPES if name != "auto")
 
 
 @dataclass
@@ -74,7 +76,7 @@ class ConversionArguments:
     )
 
     def __post_init__(self) -> None:
-        for name, allowed in (("dtype", TYPES), ("padding_side", SIDES), ("weights_format", ("full", "delta"))):
+        for name, allowed in (("dtype", TYPES), ("padding_side", PADDING_SIDES), ("weights_format", WEIGHTS_FORMATS)):
             value = getattr(self, name)
             if value is not None and value not in allowed:
                 raise ScaleDownError(f"{name} is {value!r}, expected {', '.join(allowed)}; correct --{name}.")

@@ -9,6 +9,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from backbones_scaledown import check_compressor
+from embeddings_scaledown import embeddings_name
 from errors_scaledown import ScaleDownError
 from families_scaledown import POSITIONS_AFTER_PADDING, truncated_config
 from rows_scaledown import pair_frame
@@ -127,8 +128,7 @@ def copy_of_decoder(layout: Layout, decoder: Decoder) -> Compressor:
     if adapter is not None:
         merge_adapter(weights, adapter, f"{decoder.model.base_model_prefix}.", "encoder_adapter")
     backbone = AutoModel.from_config(config, dtype=decoder.model.dtype)
-    name = next(n for n, m in backbone.named_modules() if m is backbone.get_input_embeddings())
-    weights[f"{name}.weight"] = decoder.table[:explained].to(decoder.model.dtype)
+    weights[embeddings_name(backbone)] = decoder.table[:explained].to(decoder.model.dtype)
     load_whole(backbone, weights, "the decoder")
     tokenizer = AutoTokenizer.from_pretrained(decoder.name, revision=decoder.revision, padding_side="left")
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
@@ -167,10 +167,10 @@ def take_whole(source: Source, layout: Layout, backbone: PreTrainedModel, prefix
     state = {key.removeprefix(prefix): value for key, value in state.items() if not key.endswith("lm_head.weight")}
     if not layout.keeps_norm:  # the class has none, and ScaleDown takes it off
         state.setdefault("norm.weight", torch.ones(backbone.config.hidden_size))
-    embeddings = next(name for name, module in backbone.named_modules() if module is backbone.get_input_embeddings())
-    table = state.get(f"{embeddings}.weight")
+    embeddings = embeddings_name(backbone)
+    table = state.get(embeddings)
     if table is None:
-        raise ScaleDownError(f"{WHOLE_FILE} holds no {embeddings}.weight.")
+        raise ScaleDownError(f"{WHOLE_FILE} holds no {embeddings}.")
     with_rows(backbone, table.shape[0])
     load_whole(backbone, state, "the compressor")
     return table

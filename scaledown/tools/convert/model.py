@@ -10,7 +10,7 @@ from generation_scaledown import greedy_settings
 from modeling_scaledown import ScaleDownModel
 from processing_scaledown import ScaleDownProcessor
 
-from .adapters import fill_lora
+from .adapters import LORA_SCALE, fill_lora
 from .arguments import ConversionArguments
 from .compressor import Compressor, load_compressor, padding_of
 from .decoder import Decoder, load_decoder
@@ -107,7 +107,7 @@ def settings_of(layout: Layout, decoder: Decoder, compressor: Compressor, args: 
     if layout.lora_r is not None:
         settings["lora_config"] = {
             "r": layout.lora_r,
-            "lora_alpha": 2 * layout.lora_r,
+            "lora_alpha": int(LORA_SCALE * layout.lora_r),
             "lora_dropout": 0.1,
             "target_modules": "all-linear",
         }

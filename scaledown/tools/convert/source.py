@@ -41,15 +41,11 @@ class Source:
     config: dict[str, Any]
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def take(self, file: str, prefix: str = "") -> dict[str, torch.Tensor]:
-        """Take the tensors of a file whose names begin with a prefix, by what follows it."""
-        start = f"{file}:{prefix}"
+    def take(self, file: str) -> dict[str, torch.Tensor]:
+        """Take the tensors of a file, by their names in it."""
+        start = f"{file}:"
         names = [name for name in self.tensors if name.startswith(start)]
         return {name.removeprefix(start): self.tensors.pop(name) for name in names}
-
-    def has(self, file: str) -> bool:
-        """Whether there is such a file."""
-        return (self.folder / file).is_file()
 
 
 def open_source(name: str, revision: str | None) -> Source:
