@@ -53,9 +53,9 @@ class CompressorRowsMixin:
         """
         tokenizer, limit = self.compressor_tokenizer, self.compressor_max_length
         texts = [document for row in documents for document in row]
-        asked, encoded = (encode_as_text(tokenizer, part) for part in (questions, texts))
-        warn_of_unknown(tokenizer, [*questions, *texts], [*asked, *encoded])
-        found = iter(encoded)
+        encoded = encode_as_text(tokenizer, [*questions, *texts])
+        warn_of_unknown(tokenizer, [*questions, *texts], encoded)
+        asked, found = encoded[: len(questions)], iter(encoded[len(questions) :])
         own = [[next(found) for _ in row] for row in documents]
         for i, row in enumerate(own):
             for j, ids in enumerate(row):

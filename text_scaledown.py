@@ -238,8 +238,8 @@ def encode_continuations(
 
     # Something is put before the text that does not merge with it, and its ids are taken off again.
     before = ["a" if text[:1].isspace() else "\n" for text in texts]
-    starts = [encode([piece])[0] for piece in before]
-    whole = encode([piece + text for piece, text in zip(before, texts, strict=True)])
+    letter, line_end, *whole = encode(["a", "\n", *map(str.__add__, before, texts)])
+    starts = [letter if piece == "a" else line_end for piece in before]
     return [
         ids[len(start) :] if ids[: len(start)] == start else encode([text])[0]
         for ids, start, text in zip(whole, starts, texts, strict=True)
