@@ -204,7 +204,9 @@ class BackbonesMixin:
         share_quantizer(model)
         model.remember_generator()
         _fit_compressor(model, language_model, backbone)
-        code = {"trust_remote_code": trust_remote_code}
+        # Where mistral-common is installed, Mistral's models come with a tokenizer of its own, which knows neither
+        # these arguments nor texts without special tokens.
+        code = {"trust_remote_code": trust_remote_code, "mistral_format": False}
         tokenizer = AutoTokenizer.from_pretrained(generator, **code, **generator_hub)
         if with_generator:
             model.generation_config = greedy_settings(language_model.generation_config, tokenizer)

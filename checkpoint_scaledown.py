@@ -36,7 +36,7 @@ try:
     from .embeddings_scaledown import compressor_embeddings_name, fill_embeddings, read_embeddings, shared_embeddings
     from .errors_scaledown import ScaleDownError
     from .gguf_scaledown import gguf_files, split_gguf
-    from .lora_scaledown import check_lora, freeze, load_lora
+    from .lora_scaledown import check_lora, freeze, load_lora, refuse_other_lora
     from .processing_scaledown import PROCESSOR_FIELDS
     from .quantization_scaledown import bitsandbytes_config, is_quantized, share_quantizer, spare_compressor
     from .weights_scaledown import (
@@ -60,7 +60,7 @@ except ImportError:
     from embeddings_scaledown import compressor_embeddings_name, fill_embeddings, read_embeddings, shared_embeddings
     from errors_scaledown import ScaleDownError
     from gguf_scaledown import gguf_files, split_gguf
-    from lora_scaledown import check_lora, freeze, load_lora
+    from lora_scaledown import check_lora, freeze, load_lora, refuse_other_lora
     from processing_scaledown import PROCESSOR_FIELDS
     from quantization_scaledown import bitsandbytes_config, is_quantized, share_quantizer, spare_compressor
     from weights_scaledown import (
@@ -411,6 +411,7 @@ def _check_weights_format(model: PreTrainedModel, weights_format: str):
     if model.generator is None or model.compressor.backbone is None:
         part = "generator" if model.generator is None else "compressor's backbone"
         raise ScaleDownError(f"This model was loaded without its {part}, so it cannot be saved; load it whole.")
+    refuse_other_lora(model)
     quantizer = getattr(model.generator, "hf_quantizer", None)
     if weights_format == "full":
         if quantizer is not None and not isinstance(quantizer.quantization_config, BitsAndBytesConfig):

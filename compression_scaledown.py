@@ -16,6 +16,7 @@
 import contextlib
 import itertools
 from collections import OrderedDict
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -220,6 +221,6 @@ def chunks_per_pass(device: torch.device) -> int:
 
 
 def check_batch_size(batch_size: int):
-    """Refuses a number of chunks or questions below 1."""
-    if batch_size < 1:
-        raise ScaleDownError(f"batch_size={batch_size} must be at least 1.")
+    """Refuses a number of chunks or questions that is none, or below 1."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
+        raise ScaleDownError(f"batch_size={batch_size!r} must be a whole number of at least 1.")

@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 
 try:
     from .errors_scaledown import ScaleDownError
-    from .families_scaledown import embedding_width
+    from .families_scaledown import embedding_scale, embedding_width
     from .shortcuts_scaledown import (
         SharedPrefixes,
         can_share_prefixes,
@@ -39,7 +39,7 @@ except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
     from errors_scaledown import ScaleDownError
-    from families_scaledown import embedding_width
+    from families_scaledown import embedding_scale, embedding_width
     from shortcuts_scaledown import (
         SharedPrefixes,
         can_share_prefixes,
@@ -390,6 +390,7 @@ class ScaleDownCompressor(nn.Module):
             spans = document_mask.gather(1, order), chunk_slots, num_slots
             if self.span_attention is not None:
                 states = self.span_attention.normalize(states)
+                embeds = embeds * embedding_scale(self.backbone.config)
                 memory = self.span_attention(states, embeds, *spans)  # (num_chunks, slots, 2 * hidden)
             else:
                 memory = mean_over_spans(states, *spans)

@@ -155,6 +155,13 @@ def embedding_width(config: PreTrainedConfig) -> int:
     return config.hidden_size
 
 
+def embedding_scale(config: PreTrainedConfig) -> float:
+    """What a model multiplies the embeddings it is given with, before its first layer."""
+    if config.model_type == "recurrent_gemma" or (config.model_type == "afmoe" and config.mup_enabled):
+        return config.hidden_size**0.5
+    return getattr(config, "embedding_multiplier", None) or 1.0  # Granite and others
+
+
 def truncated_config(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
     """
     Copies a causal language model's configuration, cut to its first layers.
@@ -189,6 +196,7 @@ def truncated_config(config: PreTrainedConfig, num_layers: int) -> PreTrainedCon
 __all__ = [
     "WITHOUT_LORA",
     "check_families",
+    "embedding_scale",
     "embedding_width",
     "language_model_config",
     "num_positions",

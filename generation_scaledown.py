@@ -125,6 +125,8 @@ class ScaleDownGenerationMixin(GenerationMixin):
                 mask = kwargs.get("attention_mask")
                 read = 0 if mask is None else max(mask.shape[1] - input_ids.shape[1], 0)
                 kwargs["prompt_embeds"] = nn.functional.pad(filled, (0, 0, read, 0))
+                if mask is None and slot_mask is not None and not {"past_key_values", "cache"} & kwargs.keys():
+                    kwargs["attention_mask"] = _mask_of_ids(input_ids, slot_mask, self.generation_config)
         settings = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
         if not {"prompt_embeds", "inputs_embeds", "past_key_values", "cache"} & kwargs.keys() and slot_mask is None:
             _refuse_plain_ids(settings)
@@ -144,9 +146,12 @@ class ScaleDownGenerationMixin(GenerationMixin):
         return found
 
     def _get_candidate_generator(self, *args, **kwargs):
-        """A plain language model that assists reads the ids of the prompt; documents are then in the target alone."""
+        """Slots are of no use to a plain language model that assists, or a narrower one: it reads the prompt's ids."""
         assistant = kwargs.get("assistant_model")
-        if assistant is not None and assistant.config.model_type != self.config.model_type:
+        if assistant is not None and (
+            assistant.config.model_type != self.config.model_type
+            or assistant.config.hidden_size != self.config.hidden_size
+        ):
             kept = kwargs["model_kwargs"].items()
             kwargs["model_kwargs"] = {name: value for name, value in kept if name != "prompt_embeds"}
         return super()._get_candidate_generator(*args, **kwargs)
@@ -191,6 +196,16 @@ class ScaleDownGenerationMixin(GenerationMixin):
             embeds = torch.cat([embeds, new], dim=1)  # (batch, length, hidden)
         model_inputs["input_ids"], model_inputs["inputs_embeds"] = None, embeds
         return model_inputs
+
+
+def _mask_of_ids(
+    input_ids: torch.LongTensor, slot_mask: torch.BoolTensor, settings: GenerationConfig
+) -> torch.LongTensor:
+    """The mask that transformers would infer from padding's id, which may stand at slots too."""
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    if settings.pad_token_id is None or settings.pad_token_id in ends:
+        return torch.ones_like(input_ids)
+    return ((input_ids != settings.pad_token_id) | slot_mask.to(input_ids.device)).long()
 
 
 def _refuse_plain_ids(settings: GenerationConfig):

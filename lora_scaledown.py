@@ -61,10 +61,11 @@ class LoraMixin:
                 "The generator is offloaded, and layers that learn must not be. Load it without offloading, quantised "
                 "if it is too large: load_in_4bit=True."
             )
-        if lora_kwargs.get("modules_to_save") or lora_kwargs.get("bias", "none") != "none":
+        own = lora_kwargs.get("modules_to_save") or lora_kwargs.get("trainable_token_indices")
+        if own or lora_kwargs.get("bias", "none") != "none":
             raise ScaleDownError(
-                "modules_to_save and bias would train the generator's own weights, which stay frozen here; leave them "
-                "out and name linear layers in target_modules."
+                "modules_to_save, trainable_token_indices and bias would train the generator's own weights, which stay "
+                "frozen here; leave them out and name linear layers in target_modules."
             )
         settings = {**LORA_DEFAULTS, **lora_kwargs}
         for name, value in settings.items():
@@ -200,6 +201,28 @@ def freeze(model: PreTrainedModel):
         for parameter in (model.compressor.memory_embeddings, model.compressor.rerank_embedding):
             if parameter is not None:
                 parameter.requires_grad_(False)
+
+
+def refuse_other_lora(model: PreTrainedModel):
+    """
+    Refuses to save layers that would not be found again: the weights they are around would come back random.
+
+    Args:
+        model (`ScaleDownModel`): The model.
+
+    Raises:
+        ScaleDownError: PEFT has put layers into the model that `add_lora` did not make.
+    """
+    if model._hf_peft_config_loaded:  # transformers saves such an adapter alone, and `load_adapter` finds it again
+        return
+    for name, _ in model.named_parameters():
+        own = model.config.lora_config is not None and name.startswith("generator.")
+        is_other = ("lora_" in name and ".default" not in name) if own else ("lora_" in name or ".base_layer." in name)
+        if is_other:
+            raise ScaleDownError(
+                f"{name} is of a layer that add_lora() did not make, and a saved model would not find it again. Merge "
+                "it first (peft: merge_and_unload), or use add_lora() in its place."
+            )
 
 
 def load_lora(model: PreTrainedModel, name_or_path: str, hub: dict):

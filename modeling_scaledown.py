@@ -38,6 +38,7 @@ try:
     from .compressor_scaledown import COMPRESSORS, CompressedDocuments, ScaleDownCompressor
     from .embeddings_scaledown import compressor_embeddings_name
     from .errors_scaledown import WITHOUT_GENERATOR, ScaleDownError
+    from .families_scaledown import embedding_scale
     from .generation_scaledown import ScaleDownGenerationMixin
     from .lora_scaledown import LoraMixin, freeze, inject_lora
     from .reranking_scaledown import document_scores, reranking_loss
@@ -54,6 +55,7 @@ except ImportError:
     from compressor_scaledown import COMPRESSORS, CompressedDocuments, ScaleDownCompressor
     from embeddings_scaledown import compressor_embeddings_name
     from errors_scaledown import WITHOUT_GENERATOR, ScaleDownError
+    from families_scaledown import embedding_scale
     from generation_scaledown import ScaleDownGenerationMixin
     from lora_scaledown import LoraMixin, freeze, inject_lora
     from reranking_scaledown import document_scores, reranking_loss
@@ -456,6 +458,10 @@ class ScaleDownModel(
         **chunks,
     ) -> CompressedDocuments:
         """Memory embeddings from whichever form the documents have in the arguments of `forward`."""
+        forms = {**chunks, "memory_states": memory_states, "memory_embeddings": memory_embeddings}
+        named = [n for n in ("compressor_input_ids", "memory_states", "memory_embeddings") if forms[n] is not None]
+        if len(named) > 1:
+            raise ScaleDownError(f"The documents are given twice, as {' and as '.join(named)}; pass one of them.")
         if chunks["compressor_input_ids"] is not None:
             return self.get_memory_embeddings(**chunks, batch_size=batch_size)
         if memory_states is None:
@@ -494,8 +500,8 @@ class ScaleDownModel(
         if documents.memory_mask is not None:
             memory = memory[documents.memory_mask.to(memory.device)]
         memory = memory.reshape(-1, memory.shape[-1])  # (num_slots, hidden)
-        # Granite scales all embeddings it is given, and slots hold them as they are after that.
-        memory = memory / getattr(self.config.generator_config, "embedding_multiplier", 1.0)
+        # Slots hold embeddings as they are in front of the first layer.
+        memory = memory / embedding_scale(self.config.generator_config)
         if memory.shape[0] != num_slots:
             raise ScaleDownError(
                 f"The prompt has {num_slots} slots but the documents {memory.shape[0]} memory embeddings. Build both "

@@ -335,11 +335,12 @@ class ScaleDownProcessor(CompressorRowsMixin, PromptMixin, ProcessorMixin):
                 f"system_prompt={system_prompt!r} must be a string. A question with one of its own is a list of "
                 'messages, the first with the role "system".'
             )
+        control = control_ids(self.tokenizer)  # asking for each token would take seconds
         for prompt in {conversation.system_prompt for conversation in found} - {None}:
             ids = tokenize(self.tokenizer, prompt, add_special_tokens=False)["input_ids"]
-            control = [self.tokenizer.convert_ids_to_tokens(i) for i in ids if i in control_ids(self.tokenizer)]
-            if control:
-                raise ScaleDownError(f"The system prompt {prompt!r} spells the special token {control[0]}; remove it.")
+            spelled = [self.tokenizer.convert_ids_to_tokens(i) for i in ids if i in control]
+            if spelled:
+                raise ScaleDownError(f"The system prompt {prompt!r} spells the special token {spelled[0]}; remove it.")
         return found
 
     def encode_documents(

@@ -8,6 +8,7 @@ import torch
 from transformers import TextGenerationPipeline
 
 import filling_scaledown
+import processing_scaledown
 from scaledown import ScaleDownModel, ScaleDownProcessor
 from tiny import CHAT_TEMPLATE, DOCUMENTS, QUESTIONS, build_config, build_model, build_tokenizer
 
@@ -191,3 +192,11 @@ def test_embeddings_of_a_model_without_reranking():
     model: ScaleDownModel = build_model("n_layers", enable_reranking=False)
     with pytest.raises(ValueError, match="enable_reranking=False"):
         model.prompt_embeddings(QUESTIONS, DOCUMENTS, max_documents=1)
+
+
+def test_a_system_prompt_is_checked_at_once(monkeypatch):
+    model, asked = build_model("n_layers"), []
+    find = processing_scaledown.control_ids
+    monkeypatch.setattr(processing_scaledown, "control_ids", lambda tokenizer: asked.append(1) or find(tokenizer))
+    model.processor.conversations(QUESTION["content"], "Answer in as few words as you can. " * 20)
+    assert len(asked) == 1  # each takes milliseconds where a tokenizer has a thousand special tokens

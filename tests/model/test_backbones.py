@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig
+from transformers.models.auto import tokenization_auto
 
 import compressor_scaledown
 from folders import (
@@ -608,17 +609,49 @@ def test_settings_given_at_loading_reach_the_processor(by, tmp_path):
     assert model.processor.system_prompt == "Hallo."
 
 
-def test_slots_of_a_generator_that_scales_embeddings_are_not_scaled_twice(tmp_path):
+SCALING = {
+    "granite": {"embedding_multiplier": 12.0},
+    "recurrent_gemma": {"lru_width": 32, "attention_window_size": 64, "block_types": ["recurrent", "attention"]},
+    "afmoe": {"mup_enabled": True, "num_dense_layers": 2, "head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("pooling", ["memory_tokens", "span_attention"])
+@pytest.mark.parametrize("kind", SCALING)
+def test_slots_of_a_generator_that_scales_embeddings_are_not_scaled_twice(kind, pooling, tmp_path):
     torch.manual_seed(1)
-    config = AutoConfig.for_model("granite", **SHAPE, embedding_multiplier=12.0)
+    config = AutoConfig.for_model(kind, **SHAPE, **SCALING[kind])
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path)
-    model = from_backbones((tmp_path, None))
+    model = from_backbones((tmp_path, None), slot_pooling=pooling, compression_rate=1, num_memory_tokens=32)
     batch = model.processor(QUESTIONS[:1], DOCUMENTS[:1])
     seen = []
     model.generator.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
         out = model(**batch)
-    torch.testing.assert_close(
-        seen[0][batch["slot_mask"]], out.memory_embeddings[out.memory_mask], rtol=1e-4, atol=1e-5
+        slots = seen[0][batch["slot_mask"]]
+        torch.testing.assert_close(slots, out.memory_embeddings[out.memory_mask], rtol=1e-3, atol=1e-5)
+        if pooling == "span_attention":  # untrained, and at one token per slot, it reads as text does
+            model.generator(input_ids=batch["compressor_input_ids"])
+            text = seen[1][batch["compressor_document_mask"]]
+            torch.testing.assert_close(slots, text, rtol=1e-3, atol=1e-5)
+
+
+def test_a_tokenizer_of_mistral_common_is_not_taken(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ValueError("Some kwargs in ['gguf_file', '_from_auto'] are not supported")
+
+    # As where mistral-common is installed and the repository has its file.
+    stub = type("MistralCommonBackend", (), {"from_pretrained": refuse})
+    find = tokenization_auto.tokenizer_class_from_name
+    monkeypatch.setitem(tokenization_auto.TOKENIZER_MAPPING_NAMES, "mistral", "MistralCommonBackend")
+    monkeypatch.setattr(
+        tokenization_auto, "_use_mistral_format", lambda *a, mistral_format, **k: mistral_format is None
     )
+    monkeypatch.setattr(
+        tokenization_auto,
+        "tokenizer_class_from_name",
+        lambda name: stub if name == "MistralCommonBackend" else find(name),
+    )
+    model = from_backbones((save_generator(tmp_path, "mistral"), None))
+    assert model.processor.tokenizer.eos_token == "</s>"

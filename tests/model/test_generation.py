@@ -11,8 +11,9 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 from reranking_scaledown import document_scores
+from scaledown import ScaleDownConfig, ScaleDownModel
 from shortcuts_scaledown import CACHE_NAME
-from tiny import DOCUMENTS, GENERATORS, LEARNED_POSITIONS, QUESTIONS, build_model, only
+from tiny import DOCUMENTS, GENERATORS, LEARNED_POSITIONS, QUESTIONS, build_config, build_model, only
 
 PROMPT = ("input_ids", "attention_mask", "slot_mask")
 CHUNKS = ("compressor_input_ids", "compressor_attention_mask", "chunk_slots")
@@ -517,9 +518,10 @@ def test_a_length_of_ones_own_replaces_the_default(model, monkeypatch):
 
 
 REFUSED = [
-    (lambda m: m.answer(QUESTIONS, DOCUMENTS, batch_size=0), ValueError, "batch_size=0 must be at least 1"),
-    (lambda m: m.answer(QUESTIONS, DOCUMENTS, batch_size=-1), ValueError, "batch_size=-1 must be at least 1"),
-    (lambda m: m.compress(QUESTIONS, DOCUMENTS, batch_size=-1), ValueError, "batch_size=-1 must be at least 1"),
+    (lambda m: m.answer(QUESTIONS, DOCUMENTS, batch_size=0), ValueError, "batch_size=0 must be a whole number"),
+    (lambda m: m.answer(QUESTIONS, DOCUMENTS, batch_size="4"), ValueError, "batch_size=.4. must be a whole number"),
+    (lambda m: m.answer(QUESTIONS, DOCUMENTS, batch_size=-1), ValueError, "batch_size=-1 must be a whole number"),
+    (lambda m: m.compress(QUESTIONS, DOCUMENTS, batch_size=-1), ValueError, "batch_size=-1 must be a whole number"),
     (lambda m: m.answer("Who?", "One text."), TypeError, "documents is one string"),
     (lambda m: m.answer(["Who?"], [["a", ""]]), ValueError, r"documents\[0\]\[1\] is empty"),
     (
@@ -586,6 +588,28 @@ def test_an_assistant_may_be_a_plain_language_model(model):
     expected = new_tokens(model, batch, **GREEDY)
     for assistant in (model.generator, build_model("n_layers", seed=5).generator):
         assert torch.equal(new_tokens(model, batch, **GREEDY, assistant_model=assistant), expected)
+
+
+def test_an_assistant_may_be_a_narrower_model_of_this_kind(model):
+    config = build_config("n_layers").to_dict()
+    config["generator_config"]["hidden_size"] = 16
+    config.pop("compressor_config")
+    assistant = ScaleDownModel(ScaleDownConfig(**config)).eval()
+    assistant.generation_config.pad_token_id = model.generation_config.pad_token_id
+    batch = batch_of(model, QUESTIONS[0], DOCUMENTS[0])
+    expected = new_tokens(model, batch, **GREEDY)
+    assert torch.equal(new_tokens(model, batch, **GREEDY, assistant_model=assistant), expected)
+
+
+def test_without_a_mask_slots_are_no_padding():
+    model = build_model("n_layers")
+    model.processor.tokenizer.bos_token = None  # so that padding's id stands at the slots, as in Qwen's prompts
+    for questions, documents in ((QUESTIONS[:1], DOCUMENTS[:1]), (QUESTIONS, DOCUMENTS)):
+        batch = batch_of(model, questions, documents)
+        assert (batch["input_ids"][batch["slot_mask"]] == model.generation_config.pad_token_id).all()
+        expected = new_tokens(model, batch, **GREEDY)
+        del batch["attention_mask"]
+        assert torch.equal(new_tokens(model, batch, **GREEDY), expected)
 
 
 def test_what_cannot_assist_is_refused():

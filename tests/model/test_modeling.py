@@ -338,6 +338,15 @@ def test_labels_go_with_the_last_positions_alone(model):
         model(**training_batch(model), logits_to_keep=torch.tensor([3, 4]))
 
 
+def test_documents_in_two_forms_are_refused(model):
+    batch = model.processor(QUESTIONS, DOCUMENTS)
+    out = model(**batch)
+    twice = {"memory_embeddings": torch.zeros_like(out.memory_embeddings), "memory_mask": out.memory_mask}
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="given twice, as compressor_input_ids and as memory_embeddings"):
+            call(**batch, **twice)
+
+
 def test_a_mask_of_slots_that_stays_short_of_the_prompt_is_refused(model):
     batch = training_batch(model)
     longer = pad(batch["input_ids"], (0, 2), value=5)
@@ -455,6 +464,12 @@ def test_lora_over_lora_is_refused():
     model = build_model("n_layers", lora=True)
     with pytest.raises(ValueError, match=r"has LoRA layers already; call merge_lora\(\)"):
         model.add_lora()
+
+
+@pytest.mark.parametrize("setting", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5]}])
+def test_lora_that_would_train_the_generators_own_weights_is_refused(setting):
+    with pytest.raises(ValueError, match="would train the generator's own weights"):
+        build_model("n_layers").add_lora(**setting)
 
 
 def test_a_configuration_with_lora_builds_it():

@@ -12,6 +12,7 @@ import torch
 from combinations import combinations
 from huggingface_hub import ModelCard
 from jinja2.sandbox import SecurityError
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -763,3 +764,17 @@ def test_lora_on_experts_that_transformers_saves_by_other_names(weights_format, 
     model.add_lora(r=2)
     randomize_lora(model).save_pretrained(tmp_path / "saved", weights_format=weights_format)
     assert_same_outputs(ScaleDownModel.from_pretrained(tmp_path / "saved"), outputs(model.eval()))
+
+
+@pytest.mark.parametrize("way", ["add_adapter", "second", "get_peft_model", "whole"])
+def test_lora_that_a_saved_model_would_not_find_again_is_refused(way, tmp_path):
+    settings = LoraConfig(r=2, target_modules=["q_proj"])
+    model = build_model("n_layers", lora=way == "second")
+    if way == "get_peft_model":
+        model.generator = get_peft_model(model.generator, settings)
+    elif way == "whole":
+        get_peft_model(model, settings)
+    else:
+        model.generator.add_adapter(settings, adapter_name="other")
+    with pytest.raises(ValueError, match=r"is of a layer that add_lora\(\) did not make"):
+        model.save_pretrained(tmp_path)

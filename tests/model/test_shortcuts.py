@@ -102,3 +102,14 @@ def test_an_old_transformers_is_told_by_its_version(statement, tmp_path):
         text=True,
     )
     assert "needs transformers 5.17 or newer, and this is 4.57.0" in run.stderr.splitlines()[-1]
+
+
+def test_the_check_leaves_the_seeds_of_accelerators_alone(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    model = build_model(num_layers=4)
+    state, seeds[:] = torch.random.get_rng_state(), []
+    model.compress(QUESTIONS, DOCUMENTS)
+    assert model.compressor._shortcuts_hold
+    assert seeds == []
+    assert torch.equal(torch.random.get_rng_state(), state)
