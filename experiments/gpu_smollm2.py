@@ -1,35 +1,34 @@
 """Minutes of a GPU for models/smollm2-135m-16x: a reader of whole passages, and the model, in separate processes.
 
     cd runs/smollm2
-    python ../../experiments/gpu_smollm2.py reader --base base --data data --output gpu --seconds 200
+    python ../../experiments/gpu_smollm2.py check --base base --data data --output gpu
     python ../../experiments/gpu_smollm2.py joint --base base --data data --output gpu --seconds 400 --lora reader-cpu
+    python ../../experiments/gpu_smollm2.py reader --base base --data data --output gpu --seconds 200
     python ../../experiments/gpu_smollm2.py assemble --base base --pieces gpu --output 1
 
-Rehearse both on a CPU before (`--seconds 60 --work 10000 --bf16 --compile`), in an environment that has what the
-machine with the GPU has and no more. Training stops after a given time, and lessons and learning rates follow the
-clock. The trained weights are saved in bfloat16, in pieces below 16 MiB; `--start FOLDER` continues from such pieces.
-`assemble` turns them into a reader (a PEFT adapter) and a ScaleDown model. One model serves 4, 8 and 16 tokens per
-slot: the rate is drawn for every batch.
+Rehearse on a CPU before (`--seconds 60 --work 10000 --bf16`), in an environment that has what the machine with the GPU
+has and no more. Training stops after a given time, and lessons and learning rates follow the clock. Steps have few
+shapes, each recorded as a CUDA graph (`fixed_steps.py`). The trained weights are saved in bfloat16, in pieces below
+16 MiB; `--start FOLDER` continues from such pieces. `assemble` turns them into a reader (a PEFT adapter) and a
+ScaleDown model. One model serves 4, 8 and 16 tokens per slot: the rate is drawn for every batch.
 """
 
 import argparse
 import json
 import logging
+import math
 import random
-import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from fixed_steps import Shape, Step, Tensors, adamw, fixed_loss, scale_rates, to_shape
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
-from torch.optim.lr_scheduler import LambdaLR
+from pieces import load_lora, load_pieces, save_pieces
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import set_seed
 
 from lora_scaledown import LORA_DEFAULTS
 from modeling_scaledown import ScaleDownModel
@@ -37,10 +36,8 @@ from scaledown.common.metrics import ANSWER_METRICS
 from scaledown.data.records import read_records
 from scaledown.evaluation.data import Example
 from scaledown.evaluation.systems import CompressedSystem, TextSystem
-from scaledown.training.arguments import ScaleDownTrainingArguments
 from scaledown.training.collators import JointCollator
 from scaledown.training.reader import ReaderCollator
-from scaledown.training.trainer import ScaleDownTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -48,15 +45,18 @@ LAYERS, GENERATOR_LAYERS = 6, 30
 SLOTS = 32  # 32 slots of 128 tokens are a rate of 4
 LORA = {**LORA_DEFAULTS, "lora_dropout": 0.0}
 SYSTEM_PROMPT, USER_PROMPT = "Answer briefly.", "{documents}\nQuestion: {question}"
-FRAME = 60  # tokens of prompt and question
-LAYER = re.compile(r"(?:^|\.)layers\.\d+$")
+# Tokens of a chunk, of its question, of the prompt without documents, of an answer, of a passage that is repeated.
+CHUNK, QUERY, FRAME, ANSWER, REPEATED = 128, 64, 80, 24, 100
+CHUNKS_OF_PASSAGE = 1.7  # on average, at most; a passage has one chunk or two
 WARM_UP = 0.03
 COOL_DOWN = 0.4
 LOWEST = 0.03
 TEST_RATES = (16, 8, 4)
-POOL = 2048
 REPEAT = "Repeat the background word for word."
 SAVE_EVERY = 90  # seconds
+
+# A batch: passages per question, whether the passage is repeated, and tokens per slot (0: the passages' text).
+Kind = tuple[int, bool, int]
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Lesson:
     Args:
         until: Share of the time at which the next lesson begins.
         repeats: Share of the batches that ask for the passage itself.
-        rates: Tokens per slot to draw from, for each batch.
+        rates: Tokens per slot to draw from, for each batch; 0 for text.
         num_documents: Numbers of passages to draw from, for each batch.
         with_blanks: Whether blanks in text are asked for too.
     """
@@ -86,11 +86,11 @@ LESSONS = (
     Lesson(0.60, 0.2, (4, 8, 16, 16), (1, 2, 3, 5)),
     Lesson(99.0, 0.05, (16, 16, 16, 8, 4), (1, 2, 3, 5, 5, 5)),
 )
-READING = (Lesson(99.0, 0.0, (1,), (1, 2, 3, 5, 5, 5)),)
+READING = (Lesson(99.0, 0.0, (0,), (1, 2, 3, 5, 5, 5)),)
 
 
 class Records(Dataset):
-    """Records in memory, asked for by number, passages, whether to repeat the passage, and tokens per slot.
+    """Records in memory, asked for by number and kind.
 
     Args:
         longest: Tokens of a passage; records with a longer one are left out.
@@ -106,8 +106,9 @@ class Records(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, place: tuple[int, int, bool, int]) -> dict:
-        index, count, repeats, rate = place
+    def __getitem__(self, place: tuple[int, Kind]) -> tuple[dict, Kind]:
+        index, kind = place
+        count, repeats, _ = kind
         record = shortened(self.records[index], count, random.Random(int(torch.randint(2**31, ()).item())))
         if repeats:
             passage = beginning(record["documents"][(record["positives"] or [0])[0]], self.repeated_letters)
@@ -115,7 +116,7 @@ class Records(Dataset):
             record |= {"positives": [0]}
         if len(record["documents"]) == 1:  # nothing to rank: a head that learned to say yes would have to forget it
             record["reranking_scores"] = None
-        return {**record, "rate": rate}
+        return record, kind
 
 
 def num_tokens(text: str) -> float:
@@ -138,204 +139,175 @@ def shortened(record: dict, count: int, generator: random.Random) -> dict:
     return {**record, **cut, "positives": [kept.index(i) for i in gold]}
 
 
-class TokenBatches(Sampler):
-    """Batches of as many questions as fit an amount of work; passages, task and rate are the same in each.
+def shape_of(kind: Kind, work: int, longest: int) -> Shape:
+    """Shape of the batches of a kind.
+
+    Args:
+        kind: The kind.
+        work: Tokens times layers of a batch.
+        longest: Tokens of a passage.
+
+    Returns:
+        The shape.
+    """
+    count, repeats, rate = kind
+    answer = REPEATED if repeats else ANSWER
+    if not rate:
+        prompt = FRAME + count * longest + answer
+        return Shape(max(work // (GENERATOR_LAYERS * prompt), 1), prompt, answer)
+    length, chunks = (REPEATED, 1.0) if repeats else (CHUNK, count * CHUNKS_OF_PASSAGE)
+    slots = math.ceil(length / rate)
+    chunk = length + QUERY + 4
+    prompt = FRAME + math.ceil(chunks * slots) + count + answer
+    questions = max(int(work / (LAYERS * chunks * chunk + GENERATOR_LAYERS * prompt)), 1)
+    return Shape(questions, prompt, answer, max(math.ceil(questions * chunks), 2 * count), chunk, slots)
+
+
+class KindBatches(Sampler):
+    """Numbers of the questions of each batch; the kind is the same in each, as the lesson has it.
 
     Args:
         data: The records.
         lessons: What is learned when.
-        work: Tokens times layers of a batch at most, padding counted.
         share: Returns the share of the time that has passed.
+        size: Returns how many questions a batch of a kind has.
     """
 
-    def __init__(self, data: Records, lessons: tuple[Lesson, ...], work: int, share: Callable[[], float]):
-        self.longest = [max(map(num_tokens, record["documents"])) for record in data.records]
-        self.num_questions = sum(not record["id"].startswith("blank-") for record in data.records)
-        self.lessons, self.work, self.share = lessons, work, share
-        self.repeated_letters = data.repeated_letters
+    def __init__(
+        self,
+        data: Records,
+        lessons: tuple[Lesson, ...],
+        share: Callable[[], float],
+        size: Callable[[Kind], int],
+    ):
+        blanks = [record["id"].startswith("blank-") for record in data.records]
+        self.places = {
+            True: list(range(len(blanks))),
+            False: [i for i, is_blank in enumerate(blanks) if not is_blank],
+        }
+        self.lessons, self.share, self.size = lessons, share, size
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, bool, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, Kind]]]:
         generator = random.Random(0)
-        orders = {True: [], False: []}
+        left: dict[bool, list[int]] = {True: [], False: []}
         while True:
-            lesson = self._lesson()
-            order = orders[lesson.with_blanks]
-            if len(order) < POOL:
-                order += (
-                    generator.sample(range(len(self.longest)), len(self.longest))
-                    if lesson.with_blanks
-                    else (generator.sample(range(self.num_questions), self.num_questions))
-                )
-            # Questions of similar length together, in pools that are a small part of the data.
-            pool = sorted(order[:POOL], key=self.longest.__getitem__)
-            del order[:POOL]
-            while pool and lesson is self._lesson():
-                repeats = generator.random() < lesson.repeats
-                count = 1 if repeats else generator.choice(lesson.num_documents)
-                rate = generator.choice(lesson.rates)
-                last = generator.randrange(len(pool))
-                first = max(last + 1 - self._fitting(self.longest[pool[last]], count, repeats, rate), 0)
-                chosen = pool[first : last + 1]
-                del pool[first : last + 1]
-                yield [(index, count, repeats, rate) for index in chosen]
-
-    def _lesson(self) -> Lesson:
-        return next(lesson for lesson in self.lessons if self.share() < lesson.until)
-
-    def _fitting(self, length: float, count: int, repeats: bool, rate: int) -> int:
-        """How many questions about passages of a length fit."""
-        length = min(length, self.repeated_letters / 4) if repeats else length
-        read = count * length
-        if self.lessons is READING:
-            return max(int(self.work / (GENERATOR_LAYERS * (read + FRAME))), 1)
-        work = LAYERS * (read + FRAME / 2) + GENERATOR_LAYERS * (read / rate + FRAME + length * repeats)
-        return max(int(self.work / work), 1)
+            lesson = next(lesson for lesson in self.lessons if self.share() < lesson.until)
+            repeats = generator.random() < lesson.repeats
+            count = 1 if repeats else generator.choice(lesson.num_documents)
+            kind = count, repeats, generator.choice(lesson.rates)
+            order = left[lesson.with_blanks]
+            if len(order) < self.size(kind):
+                order += generator.sample(places := self.places[lesson.with_blanks], len(places))
+            yield [(order.pop(), kind) for _ in range(self.size(kind))]
 
 
 @dataclass
-class AtSomeRate:
-    """Builds batches at the rate that their records ask for.
+class FixedCollator:
+    """Builds batches of fixed shapes.
 
     Args:
-        collator: Builds the batch.
+        collators: For slots and for text.
+        shape: Shape of a kind.
     """
 
-    collator: JointCollator
+    collators: dict[bool, JointCollator | ReaderCollator]
+    shape: Callable[[Kind], Shape]
 
-    def __call__(self, records: list[dict]) -> dict:
+    def __call__(self, items: list[tuple[dict, Kind]]) -> tuple[Shape, Tensors]:
         """Build one batch."""
-        self.collator.processor.compression_rate = records[0]["rate"]
-        return self.collator(records)
+        records, kinds = zip(*items, strict=True)
+        kind = kinds[0]
+        collator, shape = self.collators[bool(kind[2])], self.shape(kind)
+        collator.processor.compression_rate = kind[2] or collator.processor.compression_rate
+        return shape, to_shape(collator(records), shape)
 
 
-class Clock(TrainerCallback):
-    """Stops training when its time is over, and saves now and then; the learning rate follows it.
+class Clock:
+    """Time of a run, from its first step on.
 
     Args:
-        seconds: Time from the first step on.
-        save: Saves what was learned.
+        seconds: Its length.
     """
 
-    def __init__(self, seconds: float, save: Callable[[], None]):
-        self.seconds, self.save, self.started, self.saved, self.questions = seconds, save, None, 0.0, 0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Start the clock."""
-        self.started = self.saved = time.perf_counter()
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        """Skip a step without finite gradients: it would leave no weight finite."""
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if not torch.stack(torch._foreach_norm(gradients)).isfinite().all():
-            logger.warning("step %d has no finite gradients", state.global_step)
-            model.zero_grad()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Stop when the time is over."""
-        control.should_training_stop = self.share >= 1
-        if time.perf_counter() - self.saved > SAVE_EVERY:
-            self.save()
-            self.saved = time.perf_counter()
+    def __init__(self, seconds: float):
+        self.seconds, self.started = seconds, time.perf_counter()
 
     @property
     def share(self) -> float:
         """Share of the time that has passed."""
-        return 0.0 if self.started is None else (time.perf_counter() - self.started) / self.seconds
+        return (time.perf_counter() - self.started) / self.seconds
 
-    def factor(self, step: int) -> float:
+    def factor(self) -> float:
         """Factor of the learning rate: rising at the beginning, falling in the last part of the time."""
         return max(min((self.share + 1e-3) / WARM_UP, 1.0, (1 - self.share) / COOL_DOWN), LOWEST)
 
 
-class TimedTrainer(ScaleDownTrainer):
-    """`ScaleDownTrainer` by the clock, and with batches by tokens."""
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Batches of the sampler, tokenized in advance."""
-        return DataLoader(
-            self.train_dataset,
-            batch_sampler=self.batches,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
-
-    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
-        """A normal step that counts its questions."""
-        self.clock.questions += len(inputs["input_ids"])
-        return super().training_step(model, inputs, *args, **kwargs)
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """Learning rates of the clock."""
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.clock.factor)
-        return self.lr_scheduler
-
-
-class TimedReaderTrainer(Trainer):
-    """`Trainer` by the clock, and with batches by tokens."""
-
-    create_scheduler = TimedTrainer.create_scheduler
-    get_train_dataloader = TimedTrainer.get_train_dataloader
-
-    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
-        """A normal step that counts its questions."""
-        self.clock.questions += len(inputs["input_ids"])
-        return super().training_step(model, inputs, *args, **kwargs)
+def groups_of(model: ScaleDownModel, options: argparse.Namespace) -> list[dict]:
+    """What is trained, by learning rate and whether it decays; in 32 bits."""
+    rates = {"compressor": options.compressor_learning_rate, "generator": options.learning_rate}
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+            part, decays = name.split(".")[0], parameter.dim() > 1
+            settings = {"lr": rates[part], "weight_decay": 0.05 if decays else 0.0}
+            groups.setdefault((part, decays), {**settings, "params": []})["params"].append(parameter)
+    for module in model.generator.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):  # autocast does it, and keeps 16 bits for the way back
+            module.cast_input_dtype_enabled = False
+    return list(groups.values())
 
 
 def train_by_clock(
-    model, data: Records, collator, lessons: tuple[Lesson, ...], options: argparse.Namespace, save: Callable[[], None]
+    model: ScaleDownModel,
+    data: Records,
+    lessons: tuple[Lesson, ...],
+    options: argparse.Namespace,
+    save: Callable[[], None],
 ) -> dict:
     """Train until the time is over.
 
     Returns:
         Steps, questions, seconds and the log.
     """
-    clock = Clock(options.seconds, save)
-    rates = {"compressor_learning_rate": options.compressor_learning_rate} if isinstance(model, ScaleDownModel) else {}
-    arguments = ScaleDownTrainingArguments(
-        output_dir=tempfile.gettempdir(),
-        max_steps=10**6,
-        gradient_accumulation_steps=1,
-        learning_rate=options.learning_rate,
-        save_strategy="no",
-        bf16=options.bf16 or torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=options.logging_steps,
-        logging_nan_inf_filter=False,  # which waits for the GPU in every step
-        report_to="none",
-        disable_tqdm=True,
-        weight_decay=0.05,
-        adam_beta2=0.98,
-        dataloader_num_workers=options.workers,
-        dataloader_prefetch_factor=4 if options.workers else None,
-        **rates,
+    groups = groups_of(model, options)
+    peaks = [group["lr"] for group in groups]
+    on_gpu = torch.cuda.is_available()
+    optimizer = adamw(groups, model.device)
+    step = Step(model.eval(), optimizer, bf16=options.bf16 or on_gpu)
+    clock = Clock(options.seconds)
+    shape = lambda kind: shape_of(kind, options.work, options.longest)  # noqa: E731
+    collators = {True: JointCollator(model.processor, 160), False: ReaderCollator(model.processor, 32)}
+    batches = DataLoader(
+        data,
+        batch_sampler=KindBatches(data, lessons, lambda: clock.share, lambda kind: shape(kind).questions),
+        collate_fn=FixedCollator(collators, shape),
+        num_workers=options.workers,
+        prefetch_factor=4 if options.workers else None,
+        pin_memory=on_gpu,
     )
-    kind = TimedTrainer if isinstance(model, ScaleDownModel) else TimedReaderTrainer
-    trainer = kind(model=model, args=arguments, train_dataset=data, data_collator=collator, callbacks=[clock])
-    trainer.clock = clock
-    trainer.batches = TokenBatches(data, lessons, options.work, lambda: clock.share)
-    layers = compiled_layers(model) if options.compile else []
-    torch._dynamo.config.recompile_limit = 64
-    for layer in layers:
-        layer.compile(dynamic=True)
-    trainer.train()
-    for layer in layers:
-        layer._compiled_call_impl = None  # generation would compile each of them again
-    log = [line for line in trainer.state.log_history if "loss" in line]
-    return {"steps": trainer.state.global_step, "questions": clock.questions, "seconds": options.seconds, "log": log}
+    steps, questions, losses, log, saved = 0, 0, [], [], time.perf_counter()
+    for of_batch, tensors in batches:
+        scale_rates(optimizer, peaks, clock.factor())
+        losses.append(step(tensors, of_batch))
+        steps += 1
+        questions += of_batch.questions
+        if steps % options.logging_steps == 0:
+            loss = torch.stack(losses).float().mean().item()
+            losses = []
+            log.append({"step": steps, "questions": questions, "seconds": clock.share * clock.seconds, "loss": loss})
+            logger.info("%(seconds)4.0f s, step %(step)d, %(questions)d questions: loss %(loss).3f", log[-1])
+            if not math.isfinite(loss):
+                raise ValueError(f"The loss is {loss} at step {steps}; the pieces hold what was learned before.")
+            if time.perf_counter() - saved > SAVE_EVERY:
+                save()
+                saved = time.perf_counter()
+        if clock.share >= 1:
+            break
+    return {"steps": steps, "questions": questions, "seconds": options.seconds, "log": log}
 
 
-def compiled_layers(model) -> list[torch.nn.Module]:
-    """Layers whose kernels are fused: with a model this small, launching them takes longer than computing."""
-    generator, compressor = (model.generator, model.compressor) if isinstance(model, ScaleDownModel) else (model, None)
-    layers = [module for name, module in generator.named_modules() if LAYER.search(name)]
-    if compressor is not None:
-        layers += compressor.backbone.layers[: -1 if compressor.shares_prefixes else None]
-    return layers
-
-
-def build(base: Path, pooling: str, slots: int = 128) -> ScaleDownModel:
+def build(base: Path, slots: int = CHUNK) -> ScaleDownModel:
     """The untrained model, its token embeddings frozen: they stay the generator's."""
     set_seed(0)
     model = ScaleDownModel.from_backbones(
@@ -343,7 +315,7 @@ def build(base: Path, pooling: str, slots: int = 128) -> ScaleDownModel:
         dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
         num_compressor_layers=LAYERS,
         num_memory_tokens=slots,
-        slot_pooling=pooling,
+        slot_pooling="span_attention",
         compression_rate=16,
         max_query_length=64,
         system_prompt=SYSTEM_PROMPT,
@@ -351,35 +323,6 @@ def build(base: Path, pooling: str, slots: int = 128) -> ScaleDownModel:
     )
     model.compressor.backbone.get_input_embeddings().requires_grad_(False)
     return model
-
-
-def learned(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Weights that were trained, in 16 bits."""
-    return {
-        name: parameter.detach().to("cpu", torch.bfloat16).contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-
-
-def save_pieces(model: torch.nn.Module, folder: Path) -> None:
-    """Write what was trained in pieces below 16 MiB."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(learned(model), folder, max_shard_size="15MB")
-
-
-def load_pieces(model: torch.nn.Module, folder: Path) -> None:
-    """Read what `save_pieces` wrote."""
-    weights = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        weights |= load_file(file)
-    own = dict(model.named_parameters())
-    missing = [name for name, parameter in own.items() if parameter.requires_grad and name not in weights]
-    if missing or weights.keys() - own.keys():
-        raise ValueError(f"{folder} does not hold this model's learned weights: {missing[:1]} is missing.")
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            own[name].copy_(tensor)
 
 
 @torch.no_grad()
@@ -403,40 +346,39 @@ def examples_of(path: Path, limit: int) -> list[Example]:
     return [Example(r["id"], r["query"], r["documents"], r["answer"], r.get("positives")) for r in records]
 
 
-def load_lora(folder: Path | None, generator: torch.nn.Module) -> None:
-    """Start LoRA from a PEFT adapter."""
-    if folder is None:
-        return
-    own = dict(generator.named_parameters())
-    with torch.no_grad():
-        for name, tensor in load_file(folder / "adapter_model.safetensors").items():
-            name = re.sub(r"\.(lora_[AB])\.weight$", r".\1.default.weight", name.removeprefix("base_model.model."))
-            own[name].copy_(tensor)
+def start(options: argparse.Namespace, part: str) -> ScaleDownModel:
+    """The model as training finds it, with what was learned before."""
+    model = build(options.base).to("cuda" if torch.cuda.is_available() else "cpu")
+    model.add_lora(**LORA)
+    if part == "reader":
+        model.compressor.requires_grad_(False)
+    if options.lora is not None:
+        load_lora(options.lora, model)
+    if options.start is not None and (options.start / part).is_dir():
+        load_pieces(model, options.start / part)
+    return model
 
 
-def device() -> str:
-    """Where to train."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def train(options: argparse.Namespace, part: str, lessons: tuple[Lesson, ...], *files: str) -> tuple:
+    """Train the reader or the model, and save it.
+
+    Returns:
+        The model and the report of its training.
+    """
+    started = time.perf_counter()
+    data = Records(options.longest, options.repeated_letters, *(options.data / file for file in files))
+    model = start(options, part)
+    logger.info("loaded after %.0f s: %d records", time.perf_counter() - started, len(data))
+    report = train_by_clock(model, data, lessons, options, lambda: save_pieces(model, options.output / part))
+    save_pieces(model, options.output / part)
+    write(options.output, part, report)
+    return model.to(torch.bfloat16 if torch.cuda.is_available() else torch.float32).eval(), report
 
 
 def reader(options: argparse.Namespace) -> None:
     """Train LoRA on whole passages."""
-    data = Records(options.longest, options.repeated_letters, options.data / "questions.jsonl.xz")
-    model = build(options.base, options.pooling).to(device())
-    generator = get_peft_model(model.generator, LoraConfig(**LORA, task_type="CAUSAL_LM"))
-    load_lora(options.lora, generator.base_model.model)
-    generator.config.use_cache = False
-    if options.start is not None:
-        load_pieces(generator, options.start / "reader")
-
-    def save() -> None:
-        save_pieces(generator, options.output / "reader")
-
-    report = train_by_clock(generator, data, ReaderCollator(model.processor, 32), READING, options, save)
-    save()
-    write(options.output, "reader", report)
-    generator.config.use_cache = True
-    system = TextSystem("full_text", generator.eval(), model.processor, model.generation_config, None, 24)
+    model, report = train(options, "reader", READING, "questions.jsonl.xz")
+    system = TextSystem("full_text", model.generator, model.processor, model.generation_config, None, 24)
     report["score"] = score(system, examples_of(options.data / "test5.jsonl", options.num_tests))
     logger.info("reader: %s", report["score"])
     write(options.output, "reader", report)
@@ -444,32 +386,40 @@ def reader(options: argparse.Namespace) -> None:
 
 def joint(options: argparse.Namespace) -> None:
     """Train compressor and LoRA."""
-    started = time.perf_counter()
-    data = Records(
-        options.longest, options.repeated_letters, options.data / "questions.jsonl.xz", options.data / "blanks.jsonl.xz"
-    )
-    model = build(options.base, options.pooling).to(device())
-    model.add_lora(**LORA)
-    load_lora(options.lora, model.generator)
-    logger.info("loaded after %.0f s", time.perf_counter() - started)
-    if options.start is not None:
-        load_pieces(model, options.start / "joint")
-
-    def save() -> None:
-        save_pieces(model, options.output / "joint")
-
     lessons = LESSONS[options.first_lesson :]
     if options.lessons:
         lessons = tuple(Lesson(**lesson) for lesson in json.loads(options.lessons))
-    report = train_by_clock(model, data, AtSomeRate(JointCollator(model.processor, 160)), lessons, options, save)
-    save()
-    write(options.output, "joint", report)
-    model.to(torch.bfloat16 if torch.cuda.is_available() else torch.float32).eval()
+    model, report = train(options, "joint", lessons, "questions.jsonl.xz", "blanks.jsonl.xz")
     for rate in TEST_RATES:
         system = CompressedSystem(model, rate, 24)
         report[f"score at {rate}"] = score(system, examples_of(options.data / "test5.jsonl", options.num_tests))
         logger.info("%d tokens per slot: %s", rate, report[f"score at {rate}"])
         write(options.output, "joint", report)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Compare the loss of fixed shapes and its gradients with those of the model itself, in 32 bits."""
+    data = Records(options.longest, options.repeated_letters, options.data / "questions.jsonl.xz")
+    for kind in ((1, True, 2), (1, False, 4), (3, False, 16)):
+        options.start = options.lora = None
+        model = start(options, "joint").float().eval()
+        torch.nn.init.normal_(model.compressor.span_attention.query, std=0.02)
+        records = [data[i, kind][0] for i in range(2)]
+        model.processor.compression_rate = kind[2]
+        batch = JointCollator(model.processor, 160)(records)
+        shape = shape_of(kind, 25_000, options.longest)
+        fixed = {name: tensor.to(model.device) for name, tensor in to_shape(batch, shape).items()}
+        batch = {n: x.to(model.device) if isinstance(x, torch.Tensor) else x for n, x in batch.items()}
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        losses = model(**batch).loss, fixed_loss(model, fixed, shape.slots)
+        gradients = [torch.autograd.grad(loss, parameters, allow_unused=True) for loss in losses]
+        worst = max(
+            ((a if a is not None else torch.zeros_like(p)) - (b if b is not None else torch.zeros_like(p))).abs().max()
+            / (1e-6 + (0 if a is None else a.abs().max()))
+            for a, b, p in zip(*gradients, parameters, strict=True)
+        )
+        kept = int((fixed["targets"] >= 0).sum()), int((batch["labels"] >= 0).sum())
+        logger.info("%s: losses %s, worst gradient %.1e, labels %s", kind, [x.item() for x in losses], worst, kept)
 
 
 def write(output: Path, name: str, report: dict) -> None:
@@ -479,15 +429,16 @@ def write(output: Path, name: str, report: dict) -> None:
 
 def assemble(options: argparse.Namespace) -> None:
     """Make models from pieces."""
-    model = build(options.base, options.pooling, SLOTS)
+    model = build(options.base, SLOTS)
     if (options.pieces / "reader").is_dir():
         generator = get_peft_model(model.generator, LoraConfig(**LORA, task_type="CAUSAL_LM"))
-        load_pieces(generator, options.pieces / "reader")
+        load_pieces(generator, options.pieces / "reader", "generator.", "base_model.model.")
         generator.save_pretrained(options.output / "reader")
         model.processor.tokenizer.save_pretrained(options.output / "reader")
         model.generator = generator.unload()
     model.add_lora(**LORA)
     load_pieces(model, options.pieces / "joint")
+    model.config.reranking_trained = True
     model.save_pretrained(options.output / "model", weights_format="delta")
 
 
@@ -495,34 +446,28 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    for command in (reader, joint, assemble):
+    for command in (check, joint, reader, assemble):
         options = commands.add_parser(command.__name__, help=command.__doc__)
         options.set_defaults(command=command)
         options.add_argument("--base", type=Path, required=True, help="the generator, as safetensors")
         options.add_argument("--output", type=Path, required=True)
-        options.add_argument("--pooling", default="span_attention", help="the model's slot_pooling")
         if command is assemble:
             options.add_argument("--pieces", type=Path, required=True)
             continue
         options.add_argument("--data", type=Path, required=True)
         options.add_argument("--start", type=Path, help="pieces to continue from")
         options.add_argument("--lora", type=Path, help="a PEFT adapter to start LoRA from")
-        options.add_argument("--seconds", type=float, required=True)
+        options.add_argument("--seconds", type=float, default=60)
         options.add_argument("--learning_rate", type=float, default=8e-4)
         options.add_argument("--work", type=int, default=600_000, help="tokens times layers of a batch")
-        options.add_argument(
-            "--longest", type=int, default=1000, help="tokens of a passage; records beyond are left out"
-        )
+        options.add_argument("--longest", type=int, default=240, help="tokens of a passage; longer ones are left out")
         options.add_argument("--repeated_letters", type=int, default=300)
         options.add_argument("--workers", type=int, default=0)
-        options.add_argument("--logging_steps", type=int, default=25)
+        options.add_argument("--logging_steps", type=int, default=50, help="each time, the GPU's queue runs dry")
         options.add_argument("--num_tests", type=int, default=200)
-        options.add_argument("--compile", action="store_true")
-        options.add_argument(
-            "--bf16", action="store_true", help="mixed precision on a CPU, to rehearse what a GPU does"
-        )
+        options.add_argument("--bf16", action="store_true", help="as on a GPU, to rehearse it")
+        options.add_argument("--compressor_learning_rate", type=float, default=5e-4)
     options = commands.choices["joint"]
-    options.add_argument("--compressor_learning_rate", type=float, default=5e-4)
     options.add_argument("--first_lesson", type=int, default=0)
     options.add_argument("--lessons", help="other lessons, as JSON")
     arguments = parser.parse_args()
