@@ -93,4 +93,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ServingArguments:
     Returns:
         The arguments.
     """
-    return parse_options(ServingArguments, argv, prog="scaledown-serve", description=__doc__)
+    return parse_options(
+        ServingArguments, argv, prog="scaledown-serve", description="Serve a ScaleDown model over HTTP."
+    )

@@ -55,7 +55,11 @@ def main() -> int:
     """Run the command; returns its exit status."""
 
     def command() -> str:
-        args = parse_options(ExportArguments)
+        args = parse_options(
+            ExportArguments,
+            prog="python -m scaledown.tools.export_generator",
+            description="Write the generator, LoRA merged.",
+        )
         dtype = "auto" if args.dtype is None else getattr(torch, args.dtype)
         model = load_model(
             lambda: ScaleDownModel.from_pretrained(args.model, revision=args.revision, dtype=dtype),

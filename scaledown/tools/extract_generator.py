@@ -48,7 +48,11 @@ def main() -> int:
     """Run the command; returns its exit status."""
 
     def command() -> str:
-        args = parse_options(ExtractionArguments)
+        args = parse_options(
+            ExtractionArguments,
+            prog="python -m scaledown.tools.extract_generator",
+            description="Take out the original generator.",
+        )
         model = load_model(lambda: ScaleDownModel.from_pretrained(args.model), args.model, "--model")
         extract_generator(model, Path(args.output))
         return f"the generator of {args.model} in {args.output}"

@@ -82,7 +82,11 @@ def main() -> int:
     """Run the command; returns its exit status."""
 
     def command() -> str:
-        args = parse_options(ReplacementArguments)
+        args = parse_options(
+            ReplacementArguments,
+            prog="python -m scaledown.tools.replace_generator",
+            description="Exchange a model's generator.",
+        )
         model = load_model(lambda: ScaleDownModel.from_pretrained(args.model), args.model, "--model")
         replace_generator(model, args.generator)
         model.save_pretrained(Path(args.output))

@@ -106,7 +106,11 @@ def main() -> int:
     """Run the command; returns its exit status."""
 
     def command() -> str:
-        args = parse_options(BackboneArguments)
+        args = parse_options(
+            BackboneArguments,
+            prog="python -m scaledown.world.encoder",
+            description="Train an encoder for the invented world.",
+        )
         tokenizer = encoder_tokenizer()
         model = build_encoder(tokenizer, args)
         tokenizer.save_pretrained(args.output)

@@ -68,7 +68,11 @@ def main() -> int:
     """Run the command; returns its exit status."""
 
     def command() -> str:
-        args = parse_options(BackboneArguments)
+        args = parse_options(
+            BackboneArguments,
+            prog="python -m scaledown.world.generator",
+            description="Train the embedded model's generator.",
+        )
         tokenizer = build_tokenizer()
         model = build_generator(tokenizer, args)
         tokenizer.save_pretrained(args.output)

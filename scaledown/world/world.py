@@ -403,7 +403,11 @@ def main() -> int:
     """Run the command; returns its exit status."""
 
     def command() -> str:
-        args = parse_options(WorldArguments)
+        args = parse_options(
+            WorldArguments,
+            prog="python -m scaledown.world.world",
+            description="Write questions and passages about an invented world.",
+        )
         folder = Path(args.output)
         folder.mkdir(parents=True, exist_ok=True)
         for split, count in zip(SPLITS, (args.num_train, args.num_validation, args.num_test), strict=True):

@@ -16,7 +16,11 @@ def main() -> int:
     """Run the command; returns its exit status."""
 
     def command() -> str:
-        args = parse_options(ConversionArguments)
+        args = parse_options(
+            ConversionArguments,
+            prog="python -m scaledown.tools.convert",
+            description="Convert OSCAR and PISCO checkpoints.",
+        )
         if args.verify is None or not Path(args.output).exists():
             refuse_existing(args.output)
             source = open_source(args.source, args.revision)
