@@ -108,7 +108,7 @@ def parse_with(parser: HfArgumentParser, argv: Sequence[str] | None = None) -> t
         ScaleDownError: An option is wrong.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser.epilog = "--debug prints the traceback of an error, and more of the log."
+    parser.epilog = "With --debug, errors come with a traceback, and the log says more."
     for place, option in enumerate(argv):
         # The Trainer has a --debug of its own, which takes a value.
         if option == "--debug" and (place + 1 == len(argv) or argv[place + 1].startswith("--")):
