@@ -37,6 +37,7 @@ try:
     from .text_scaledown import (
         Conversation,
         check_answers,
+        check_encodable,
         check_texts,
         control_ids,
         is_conversation,
@@ -62,6 +63,7 @@ except ImportError:
     from text_scaledown import (
         Conversation,
         check_answers,
+        check_encodable,
         check_texts,
         control_ids,
         is_conversation,
@@ -337,6 +339,7 @@ class ScaleDownProcessor(CompressorRowsMixin, PromptMixin, ProcessorMixin):
             )
         control = control_ids(self.tokenizer)  # asking for each token would take seconds
         for prompt in {conversation.system_prompt for conversation in found} - {None}:
+            check_encodable(prompt, "The system prompt")
             ids = tokenize(self.tokenizer, prompt, add_special_tokens=False)["input_ids"]
             spelled = [self.tokenizer.convert_ids_to_tokens(i) for i in ids if i in control]
             if spelled:

@@ -96,6 +96,7 @@ def read_question(value: object, name: str, system_prompt: str | None = None) ->
                 f"{name}[{i}] is {dict(message)!r}, expected a message with a role ({', '.join(ROLES)}) and a text as "
                 "its content."
             )
+        check_encodable(content, f"{name}[{i}]")
         turns.append((role, content))
     if turns[0][0] == "system":
         system_prompt = turns.pop(0)[1]
@@ -159,7 +160,7 @@ def check_texts(
             raise TypeError(f"questions[{i}] is {type(question).__name__}, expected a string.")
         if not question.strip():
             raise ScaleDownError(f"questions[{i}] is empty; pass the question's text.")
-        _check_encodable(question, f"questions[{i}]")
+        check_encodable(question, f"questions[{i}]")
     documents = [listed(row) for row in documents]
     for i, row in enumerate(documents):
         if isinstance(row, str):
@@ -174,7 +175,7 @@ def check_texts(
                 raise TypeError(f"documents[{i}][{j}] is {type(document).__name__}, expected a string.")
             if not document.strip():
                 raise ScaleDownError(f"documents[{i}][{j}] is empty; leave it out or pass its text.")
-            _check_encodable(document, f"documents[{i}][{j}]")
+            check_encodable(document, f"documents[{i}][{j}]")
     return questions, documents
 
 
@@ -338,7 +339,8 @@ def warn_of_unknown(tokenizer: PreTrainedTokenizerBase, texts: list[str], encode
             return
 
 
-def _check_encodable(text: str, name: str):
+def check_encodable(text: str, name: str):
+    """Refuses a text with half of a surrogate pair, which no tokenizer takes."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -358,4 +360,5 @@ def check_answers(answers: str | list[str], num_questions: int) -> list[str]:
     for i, answer in enumerate(answers):
         if not isinstance(answer, str) or not answer.strip():
             raise ScaleDownError(f"answers[{i}] is {answer!r}, expected a non-empty string.")
+        check_encodable(answer, f"answers[{i}]")
     return list(answers)

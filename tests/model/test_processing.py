@@ -641,6 +641,17 @@ def test_half_a_surrogate_pair_is_named(processor, where):
         processor([question], [[document]])
 
 
+def test_half_a_surrogate_pair_is_named_in_answers_and_conversations(processor):
+    documents, turns = ["A."], [{"role": "user", "content": "Hi\ud800"}, {"role": "assistant", "content": "Yes."}]
+    asked = [*turns, {"role": "user", "content": "Who?"}]
+    with pytest.raises(ValueError, match=r"answers\[0\] has half of a surrogate pair"):
+        processor("Who?", documents, answers="A\udc00")
+    with pytest.raises(ValueError, match=r"questions\[0\]\[0\] has half of a surrogate pair"):
+        processor([asked], [documents])
+    with pytest.raises(ValueError, match="The system prompt has half of a surrogate pair"):
+        processor.conversations("Who?", "Be brief.\ud800")
+
+
 def test_a_question_that_is_too_long_by_itself_is_to_be_shortened(processor):
     processor = copy.copy(processor)
     processor.max_prompt_length = 40
