@@ -21,8 +21,12 @@ Arguments = TypeVar("Arguments")
 
 logger = logging.getLogger(__name__)
 OWN_LOGGER = logging.getLogger("scaledown")
-# Libraries that log too much at INFO.
+# Libraries that log too much below WARNING; some set their own level when they are imported.
 QUIET = ("bm25s", "datasets", "httpx", "httpx2")
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or record.name.partition(".")[0] not in QUIET
 
 
 def run_command(command: Callable[[], str], interrupted: str = "") -> int:
@@ -37,8 +41,8 @@ def run_command(command: Callable[[], str], interrupted: str = "") -> int:
         traceback unless the options hold `--debug`. Any other exception is raised.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    for name in QUIET:
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_matters)
     level = OWN_LOGGER.level
     try:
         report = command()
