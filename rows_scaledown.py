@@ -127,8 +127,8 @@ class CompressorRowsMixin:
     def _cut_query(self, ids: list[int]) -> list[int]:
         if len(ids) > self.max_query_length:
             logger.warning_once(
-                f"A question has more than max_query_length={self.max_query_length} tokens: the compressor sees its first "
-                "part, the generator all of it."
+                f"A question has more than max_query_length={self.max_query_length} tokens: the compressor sees its "
+                "first part, the generator all of it."
             )
         return ids[: self.max_query_length]
 
