@@ -1,5 +1,6 @@
 """Errors as OpenAI's clients read them: what is wrong, in which field, and what to do."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -54,12 +55,25 @@ def as_field_error(error: RequestValidationError) -> ServiceError:
     Returns:
         The error to reply with.
     """
-    first = error.errors()[0]
-    place = [part for part in first["loc"] if part != "body"]
-    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+    found = [(_place(one["loc"], error.body), one) for one in error.errors()]
+    # A field of several kinds has an error for each kind: the one that goes furthest into what was sent is of its kind.
+    name, first = max((pair for pair in found if pair[0].startswith(found[0][0])), key=lambda pair: len(pair[0]))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "there is no such field; check its spelling, or leave it out"
     elif first["type"] == "json_invalid":
         message, name = f"the body is not JSON: {first.get('ctx', {}).get('error', message)}", ""
     return ServiceError(400, f"{name}: {message}" if name else message, name or None)
+
+
+def _place(location: Sequence[str | int], body: object) -> str:
+    """The place of an error in a body, such as `messages[0].content`; names of kinds among the fields are left out."""
+    name, here = "", body
+    for part in location[1:]:  # the first says that it is in the body
+        if isinstance(part, int):
+            name += f"[{part}]"
+            here = here[part] if isinstance(here, list) and part < len(here) else None
+        elif isinstance(here, dict):
+            name += f".{part}"
+            here = here.get(part)
+    return name.lstrip(".")
