@@ -93,7 +93,7 @@ class Records(Dataset):
     """Records in memory, asked for by number and kind.
 
     Args:
-        longest: Tokens of a passage; records with a longer one are left out.
+        longest: Tokens of a passage; longer distractors are left out, and records with a longer gold passage.
         repeated_letters: Letters of a passage that are repeated.
         paths: Files of records.
     """
@@ -101,7 +101,8 @@ class Records(Dataset):
     def __init__(self, longest: int, repeated_letters: int, *paths: Path):
         self.repeated_letters = repeated_letters
         records = (record for path in paths for record in read_records(path))
-        self.records = [record for record in records if max(map(num_tokens, record["documents"])) <= longest]
+        fitting = (without_long_distractors(record, longest) for record in records)
+        self.records = [record for record in fitting if record is not None]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -129,14 +130,25 @@ def beginning(text: str, letters: int) -> str:
     return " ".join(text[:letters].split(" ")[: -1 if len(text) > letters else None])
 
 
+def without_long_distractors(record: dict, longest: int) -> dict | None:
+    """A record without the distractors that are too long; None where a gold passage is."""
+    kept = [i for i, text in enumerate(record["documents"]) if num_tokens(text) <= longest]
+    gold = record.get("positives") or []
+    return cut(record, kept) if kept and set(gold) <= set(kept) else None
+
+
 def shortened(record: dict, count: int, generator: random.Random) -> dict:
     """A record cut to a number of passages, gold ones kept first, in their order."""
     gold = record.get("positives") or []
     others = [i for i in range(len(record["documents"])) if i not in gold]
     generator.shuffle(others)
-    kept = sorted([*gold, *others[: max(count - len(gold), 0)]])
-    cut = {name: [record[name][i] for i in kept] for name in ("documents", "reranking_scores")}
-    return {**record, **cut, "positives": [kept.index(i) for i in gold]}
+    return cut(record, sorted([*gold, *others[: max(count - len(gold), 0)]]))
+
+
+def cut(record: dict, kept: list[int]) -> dict:
+    """A record with some of its passages."""
+    columns = {name: [record[name][i] for i in kept] for name in ("documents", "reranking_scores")}
+    return {**record, **columns, "positives": [kept.index(i) for i in record.get("positives") or []]}
 
 
 def shape_of(kind: Kind, work: int, longest: int) -> Shape:
