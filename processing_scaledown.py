@@ -337,8 +337,9 @@ class ScaleDownProcessor(CompressorRowsMixin, PromptMixin, ProcessorMixin):
                 f"system_prompt={system_prompt!r} must be a string. A question with one of its own is a list of "
                 'messages, the first with the role "system".'
             )
-        control = control_ids(self.tokenizer)  # asking for each token would take seconds
-        for prompt in {conversation.system_prompt for conversation in found} - {None}:
+        prompts = {conversation.system_prompt for conversation in found} - {None}
+        control = control_ids(self.tokenizer) if prompts else set()  # asking for each token would take seconds
+        for prompt in prompts:
             check_encodable(prompt, "The system prompt")
             ids = tokenize(self.tokenizer, prompt, add_special_tokens=False)["input_ids"]
             spelled = [self.tokenizer.convert_ids_to_tokens(i) for i in ids if i in control]

@@ -250,7 +250,7 @@ def adamw(groups: list[dict], device: torch.device) -> torch.optim.AdamW:
     recorded = device.type == "cuda"
     for group in groups:
         group["lr"] = torch.tensor(float(group["lr"]), device=device) if recorded else group["lr"]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05, fused=True, capturable=recorded)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True, capturable=recorded)
 
 
 def scale_rates(optimizer: torch.optim.Optimizer, peaks: list[float], factor: float) -> None:

@@ -329,7 +329,7 @@ def build(base: Path, slots: int = CHUNK) -> ScaleDownModel:
         num_memory_tokens=slots,
         slot_pooling="span_attention",
         compression_rate=16,
-        max_query_length=64,
+        max_query_length=QUERY,
         system_prompt=SYSTEM_PROMPT,
         user_prompt=USER_PROMPT,
     )
