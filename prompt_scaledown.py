@@ -18,6 +18,7 @@ import itertools
 import json
 import re
 
+import numpy as np
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -297,15 +298,13 @@ def _with_date(template: str, date: str) -> str:
 
 def pad(rows: list[list], value: int | bool, side: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows as one tensor `(len(rows), longest)` and the mask of what is not padding."""
-    length = max(len(row) for row in rows)
-    gaps = [[value] * (length - len(row)) for row in rows]
-    masks = [[0] * len(gap) for gap in gaps]
-    ones = [[1] * len(row) for row in rows]
-    if side == "left":
-        padded, mask = zip(gaps, rows, strict=True), zip(masks, ones, strict=True)
-    else:
-        padded, mask = zip(rows, gaps, strict=True), zip(ones, masks, strict=True)
-    return torch.tensor([a + b for a, b in padded]), torch.tensor([a + b for a, b in mask])
+    # numpy takes lists of numbers several times as fast as torch does.
+    lengths = np.array([[len(row)] for row in rows])  # (num_rows, 1)
+    places = np.arange(lengths.max())
+    mask = places >= places.size - lengths if side == "left" else places < lengths  # (num_rows, longest)
+    padded = np.full(mask.shape, value, dtype=bool if isinstance(value, bool) else np.int64)
+    padded[mask] = [item for row in rows for item in row]
+    return torch.from_numpy(padded), torch.from_numpy(mask.astype(np.int64))
 
 
 def date_of(tokenizer: PreTrainedTokenizerBase) -> str | None:

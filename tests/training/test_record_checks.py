@@ -2,6 +2,7 @@
 
 import logging
 
+import datasets
 import pytest
 from combinations import combinations
 
@@ -9,7 +10,7 @@ from folders import TRAINING_SETTINGS, save_backbones, write_rows
 from scaledown import ScaleDownError
 from scaledown.training.arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments
 from scaledown.training.collators import JointCollator
-from scaledown.training.record_checks import doubtful_records
+from scaledown.training.record_checks import doubtful_records, keep_fitting
 from scaledown.training.run import run
 from scaledown.training.trainer import ScaleDownTrainer
 from tiny import ANSWERS, DOCUMENTS, QUESTIONS, build_model
@@ -74,3 +75,20 @@ def test_only_doubtful_records_are_tokenised():
         if not doubtful(long):
             collate([long])
     assert doubtful(long)
+
+
+def test_rows_that_do_not_fit_are_found_wherever_they_stand(caplog):
+    wrong = [0, 62, 63, 64, 149]
+
+    def collate(rows):
+        for row in rows:
+            if row["number"] in wrong:
+                raise ScaleDownError(f"{row['number']} is too long")
+
+    data = {"train": datasets.Dataset.from_dict({"number": range(150)})}
+    settings = DataArguments(train_file="rows.jsonl", too_long="skip")
+    kept = keep_fitting(data, collate, lambda row: row["number"] != 149, settings)["train"]
+    assert kept["number"] == [number for number in range(150) if number not in wrong[:-1]]  # 149 was not tried
+    assert "4 of 150 records of train_file=rows.jsonl are left out; the first: 0 is too long" in caplog.text
+    with pytest.raises(ScaleDownError, match=r"rows\.jsonl: 0 is too long 3 more of 150"):
+        keep_fitting(data, collate, lambda row: row["number"] != 149, DataArguments(train_file="rows.jsonl"))
