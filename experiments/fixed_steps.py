@@ -71,6 +71,28 @@ def to_shape(batch: Tensors, shape: Shape) -> Tensors:
     return {**fixed, **_chunks_to_shape(batch, shape, kept, places)}
 
 
+def smallest_shape(batch: Tensors, shape: Shape) -> Shape:
+    """The shape that is filled by what fits of a batch.
+
+    Args:
+        batch: What `JointCollator` or `ReaderCollator` returned.
+        shape: Sizes at most.
+
+    Returns:
+        Its sizes.
+    """
+    kept = _fitting(batch, shape)
+    if not kept:
+        return shape
+    prompt = int(batch["attention_mask"][kept].sum(dim=1).max())
+    answer = int((batch["labels"][kept] != IGNORE_INDEX).sum(dim=1).max())
+    if not shape.chunks:
+        return Shape(len(kept), prompt, answer)
+    of_kept = torch.isin(batch["document_to_example"][batch["chunk_to_document"]], torch.tensor(kept))
+    chunk = int(batch["compressor_attention_mask"][of_kept].sum(dim=1).max()) + 1
+    return Shape(len(kept), prompt, answer, int(of_kept.sum()), chunk, int(batch["chunk_slots"][of_kept].max()))
+
+
 def _fitting(batch: Tensors, shape: Shape) -> list[int]:
     """Numbers of the questions that fit."""
     lengths = batch["attention_mask"].sum(dim=1).tolist()

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fixed_steps import Shape, Step, Tensors, adamw, fixed_loss, scale_rates, to_shape
+from fixed_steps import Shape, Step, Tensors, adamw, fixed_loss, scale_rates, smallest_shape, to_shape
 from peft import LoraConfig, get_peft_model
 from pieces import load_lora, load_pieces, save_pieces
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -54,6 +54,7 @@ LOWEST = 0.03
 TEST_RATES = (16, 8, 4)
 REPEAT = "Repeat the background word for word."
 SAVE_EVERY = 90  # seconds
+WINDOW = 64  # questions among which those of about the same length are neighbours
 
 # A batch: passages per question, whether the passage is repeated, and tokens per slot (0: the passages' text).
 Kind = tuple[int, bool, int]
@@ -183,6 +184,7 @@ class KindBatches(Sampler):
         lessons: What is learned when.
         share: Returns the share of the time that has passed.
         size: Returns how many questions a batch of a kind has.
+        seed: Of the order.
     """
 
     def __init__(
@@ -191,16 +193,18 @@ class KindBatches(Sampler):
         lessons: tuple[Lesson, ...],
         share: Callable[[], float],
         size: Callable[[Kind], int],
+        seed: int,
     ):
         blanks = [record["id"].startswith("blank-") for record in data.records]
         self.places = {
             True: list(range(len(blanks))),
             False: [i for i, is_blank in enumerate(blanks) if not is_blank],
         }
-        self.lessons, self.share, self.size = lessons, share, size
+        self.lessons, self.share, self.size, self.seed = lessons, share, size, seed
+        self.length = lambda i: len(data.records[i]["documents"][(data.records[i]["positives"] or [0])[0]])
 
     def __iter__(self) -> Iterator[list[tuple[int, Kind]]]:
-        generator = random.Random(0)
+        generator = random.Random(self.seed)
         left: dict[bool, list[int]] = {True: [], False: []}
         while True:
             lesson = next(lesson for lesson in self.lessons if self.share() < lesson.until)
@@ -209,8 +213,14 @@ class KindBatches(Sampler):
             kind = count, repeats, generator.choice(lesson.rates)
             order = left[lesson.with_blanks]
             if len(order) < self.size(kind):
-                order += generator.sample(places := self.places[lesson.with_blanks], len(places))
+                order += self._shuffled(lesson.with_blanks, generator)
             yield [(order.pop(), kind) for _ in range(self.size(kind))]
+
+    def _shuffled(self, with_blanks: bool, generator: random.Random) -> list[int]:
+        """Numbers of the questions in random order, with neighbours of about the same length."""
+        order = generator.sample(places := self.places[with_blanks], len(places))
+        windows = [order[start : start + WINDOW] for start in range(0, len(order), WINDOW)]
+        return [i for window in windows for i in sorted(window, key=self.length)]
 
 
 @dataclass
@@ -220,10 +230,12 @@ class FixedCollator:
     Args:
         collators: For slots and for text.
         shape: Shape of a kind.
+        recorded: Whether a step is recorded for each shape; elsewhere nothing is filled up.
     """
 
     collators: dict[bool, JointCollator | ReaderCollator]
     shape: Callable[[Kind], Shape]
+    recorded: bool
 
     def __call__(self, items: list[tuple[dict, Kind]]) -> tuple[Shape, Tensors]:
         """Build one batch."""
@@ -231,7 +243,10 @@ class FixedCollator:
         kind = kinds[0]
         collator, shape = self.collators[bool(kind[2])], self.shape(kind)
         collator.processor.compression_rate = kind[2] or collator.processor.compression_rate
-        return shape, to_shape(collator(records), shape)
+        batch = collator(records)
+        if not self.recorded:
+            shape = smallest_shape(batch, shape)
+        return shape, to_shape(batch, shape)
 
 
 class Clock:
@@ -292,8 +307,8 @@ def train_by_clock(
     collators = {True: JointCollator(model.processor, 160), False: ReaderCollator(model.processor, 32)}
     batches = DataLoader(
         data,
-        batch_sampler=KindBatches(data, lessons, lambda: clock.share, lambda kind: shape(kind).questions),
-        collate_fn=FixedCollator(collators, shape),
+        batch_sampler=KindBatches(data, lessons, lambda: clock.share, lambda kind: shape(kind).questions, options.seed),
+        collate_fn=FixedCollator(collators, shape, on_gpu),
         num_workers=options.workers,
         prefetch_factor=4 if options.workers else None,
         pin_memory=on_gpu,
@@ -474,6 +489,7 @@ def main() -> None:
         options.add_argument("--work", type=int, default=600_000, help="tokens times layers of a batch")
         options.add_argument("--longest", type=int, default=240, help="tokens of a passage; longer ones are left out")
         options.add_argument("--repeated_letters", type=int, default=300)
+        options.add_argument("--seed", type=int, default=0, help="of the order of the questions")
         options.add_argument("--workers", type=int, default=0)
         options.add_argument("--logging_steps", type=int, default=50, help="each time, the GPU's queue runs dry")
         options.add_argument("--num_tests", type=int, default=200)
