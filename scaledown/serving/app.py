@@ -103,6 +103,13 @@ class _Service:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer the last message from the documents; earlier messages are read as text."""
+        if body.limit is None and body.min_tokens > self.arguments.max_new_tokens:
+            raise ServiceError(
+                400,
+                f"min_tokens is {body.min_tokens}, and an answer has {self.arguments.max_new_tokens} at most where no "
+                f"max_tokens is sent; send one",
+                "min_tokens",
+            )
         texts = await self._admit(body, body.compression_rate)
         settings = self.engine.compressor.settings(body.compression_rate, body.max_documents, body.min_reranking_score)
         sampling = Sampling(
@@ -236,7 +243,7 @@ class _Service:
                 "documents",
             )
         texts = [_text_of(document) for document in body.documents]
-        await self.engine.compressor.check(texts, compression_rate)
+        await self.engine.compressor.check(body.asked, texts, compression_rate)
         batcher = self.engine.compressor.batcher
         if batcher.is_full:
             raise ServiceError(

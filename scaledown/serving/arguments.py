@@ -48,7 +48,9 @@ class ServingArguments:
     timeout: float = field(default=60.0, metadata={"help": "Seconds that an answer may take; then 504."})
     max_body_bytes: int = field(default=8_000_000, metadata={"help": "Size of a request at most; then 413."})
     max_documents: int = field(default=200, metadata={"help": "Documents of a request at most."})
-    max_document_tokens: int = field(default=65_536, metadata={"help": "Tokens of all documents of a request at most."})
+    max_document_tokens: int = field(
+        default=65_536, metadata={"help": "Tokens of all documents of a request at most, its messages included."}
+    )
     cache_entries: int = field(
         default=4096, metadata={"help": "Chunks whose compression is kept with their question; 0 keeps none."}
     )

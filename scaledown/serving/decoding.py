@@ -163,7 +163,7 @@ class RowSampler(LogitsProcessor):
         chosen = scores.clone()
         for place, (row, sampling) in enumerate(zip(self._rows, self._samplings, strict=True)):
             # What is likeliest, without a report of how likely, is taken by `generate()` itself.
-            as_it_is = sampling.temperature == 0 and sampling.top_logprobs is None and not row.too_short
+            as_it_is = sampling.is_greedy and sampling.top_logprobs is None and not row.too_short
             if row.done or as_it_is:
                 continue
             own = scores[place : place + 1].float()  # (1, vocab_size)
@@ -172,12 +172,12 @@ class RowSampler(LogitsProcessor):
                 ends = torch.tensor(sorted(row.end_ids), device=own.device)
                 allowed = own.index_fill(1, ends, -torch.inf)
             token = allowed.argmax(dim=-1)
-            if sampling.temperature > 0:
+            if not sampling.is_greedy:
                 warped = TemperatureLogitsWarper(sampling.temperature)(None, allowed)
                 if sampling.top_p < 1:
                     warped = TopPLogitsWarper(sampling.top_p)(None, warped)
                 token = torch.multinomial(warped.softmax(dim=-1), 1, generator=self._random[place])[0]
-            if sampling.temperature > 0 or row.too_short:
+            if not sampling.is_greedy or row.too_short:
                 chosen[place] = -torch.inf
                 chosen[place, token] = 0.0
             if sampling.top_logprobs is not None:

@@ -17,6 +17,8 @@ from .batching import Batcher
 from .errors import ServiceError
 from .jobs import AnswerJob
 
+PIECE = 65_536  # characters of a text whose tokens are counted at a time
+
 
 @dataclass(frozen=True)
 class Compressed:
@@ -55,7 +57,7 @@ class CompressorEngine:
     Args:
         model: The model, prepared for inference.
         batcher: The thread that all of the model's work is done in.
-        max_document_tokens: Tokens of a request's documents at most, in the compressor's vocabulary.
+        max_document_tokens: Tokens of a request's documents, question and turns at most, in the compressor's vocabulary.
     """
 
     def __init__(self, model: ScaleDownModel, batcher: Batcher, max_document_tokens: int):
@@ -66,15 +68,16 @@ class CompressorEngine:
         """Whether the model has reranking scores."""
         return self.model.config.enable_reranking
 
-    async def check(self, documents: Sequence[str], compression_rate: int | None) -> None:
+    async def check(self, asked: dict[str, str], documents: Sequence[str], compression_rate: int | None) -> None:
         """Refuse, before it waits, a request that no batch could take.
 
         Args:
+            asked: The texts of the request's question and of what was said before it, by their fields.
             documents: The request's.
             compression_rate: As asked for.
 
         Raises:
-            ServiceError: The documents are too long, or the rate is none of this model's.
+            ServiceError: The texts are too long, or the rate is none of this model's.
         """
         if compression_rate is not None and compression_rate > self.model.config.chunk_length:
             raise ServiceError(
@@ -83,22 +86,25 @@ class CompressorEngine:
                 f"tokens of a chunk",
                 "compression_rate",
             )
+        texts = {**asked, **{f"documents[{place}]": document for place, document in enumerate(documents)}}
         # A token is at least one byte, so that what is short in bytes needs no counting.
-        if sum(len(document.encode(errors="replace")) for document in documents) <= self._max_document_tokens:
-            return
-        await asyncio.to_thread(self._count_tokens, documents)  # seconds, at the limit of a body
+        if sum(len(text.encode(errors="replace")) for text in texts.values()) > self._max_document_tokens:
+            await asyncio.to_thread(self._count_tokens, texts)
 
-    def _count_tokens(self, documents: Sequence[str]) -> None:
+    def _count_tokens(self, texts: dict[str, str]) -> None:
         tokenizer, total = self.model.processor.compressor_tokenizer, 0
-        for place, document in enumerate(documents):
-            total += len(tokenize(tokenizer, document, add_special_tokens=False, verbose=False)["input_ids"])
-            if total > self._max_document_tokens:
-                raise ServiceError(
-                    400,
-                    f"documents[{place}] takes the documents to {total} tokens, and this service reads "
-                    f"{self._max_document_tokens} per request; send fewer or shorter documents",
-                    f"documents[{place}]",
-                )
+        for name, text in texts.items():
+            # In pieces: all of a body would take many seconds, and it is too long before its end.
+            for start in range(0, len(text), PIECE):
+                piece = text[start : start + PIECE]
+                total += len(tokenize(tokenizer, piece, add_special_tokens=False, verbose=False)["input_ids"])
+                if total > self._max_document_tokens:
+                    raise ServiceError(
+                        400,
+                        f"{name} takes the request past {self._max_document_tokens} tokens, the most that this service "
+                        f"reads; send fewer or shorter texts",
+                        name,
+                    )
 
     async def compress(self, query: str, documents: list[str], compression_rate: int | None = None) -> Compressed:
         """Compress a question's documents.

@@ -41,7 +41,7 @@ def as_service_error(error: Exception) -> ServiceError:
     """
     if isinstance(error, ServiceError):
         return error
-    if isinstance(error, ScaleDownError | TypeError):
+    if isinstance(error, ScaleDownError):
         return ServiceError(400, str(error))
     return ServiceError(500, "The request failed inside the service; its log says why.")
 
@@ -57,10 +57,14 @@ def as_field_error(error: RequestValidationError) -> ServiceError:
     """
     found = [(_place(one["loc"], error.body), one) for one in error.errors()]
     # A field of several kinds has an error for each kind: the one that goes furthest into what was sent is of its kind.
-    name, first = max((pair for pair in found if pair[0].startswith(found[0][0])), key=lambda pair: len(pair[0]))
+    name, first = max((pair for pair in found if pair[0].startswith(found[0][0])), key=lambda pair: _depth(pair[0]))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "there is no such field; check its spelling, or leave it out"
+    elif first["type"] in ("model_attributes_type", "missing") and not name:
+        message = "the body must be a JSON object, sent with the header `Content-Type: application/json`"
+    elif first["type"] == "model_attributes_type":
+        message = "it is neither a text nor an object" if name.startswith("documents[") else "it is no object"
     elif first["type"] == "json_invalid":
         message, name = f"the body is not JSON: {first.get('ctx', {}).get('error', message)}", ""
     return ServiceError(400, f"{name}: {message}" if name else message, name or None)
@@ -77,3 +81,7 @@ def _place(location: Sequence[str | int], body: object) -> str:
             name += f".{part}"
             here = here.get(part)
     return name.lstrip(".")
+
+
+def _depth(place: str) -> int:
+    return place.count(".") + place.count("[")

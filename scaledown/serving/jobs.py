@@ -10,6 +10,9 @@ from filling_scaledown import DocumentReport, PromptSettings
 
 from .errors import as_service_error
 
+# Logits divided by less leave the range of their type; the likeliest token is taken then, as vLLM does.
+LEAST_TEMPERATURE = 1e-5
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -18,7 +21,7 @@ class Sampling:
     Args:
         max_tokens: Tokens at most; None for the model's own limit.
         min_tokens: Tokens before the model may end the answer.
-        temperature: 0 takes the likeliest token.
+        temperature: 0, and what is less than `LEAST_TEMPERATURE`, takes the likeliest token.
         top_p: Share of the probability to sample from.
         seed: Of the samples; None for a random one.
         stop: Texts the answer ends before.
@@ -32,6 +35,11 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature < LEAST_TEMPERATURE
 
 
 @dataclass(frozen=True)

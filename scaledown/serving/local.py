@@ -86,7 +86,7 @@ class LocalEngine:
 
 
 def _fail(jobs: Sequence[AnswerJob], error: Exception) -> None:
-    if not isinstance(error, ScaleDownError | TypeError):
+    if not isinstance(error, ScaleDownError):
         logger.error("a batch of %d requests failed", len(jobs), exc_info=error)
     for job in jobs:
         job.put(error)

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from text_scaledown import check_encodable
+
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -31,6 +33,13 @@ class Document(Body):
     def _is_not_blank(cls, text: str) -> str:
         if not text.strip():
             raise ValueError("the text is blank; leave the document out")
+        return text
+
+    @field_validator("title", "id")
+    @classmethod
+    def _can_be_written(cls, text: str | None) -> str | None:
+        if text is not None:
+            check_encodable(text, "the text")
         return text
 
 
@@ -82,6 +91,11 @@ class WithDocuments(Body):
 
     model: str | None = None
     documents: SomeDocuments = Field(default_factory=list)
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """The texts beside the documents, by their fields."""
+        return {"query": self.query}
 
 
 class ChatRequest(WithDocuments):
@@ -143,6 +157,11 @@ class ChatRequest(WithDocuments):
     def limit(self) -> int | None:
         """Tokens that the answer may have, by either of OpenAI's names."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """See `WithDocuments.asked`."""
+        return {f"messages[{place}].content": turn.text for place, turn in enumerate(self.messages)}
 
     @property
     def conversation(self) -> list[dict[str, str]]:

@@ -18,6 +18,7 @@ from typing import Any
 import openai
 import torch
 
+from errors_scaledown import ScaleDownError
 from filling_scaledown import embed_prompts
 
 from .decoding import Row, end_ids, logprob_entry
@@ -106,7 +107,7 @@ class VLLMEngine:
             if prompt is not None:
                 await self._write(job, prompt)
         except Exception as error:
-            if not isinstance(error, ValueError | TypeError | ServiceError):
+            if not isinstance(error, ScaleDownError | ServiceError):
                 logger.exception("a request failed")
             job.put(error)
 
@@ -163,7 +164,7 @@ class VLLMEngine:
             model=model,
             prompt=openai.omit,  # an empty one is answered with an error
             max_tokens=limit,
-            temperature=sampling.temperature,
+            temperature=0.0 if sampling.is_greedy else sampling.temperature,
             top_p=sampling.top_p,
             seed=openai.omit if sampling.seed is None else sampling.seed,
             logprobs=openai.omit if sampling.top_logprobs is None else sampling.top_logprobs,

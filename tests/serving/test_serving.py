@@ -222,11 +222,14 @@ ASKED = {"messages": [{"role": "user", "content": "Who?"}]}
     ("path", "body", "param", "message"),
     [
         ("/v1/chat/completions", b"{", None, "not JSON"),
+        ("/v1/chat/completions", [], None, "Content-Type: application/json"),
         ("/v1/chat/completions", {}, "messages", "required"),
         ("/v1/chat/completions", {**ASKED, "document": ["a"]}, "document", "no such field"),
         ("/v1/chat/completions", {**ASKED, "documents": ["a", " "]}, "documents[1]", "blank"),
         ("/v1/chat/completions", {**ASKED, "documents": ["a", {"text": " "}]}, "documents[1].text", "blank"),
         ("/v1/chat/completions", {**ASKED, "documents": [{"text": 5}]}, "documents[0].text", "string"),
+        ("/v1/chat/completions", {**ASKED, "documents": [5]}, "documents[0]", "neither a text nor an object"),
+        ("/v1/chat/completions", {**ASKED, "documents": [{"text": "a", "id": "\ud800"}]}, "documents[0].id", "surrogate"),
         ("/v1/chat/completions", {**ASKED, "documents": "a"}, "documents", "list"),
         ("/v1/chat/completions", {**ASKED, "documents": ["a"] * 9}, "documents", "holds 9"),
         (
@@ -235,6 +238,14 @@ ASKED = {"messages": [{"role": "user", "content": "Who?"}]}
             "documents[1]",
             "documents[1] takes",
         ),
+        (
+            "/v1/chat/completions",
+            {"messages": [*ASKED["messages"], {"role": "user", "content": "a " * 600}]},
+            "messages[1].content",
+            "past 500 tokens",
+        ),
+        ("/v1/rerank", {"query": "a " * 600, "documents": ["b"]}, "query", "past 500 tokens"),
+        ("/v1/chat/completions", {**ASKED, "min_tokens": 9}, "min_tokens", "8 at most"),
         ("/v1/chat/completions", {**ASKED, "compression_rate": 0}, "compression_rate", "greater than"),
         ("/v1/chat/completions", {**ASKED, "compression_rate": 999}, "compression_rate", "expected at most"),
         ("/v1/chat/completions", {**ASKED, "n": 2}, "n", "should be 1"),
@@ -249,7 +260,7 @@ ASKED = {"messages": [{"role": "user", "content": "Who?"}]}
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "valid string"),
         (
             "/v1/chat/completions",
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "a"}]}]},
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}]},
             "messages[0].content[0].type",
             "should be 'text'",
         ),
@@ -275,6 +286,25 @@ def test_a_bad_request_changes_nothing_for_its_neighbours(model):
         answers = [future.result().choices[0].message.content for future in good]
     assert status == 400 and "needs a prompt of" in reply["error"]["message"]
     assert answers == [model.answer(q, d, max_new_tokens=8) for q, d in zip(QUESTIONS[:2], DOCUMENTS[:2], strict=True)]
+
+
+def test_a_temperature_next_to_zero_takes_the_likeliest_token(service, model):
+    """Logits divided by it are infinite, which would end the whole batch in an error."""
+    expected = model.answer(QUESTIONS[1], DOCUMENTS[1], max_new_tokens=8)
+    for temperature in (1e-6, 1e-45, 1e-320):
+        reply = chat(service, QUESTIONS[1], DOCUMENTS[1], temperature=temperature, seed=1)
+        assert reply.choices[0].message.content == expected
+
+
+def test_a_fault_of_the_service_is_not_put_on_the_client(model, monkeypatch, caplog):
+    def broken(self, jobs):
+        raise TypeError("an argument of some library")
+
+    with serving(model) as service:
+        monkeypatch.setattr(type(service.engine.compressor), "fill", broken)
+        status, reply, _ = service.send("/v1/chat/completions", ASKED)
+    assert status == 500 and "library" not in reply["error"]["message"]
+    assert "an argument of some library" in caplog.text
 
 
 def test_the_body_has_a_limit(model):

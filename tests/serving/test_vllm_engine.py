@@ -149,6 +149,17 @@ def test_what_vllm_refuses_is_a_fault_of_the_service(model, caplog):
     assert "vLLM refused a prompt" in caplog.text and len(fake.bodies) == 1
 
 
+def test_a_reply_of_vllm_that_cannot_be_read_is_in_the_log(model, monkeypatch, caplog):
+    def broken(self, found, count):
+        raise ValueError("invalid literal of a token")
+
+    monkeypatch.setattr(vllm.VLLMEngine, "_logprobs", broken)
+    with served(model) as (service, _):
+        status, reply, _ = service.send("/v1/chat/completions", ASKED)
+    assert status == 500 and "its log says why" in reply["error"]["message"]
+    assert "invalid literal of a token" in caplog.text
+
+
 def test_the_service_outlives_vllm(model):
     port, fake = free_port(), FakeVLLM(model)
     with serving(model, engine="vllm", vllm_url=url(port)) as service:
