@@ -57,7 +57,7 @@ class CompressorEngine:
     Args:
         model: The model, prepared for inference.
         batcher: The thread that all of the model's work is done in.
-        max_document_tokens: Tokens of a request's documents, question and turns at most, in the compressor's vocabulary.
+        max_document_tokens: Tokens of a request at most, messages included, in the compressor's vocabulary.
     """
 
     def __init__(self, model: ScaleDownModel, batcher: Batcher, max_document_tokens: int):

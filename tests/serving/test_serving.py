@@ -229,7 +229,7 @@ ASKED = {"messages": [{"role": "user", "content": "Who?"}]}
         ("/v1/chat/completions", {**ASKED, "documents": ["a", {"text": " "}]}, "documents[1].text", "blank"),
         ("/v1/chat/completions", {**ASKED, "documents": [{"text": 5}]}, "documents[0].text", "string"),
         ("/v1/chat/completions", {**ASKED, "documents": [5]}, "documents[0]", "neither a text nor an object"),
-        ("/v1/chat/completions", {**ASKED, "documents": [{"text": "a", "id": "\ud800"}]}, "documents[0].id", "surrogate"),
+        ("/v1/rerank", {"query": "a", "documents": [{"text": "a", "id": "\ud800"}]}, "documents[0].id", "surrogate"),
         ("/v1/chat/completions", {**ASKED, "documents": "a"}, "documents", "list"),
         ("/v1/chat/completions", {**ASKED, "documents": ["a"] * 9}, "documents", "holds 9"),
         (
