@@ -1,5 +1,7 @@
 """What every component asks: a model in this process, or a service at an address. Both rank and answer."""
 
+import contextlib
+import http.client
 import json
 import math
 import threading
@@ -197,6 +199,8 @@ class EndpointBackend:
     """
 
     def __init__(self, url: str, api_key: str | None = None, timeout: float = 120.0):
+        if not url.startswith(("http://", "https://")):
+            raise ScaleDownError(f"url is {url!r}, expected a service's address, such as http://127.0.0.1:8000.")
         self._url = url.rstrip("/").removesuffix("/v1")
         self._headers = {"Content-Type": "application/json"}
         if api_key is not None:
@@ -229,11 +233,12 @@ class EndpointBackend:
     ) -> Iterator[str | Answer]:
         """See `Backend.stream`."""
         names = ids or [None] * len(documents)
-        text, sources = "", []
+        text, sources, is_whole = "", [], False
         with self._post("/v1/chat/completions", {**_body(question, documents, reading), "stream": True}) as reply:
             for line in reply:
                 data = line.decode().removeprefix("data: ").strip()
-                if not data or data == "[DONE]":
+                is_whole = is_whole or data == "[DONE]"
+                if not data or is_whole:
                     continue
                 event = json.loads(data)
                 if "error" in event:
@@ -244,6 +249,8 @@ class EndpointBackend:
                 if piece:
                     text += piece
                     yield piece
+        if not is_whole:  # where a connection breaks between two events, its end looks like that of the answer
+            raise ScaleDownError(f"{self._url} broke off in the middle of an answer; ask again.")
         yield Answer(text, sources)
 
     def _answer(self, question: str, documents: Sequence[str], names: Sequence[str | None], reading: Reading) -> Answer:
@@ -251,10 +258,13 @@ class EndpointBackend:
             found = json.load(reply)
         return Answer(found["choices"][0]["message"]["content"], _reported(found["documents"], names))
 
-    def _post(self, path: str, body: dict[str, Any]) -> Any:
+    @contextlib.contextmanager
+    def _post(self, path: str, body: dict[str, Any]) -> Iterator[Any]:
+        """The reply, while it is read: what fails then is the service's failure too."""
         request = urllib.request.Request(self._url + path, json.dumps(body).encode(), self._headers)
         try:
-            return urllib.request.urlopen(request, timeout=self._timeout)
+            with urllib.request.urlopen(request, timeout=self._timeout) as reply:
+                yield reply
         except urllib.error.HTTPError as error:
             text = error.read().decode(errors="replace")
             try:
@@ -262,9 +272,10 @@ class EndpointBackend:
             except (ValueError, KeyError, TypeError):
                 message = text[:200]
             raise ScaleDownError(f"{self._url} answered with status {error.code}: {message}") from error
-        except OSError as error:
+        except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
             raise ScaleDownError(
-                f"{self._url} does not answer ({error}); start it with `python -m scaledown.serving`, or correct url."
+                f"{self._url} does not answer as a service should ({error}); start it with "
+                "`python -m scaledown.serving`, or correct url."
             ) from error
 
 

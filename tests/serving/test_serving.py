@@ -193,6 +193,16 @@ def test_rerank_is_rank(path, service, model):
     assert reply["usage"]["total_tokens"] > 0
 
 
+def test_what_a_client_leaves_null_is_not_set(service, model):
+    """LangChain's Cohere reranker sends `rank_fields` and `max_tokens_per_doc` so; OpenAI's API allows it."""
+    body = {"query": QUESTIONS[0], "documents": DOCUMENTS[0], "rank_fields": None, "max_tokens_per_doc": None}
+    assert service.send("/v2/rerank", body)[0] == 200
+    body = {"messages": [{"role": "user", "content": QUESTIONS[0]}], "stream": None, "logprobs": None, "tools": None}
+    status, reply, _ = service.send("/v1/chat/completions", {**body, "documents": None})
+    assert status == 200
+    assert reply["choices"][0]["message"]["content"] == model.answer(QUESTIONS[0], max_new_tokens=8)
+
+
 def test_compress_returns_the_memory_embeddings(service, model):
     body = {"query": QUESTIONS[1], "documents": DOCUMENTS[1] + ["Short."], "compression_rate": 4}
     status, reply, _ = service.send("/v1/compress", body)

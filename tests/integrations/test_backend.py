@@ -1,0 +1,59 @@
+import contextlib
+import socket
+import threading
+
+import pytest
+
+from errors_scaledown import ScaleDownError
+from scaledown.integrations.backend import EndpointBackend, Reading
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+EVENT = b'data: {"choices": [{"delta": {"content": "half an"}}], "documents": []}\n\n'
+CHUNK = b"%x\r\n%s\r\n" % (len(EVENT), EVENT)
+
+
+@contextlib.contextmanager
+def replying(reply: bytes, holds: bool = False):
+    """A server that sends some bytes to whoever asks, and goes, or says nothing more."""
+    done = threading.Event()
+
+    def work(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65_536)
+                connection.sendall(reply)
+                done.wait(10 if holds else 0)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=work, args=(listener,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        done.set()
+        thread.join(10)
+
+
+def test_half_an_answer_is_not_taken_for_a_whole_one():
+    with replying(HEAD + CHUNK) as url, pytest.raises(ScaleDownError, match="broke off in the middle"):
+        list(EndpointBackend(url).stream("Who?", [], Reading()))
+
+
+@pytest.mark.parametrize(
+    ("reply", "holds"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{", False),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{", True),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>", False),
+        (HEAD + CHUNK, True),
+    ],
+)
+def test_a_reply_that_fails_while_it_is_read_is_told(reply, holds):
+    with replying(reply, holds) as url:
+        backend = EndpointBackend(url, timeout=0.5)
+        with pytest.raises(ScaleDownError, match="does not answer as a service should"):
+            backend.rank("Who?", ["a"]) if reply[-1:] != b"\n" else list(backend.stream("Who?", [], Reading()))
+
+
+def test_an_address_without_its_scheme_is_refused():
+    with pytest.raises(ScaleDownError, match=r"such as http://127\.0\.0\.1:8000"):
+        EndpointBackend("127.0.0.1:8000")
