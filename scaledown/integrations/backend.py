@@ -175,9 +175,13 @@ class LocalBackend:
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
-        for text in streamer:
-            if text:
-                yield text
+        text = written = ""
+        for piece in streamer:
+            text += piece
+            so_far = text.strip()  # as the whole answer is
+            if len(so_far) > len(written):
+                yield so_far[len(written) :]
+                written = so_far
         thread.join()
         (found,) = whole
         if isinstance(found, Exception):

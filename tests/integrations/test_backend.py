@@ -5,7 +5,8 @@ import threading
 import pytest
 
 from errors_scaledown import ScaleDownError
-from scaledown.integrations.backend import EndpointBackend, Reading
+from scaledown.integrations.backend import EndpointBackend, LocalBackend, Reading
+from tiny import DOCUMENTS, QUESTIONS, build_model
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 EVENT = b'data: {"choices": [{"delta": {"content": "half an"}}], "documents": []}\n\n'
@@ -31,6 +32,14 @@ def replying(reply: bytes, holds: bool = False):
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         done.set()
         thread.join(10)
+
+
+def test_pieces_add_up_to_the_answer():
+    """This model begins some answers with white space, which the whole answer does not have."""
+    backend = LocalBackend(build_model("n_layers", seed=2))
+    for question, documents in zip(QUESTIONS, DOCUMENTS, strict=True):
+        *pieces, answer = backend.stream(question, documents, Reading(max_new_tokens=30))
+        assert "".join(pieces) == answer.text and len(pieces) > 1
 
 
 def test_half_an_answer_is_not_taken_for_a_whole_one():
