@@ -289,7 +289,7 @@ def _add_nq(collector: QuestionCollector, element: dict[str, Any], location: str
     text = get_field(element, "paragraph_text" if original else "paragraph", str, location).strip()
     query = get_field(element, "question_text" if original else "question", str, location)
     identifier = get_identifier(element, default_id, "id", "example_id")
-    title = element.get("title_text" if original else "title") or ""
+    title = str(element.get("title_text" if original else "title") or "")
     answers = element.get("original_nq_answers" if original else "answers", element.get("answer"))
     # The original lists one list of spans per annotator.
     answers = list(_strings(answers, location))
@@ -303,18 +303,19 @@ def _add_nq(collector: QuestionCollector, element: dict[str, Any], location: str
 def _add_triviaqa(collector: QuestionCollector, element: dict[str, Any], location: str, default_id: str) -> None:
     if "Question" in element:  # the original file names the evidence's files, but does not hold it
         answer = get_field(element, "Answer", dict, location)
-        answers = [answer.get("Value"), *(answer.get("Aliases") or [])]
+        value, aliases = answer.get("Value"), answer.get("Aliases")
         query, identifier = (
             get_field(element, "Question", str, location),
             get_identifier(element, default_id, "QuestionId"),
         )
     else:
         answer = get_field(element, "answer", dict, location)
-        answers = [answer.get("value"), *(answer.get("aliases") or [])]
+        value, aliases = answer.get("value"), answer.get("aliases")
         query = get_field(element, "question", str, location)
         identifier = get_identifier(element, default_id, "question_id", "id")
     # The hidden answers of the test split are spelt so.
-    answers = [text for text in answers if isinstance(text, str) and text != "<unk>"]
+    answers = as_texts(value, f"{location}, answer") + as_texts(aliases, f"{location}, aliases")
+    answers = [text for text in answers if text != "<unk>"]
     candidates = []
     if collector.keep_pool:
         for pages, text in (("entity_pages", "wiki_context"), ("search_results", "search_context")):
@@ -354,6 +355,7 @@ def _add_bioasq(collector: QuestionCollector, element: dict[str, Any], location:
     snippets = element.get("snippets") or []
     if isinstance(snippets, dict):
         snippets = as_rows(snippets, f"{location}, snippets")
+    snippets = snippets if isinstance(snippets, list) else [snippets]
     texts = [snippet.get("text") if isinstance(snippet, dict) else snippet for snippet in snippets]
     passages = collector.add_passages(as_texts(texts, f"{location}, snippets"))
     exact = element.get("exact_answer")

@@ -209,6 +209,8 @@ def as_rows(value: Any, location: str) -> list[dict[str, Any]]:
         return []
     if isinstance(value, dict):
         columns = {name: column for name, column in value.items() if isinstance(column, list)}
+        if value and not columns:  # a single row
+            return [value]
         length = max(map(len, columns.values()), default=0)
         if any(len(column) != length for column in columns.values()):
             raise SourceError(f"{location}: found columns of different lengths. Correct the file, or its --format.")

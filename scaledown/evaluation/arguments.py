@@ -156,7 +156,7 @@ class EvaluationArguments:
     def __post_init__(self):
         self._check_names()
         counts = ("limit", "num_documents", "compression_rate", "max_documents", "max_slots", "max_new_tokens")
-        check_least(self, dict.fromkeys((*counts, "judge_concurrency", "resamples"), 1))
+        check_least(self, {**dict.fromkeys((*counts, "judge_concurrency", "resamples"), 1), "seed": 0})
         if self.min_reranking_score is not None and math.isnan(self.min_reranking_score):
             raise ScaleDownError("min_reranking_score is nan, which no score can reach; leave it out to keep all.")
         if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size) > 0):

@@ -51,6 +51,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "evaluate
 PRIVATE = (
     "model",
     "generator",
+    "reader",
     "data",
     "output_dir",
     "compare",

@@ -106,8 +106,13 @@ class ScaleDownTrainingArguments(OwnTrainingOptions, TrainingArguments):
             "compressor_learning_rate": 0,
             "weight_decay": 0,
             "warmup_steps": 0,
+            "seed": 0,
+            "data_seed": 0,
         }
         check_least(self, least)
+        for name in ("seed", "data_seed"):
+            if (getattr(self, name) or 0) >= 2**32:  # numpy's limit
+                raise ScaleDownError(f"{name} is {getattr(self, name)}, expected less than 2**32; correct --{name}.")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise ScaleDownError(f"num_train_epochs={self.num_train_epochs} is no training; set a positive number.")
 

@@ -21,6 +21,7 @@ from processing_scaledown import ScaleDownProcessor
 from ..common.prompts import encode_texts, text_prompts
 from ..data.records import answers_of
 from .collators import num_answer_positions
+from .sampling import SamplesByLength
 
 
 @dataclass
@@ -94,7 +95,7 @@ def add_reader_lora(model: ScaleDownModel, settings: dict[str, Any], adapter: st
     return reader
 
 
-class ReaderTrainer(Trainer):
+class ReaderTrainer(SamplesByLength, Trainer):
     """The Hugging Face `Trainer` over a generator with an adapter; checkpoints and the result are PEFT adapters."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -18,8 +18,10 @@ from errors_scaledown import ScaleDownError
 
 from ..common.command_line import settings_checked_by_libraries
 from ..common.files import write_json
+from ..common.metrics import ANSWER_METRICS
 from .arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments
 from .finish import RESULTS_NAME
+from .trainer import PARTS_OF_LOSS
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ def check_start(model_args: ModelArguments, data_args: DataArguments, args: Scal
     """
     if args.eval_strategy != "no" and data_args.eval_file is None:
         raise ScaleDownError(f"eval_strategy={args.eval_strategy.value} needs data to evaluate on; set eval_file.")
+    _check_metric(args)
     with settings_checked_by_libraries(f"lr_scheduler_type={args.lr_scheduler_type.value}"):
         kwargs = args.lr_scheduler_kwargs
         get_scheduler(args.lr_scheduler_type, SGD([torch.zeros(1)]), 1, 2, scheduler_specific_kwargs=kwargs)
@@ -103,6 +106,22 @@ def check_start(model_args: ModelArguments, data_args: DataArguments, args: Scal
                 "another output_dir, or delete the folder to start anew."
             )
     return checkpoint
+
+
+def _check_metric(args: ScaleDownTrainingArguments) -> None:
+    """Find a misspelt metric before the first evaluation does, which may be hours away."""
+    if args.metric_for_best_model is None:
+        return
+    measured = ["loss"]
+    if args.stage != "reader":
+        measured += PARTS_OF_LOSS[:1] if args.stage == "pretrain" else PARTS_OF_LOSS
+    if args.predict_with_generate:
+        measured += ANSWER_METRICS
+    if args.metric_for_best_model.removeprefix("eval_") not in measured:
+        raise ScaleDownError(
+            f"metric_for_best_model={args.metric_for_best_model} is not measured by this run; expected one of "
+            f"{', '.join(measured)}."
+        )
 
 
 def _run_settings(model_args, data_args, args) -> dict[str, Any]:

@@ -12,11 +12,10 @@ import torch
 from accelerate.utils import save_fsdp_optimizer
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from embeddings_scaledown import compressor_embeddings_name
 from errors_scaledown import ScaleDownError
@@ -27,30 +26,12 @@ from ..common.devices import hold_learned_in_32_bits
 from ..common.metrics import ANSWER_METRICS
 from ..data.records import gold_answers_of
 from .arguments import ScaleDownTrainingArguments
-from .cache import CachedDataset
+from .sampling import SamplesByLength
 
 PARTS_OF_LOSS = ("generation_loss", "reranking_loss")
 
 
-class EpochLengthGroupedSampler(LengthGroupedSampler):
-    """Questions of like length together, in an order that seed and epoch alone decide, so that a run can go on.
-
-    Args:
-        seed: Decides the order.
-        epoch: Returns the number of the starting epoch; asked for, because skipping batches hides the sampler.
-        args, kwargs: As in `LengthGroupedSampler`.
-    """
-
-    def __init__(self, seed: int, epoch: Callable[[], int], *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.seed, self.epoch = seed, epoch
-
-    def __iter__(self):
-        self.generator = torch.Generator().manual_seed(self.seed + self.epoch())
-        return super().__iter__()
-
-
-class ScaleDownTrainer(Trainer):
+class ScaleDownTrainer(SamplesByLength, Trainer):
     """A `Trainer` with two learning rates, both parts of the loss in its log, and ScaleDown's own checkpoints.
 
     Takes `scaledown.training.arguments.ScaleDownTrainingArguments`; everything else is the `Trainer`'s.
@@ -226,21 +207,6 @@ class ScaleDownTrainer(Trainer):
                 sums += torch.tensor([*(metric(answer, gold) for metric in ANSWER_METRICS.values()), 1.0])
         sums = self.accelerator.gather(sums.to(self.args.device).unsqueeze(0)).sum(dim=0)  # (metrics + 1,)
         return dict(zip(ANSWER_METRICS, (sums[:-1] / sums[-1]).tolist(), strict=True))
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        # The Trainer knows the lengths of rows only from a column of a `datasets.Dataset`.
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy == "group_by_length":
-            lengths, column = None, self.args.length_column_name
-            if isinstance(dataset, CachedDataset):
-                lengths = dataset.lengths
-            elif isinstance(dataset, datasets.Dataset) and column in dataset.column_names:
-                lengths = list(dataset[column])
-            if lengths is not None:
-                group = self.args.train_batch_size * self.args.gradient_accumulation_steps
-                seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-                return EpochLengthGroupedSampler(seed, lambda: int(self.state.epoch or 0), group, lengths=lengths)
-        return super()._get_train_sampler(train_dataset)
 
     def _get_learning_rate(self) -> float:
         # The Trainer's own takes that of the first group, which is the compressor's. It asks before the scheduler moves

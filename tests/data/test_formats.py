@@ -54,6 +54,37 @@ def test_natural_questions_as_qed_has_them(tmp_path):
     assert read_source(write(tmp_path / "x.jsonl", {**flat, "answers": []}), require_answer=False).questions
 
 
+@pytest.mark.parametrize(
+    ("row", "passages", "answers"),
+    [
+        ({"question": "q", "title": 1984, "paragraph": "By Orwell.", "answers": ["x"]}, ["1984: By Orwell."], ["x"]),
+        ({"body": "q", "type": "yesno", "exact_answer": "yes", "snippets": "One text."}, ["One text."], ["yes"]),
+        ({"body": "q", "exact_answer": "yes", "snippets": {"text": "One text."}}, ["One text."], ["yes"]),
+        ({"question": "q", "answer": {"value": 1984, "aliases": "MCMLXXXIV"}}, [], ["1984", "MCMLXXXIV"]),
+        ({"question": "q", "answers": ["x"], "ctxs": "One text."}, ["One text."], ["x"]),
+        ({"question": "q", "answers": ["x"], "ctxs": {"title": ["T"], "text": ["One."]}}, ["T: One."], ["x"]),
+    ],
+    ids=["title", "snippet", "object", "alias", "passage", "columns"],
+)
+def test_numbers_and_single_texts_may_stand_where_texts_and_lists_are_usual(tmp_path, row, passages, answers):
+    source = read_source(write(tmp_path / "rows.jsonl", [row]))
+    assert source.passages == passages
+    assert source.questions[0].answers == answers
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"body": "q", "type": "yesno", "exact_answer": "yes", "snippets": {"a": 1}},
+        {"question": "q", "answer": {"value": "v", "aliases": {"a": 1}}},
+    ],
+    ids=["snippet", "alias"],
+)
+def test_what_is_no_text_is_named_with_its_place(tmp_path, row):
+    with pytest.raises(SourceError, match=r"rows\.jsonl, element 1, (answer|aliases|snippets): found"):
+        read_source(write(tmp_path / "rows.jsonl", [row]))
+
+
 def test_triviaqa(tmp_path):
     page = " ".join(f"word{index}" for index in range(150))
     row = {

@@ -5,6 +5,7 @@ import datetime
 import json
 import math
 import shutil
+from dataclasses import fields
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +21,7 @@ from scaledown.evaluation.answering import answer_all
 from scaledown.evaluation.arguments import EvaluationArguments
 from scaledown.evaluation.contestants import build_systems, check_lengths, load_contestants
 from scaledown.evaluation.data import Example
-from scaledown.evaluation.evaluate import _fitting, evaluate, main
+from scaledown.evaluation.evaluate import PRIVATE, _fitting, evaluate, main
 from scaledown.evaluation.run_folder import EvaluationRun
 from scaledown.evaluation.systems import Answer, choose_donors, greedy
 from tiny import ANSWERS, DOCUMENTS, QUESTIONS, build_tokenizer, randomize_lora
@@ -351,6 +352,17 @@ def test_fields_of_the_records_come_along_and_group_the_metrics(metrics, rows):
     parts = [g["systems"]["no_documents"]["f1"]["value"] * g["num_questions"] for g in groups.values()]
     assert sum(parts) / NUM_QUESTIONS == pytest.approx(metrics["systems"]["no_documents"]["f1"]["value"])
     assert set(metrics["groups"]["hops"]) == {"1", "2"}
+
+
+def test_options_that_name_folders_stay_out_of_the_metrics():
+    described = {f.name: f.metadata["help"].lower() for f in fields(EvaluationArguments) if f.type is not bool}
+    named = {name for name, text in described.items() if "folder" in text}
+    assert {"model", "reader"} <= named <= set(PRIVATE)
+
+
+def test_a_seed_below_0_is_refused_before_the_work(folder):
+    with pytest.raises(ValueError, match="seed is -1, expected at least 0"):
+        settings(folder, seed=-1)
 
 
 def test_a_run_can_be_repeated(metrics, folder):

@@ -302,3 +302,13 @@ def test_questions_of_like_length_come_together(backbones, train_file, tmp_path,
     run(model_arguments(backbones), DataArguments(train_file=str(train_file)), args)
     assert sorted(length for batch in seen for length in batch) == sorted(len(q) for q in QUESTIONS * 4)
     assert any(len(set(batch)) == 1 for batch in seen)
+
+
+@pytest.mark.parametrize("stage", ["joint", "generate", "reader"])
+def test_runs_whose_questions_come_by_length_evaluate_too(backbones, train_file, tmp_path, stage):
+    settings = {"train_sampling_strategy": "group_by_length", "max_steps": 1, "stage": stage}
+    if stage == "generate":
+        settings |= {"stage": "joint", "two_stage": True}
+    data = DataArguments(train_file=str(train_file), eval_file=str(train_file))
+    metrics = run(model_arguments(backbones), data, training_arguments(tmp_path / "out", **settings))
+    assert metrics["eval_loss"] > 0

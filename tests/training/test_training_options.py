@@ -65,6 +65,8 @@ def test_wrong_recipes_are_named(tmp_path, capsys, text, message):
         (["--resume_from_checkpoint", "nowhere"], "is not a folder"),
         (["--compressor_type", "llm"], "does not go with compressor_type"),
         (["--num_compressor_layers", "9"], "exceeds the generator's 2 layers"),
+        (["--metric_for_best_model", "f2"], "expected one of loss, generation_loss, reranking_loss."),
+        (["--metric_for_best_model", "generation_loss", "--stage", "reader"], "expected one of loss."),
     ],
 )
 def test_wrong_options_are_named(backbones, train_file, tmp_path, capsys, options, message):
@@ -108,6 +110,8 @@ def test_named_modules_get_lora(backbones, train_file, tmp_path):
         ({"metric_for_best_model": "f1"}, "set predict_with_generate"),
         ({"metric_for_best_model": "eval_exact_match"}, "set predict_with_generate"),
         ({"early_stopping_patience": 2}, "set eval_strategy"),
+        ({"seed": -1}, "seed is -1, expected at least 0"),
+        ({"data_seed": 2**32}, "expected less than"),
     ],
 )
 def test_what_is_not_supported_is_refused_at_once(tmp_path, settings, message):
