@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 
 try:
     from .compression_scaledown import check_batch_size, compress_chunks
-    from .compressor_scaledown import CompressedDocuments
     from .configuration_scaledown import IS_REMOTE_CODE
     from .errors_scaledown import ScaleDownError
     from .filling_scaledown import PromptSettings, check_context, embed_prompts, fill_prompts, require_reranking
     from .generation_scaledown import answer_lengths, with_length
+    from .outputs_scaledown import CompressedDocuments
     from .processing_scaledown import ScaleDownProcessor
     from .reranking_scaledown import check_limits, document_scores
     from .text_scaledown import is_conversation, listed
@@ -31,11 +31,11 @@ except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
     from compression_scaledown import check_batch_size, compress_chunks
-    from compressor_scaledown import CompressedDocuments
     from configuration_scaledown import IS_REMOTE_CODE
     from errors_scaledown import ScaleDownError
     from filling_scaledown import PromptSettings, check_context, embed_prompts, fill_prompts, require_reranking
     from generation_scaledown import answer_lengths, with_length
+    from outputs_scaledown import CompressedDocuments
     from processing_scaledown import ScaleDownProcessor
     from reranking_scaledown import check_limits, document_scores
     from text_scaledown import is_conversation, listed

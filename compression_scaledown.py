@@ -23,13 +23,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 try:
-    from .compressor_scaledown import CHUNK_INPUTS, CompressedDocuments, ScaleDownCompressor
+    from .compressor_scaledown import CHUNK_INPUTS, ScaleDownCompressor
     from .errors_scaledown import ScaleDownError
+    from .outputs_scaledown import CompressedDocuments
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
-    from compressor_scaledown import CHUNK_INPUTS, CompressedDocuments, ScaleDownCompressor
+    from compressor_scaledown import CHUNK_INPUTS, ScaleDownCompressor
     from errors_scaledown import ScaleDownError
+    from outputs_scaledown import CompressedDocuments
 
 # Chunks are compressed with others of similar length. A pass ends where the next chunk is this much shorter than its
 # longest, once the pass is large enough to keep the device busy: tokens on a CPU, and on an accelerator.
@@ -131,6 +133,7 @@ def compress_by_length(
     device: torch.device,
     chunks: tuple[torch.Tensor | None, ...],
     batch_size: int,
+    embeddings: nn.Module | None = None,
 ) -> CompressedDocuments:
     """
     Compresses chunks in passes of similar length, and reads a question in front of several chunks once.
@@ -138,13 +141,14 @@ def compress_by_length(
     Args:
         compressor (`ScaleDownCompressor`): The compressor.
         device (`torch.device`): Where it computes.
-        chunks (`tuple`): Ids, attention mask, slots and document mask, as in `ScaleDownModel.get_memory_embeddings`.
+        chunks (`tuple`): The values of `CHUNK_INPUTS`, as in `ScaleDownModel.get_memory_embeddings`.
         batch_size (`int`): Chunks of a pass at most.
+        embeddings (`nn.Module`, *optional*): The generator's token embeddings, for slots that point at text.
 
     Returns:
         `CompressedDocuments`: Chunks in the order given.
     """
-    input_ids, attention_mask, chunk_slots, document_mask = chunks
+    input_ids, attention_mask, chunk_slots, document_mask, windows = chunks
     large = LARGE_PASS.get(device.type, LARGE_PASS_ELSEWHERE)
     parts, places = [], []
     for group, prefixes, left in compressor.read_prefixes(input_ids, attention_mask, document_mask, batch_size):
@@ -153,10 +157,10 @@ def compress_by_length(
             places.append(group[rows])
             inputs = [
                 None if part is None else part[places[-1]].to(device)
-                for part in (input_ids, left, chunk_slots, document_mask)
+                for part in (input_ids, left, chunk_slots, document_mask, windows)
             ]
             before = None if prefixes is None else prefixes.of(rows.to(device))
-            parts.append(compressor(*inputs, prefixes=before))
+            parts.append(compressor(*inputs, prefixes=before, embeddings=embeddings))
     back = torch.cat(places).argsort().to(parts[0].memory_mask.device)
     longest = max(part.memory_mask.shape[1] for part in parts)
     pads = [longest - part.memory_mask.shape[1] for part in parts]
@@ -184,7 +188,7 @@ def compress_chunks(model: PreTrainedModel, batch: dict[str, torch.Tensor], batc
     """
     cache = model.compression_cache
     if cache is None:
-        return model.get_memory_embeddings(**{name: batch[name] for name in CHUNK_INPUTS}, batch_size=batch_size)
+        return model.get_memory_embeddings(**chunk_inputs(batch), batch_size=batch_size)
     cache.belong_to(model.compressor)
     # What the compressor reads, which part of it is the document, and the slots.
     rows = zip(
@@ -195,10 +199,14 @@ def compress_chunks(model: PreTrainedModel, batch: dict[str, torch.Tensor], batc
         strict=True,
     )
     keys = [(slots, count, *ids[kept].tolist()) for slots, count, ids, kept in rows]
+    if "compressor_windows" in batch:  # texts that differ for the generator alone
+        own = zip(batch["compressor_windows"], batch["compressor_document_mask"].bool(), strict=True)
+        texts = [windows[mask].flatten().tolist() for windows, mask in own]
+        keys = [(*key, *text) for key, text in zip(keys, texts, strict=True)]
     entries = {key: cache.get(key) for key in keys}
     missing = [i for i, key in enumerate(keys) if entries[key] is None]
     if missing:
-        chunks = {name: batch[name][missing] for name in CHUNK_INPUTS}
+        chunks = {name: value[missing] for name, value in chunk_inputs(batch).items()}
         new = model.get_memory_embeddings(**chunks, batch_size=batch_size)
         for row, i in enumerate(missing):
             memory = new.memory_embeddings[row, : keys[i][0]].clone()  # a part would keep the whole batch alive
@@ -213,6 +221,11 @@ def compress_chunks(model: PreTrainedModel, batch: dict[str, torch.Tensor], batc
         memory_mask=slot_ids < batch["chunk_slots"].to(memory.device).unsqueeze(1),
         reranking_scores=None if scores[0] is None else torch.stack(scores),
     )
+
+
+def chunk_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the compressor takes of a batch of the processor."""
+    return {name: batch[name] for name in CHUNK_INPUTS if name in batch}
 
 
 def chunks_per_pass(device: torch.device) -> int:

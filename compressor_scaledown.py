@@ -14,18 +14,19 @@
 """The compressor of ScaleDown: query and chunk in, memory embeddings and a relevance score out."""
 
 import itertools
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
 
 try:
     from .errors_scaledown import ScaleDownError
     from .families_scaledown import embedding_scale, embedding_width
+    from .outputs_scaledown import CompressedDocuments
+    from .pointer_scaledown import WindowPointer, read_windows
     from .shortcuts_scaledown import (
         SharedPrefixes,
         can_share_prefixes,
@@ -40,6 +41,8 @@ except ImportError:
         raise
     from errors_scaledown import ScaleDownError
     from families_scaledown import embedding_scale, embedding_width
+    from outputs_scaledown import CompressedDocuments
+    from pointer_scaledown import WindowPointer, read_windows
     from shortcuts_scaledown import (
         SharedPrefixes,
         can_share_prefixes,
@@ -58,45 +61,18 @@ FINAL_NORM_NAMES = (
 # Their final norm is also what they begin with.
 NORMALISED_AT_BOTH_ENDS = ("nanochat",)
 # The forms documents have among the arguments of `forward`: chunks to compress, or what was made of them before.
-CHUNK_INPUTS = ("compressor_input_ids", "compressor_attention_mask", "chunk_slots", "compressor_document_mask")
+CHUNK_INPUTS = (
+    *("compressor_input_ids", "compressor_attention_mask", "chunk_slots", "compressor_document_mask"),
+    "compressor_windows",
+)
 COMPRESSED_INPUTS = ("memory_states", "rerank_states", "memory_embeddings", "memory_mask")
+# Where the state to score is that of a token, not of a further embedding after the row.
+READ_AT_OWN_TOKENS = ("span_mean", "pointer")
 # A question is read once for all its chunks where that saves at least this share of the tokens.
 MIN_SHARED_PREFIX = 0.04
 # It takes a pass of its own, which must cost less than it saves: operations that a layer is spared, at least.
 MIN_SPARED_OPERATIONS = {"cpu": 1e8}
 MIN_SPARED_OPERATIONS_ELSEWHERE = 2e11
-
-
-@dataclass
-class CompressedDocuments(ModelOutput):
-    r"""
-    What the compressor makes of documents.
-
-    Args:
-        memory_embeddings (`torch.FloatTensor` of shape `(num_chunks, slots, hidden_size)`):
-            Embeddings in the generator's input space; rows past a chunk's own slots are zero.
-        memory_mask (`torch.BoolTensor` of shape `(num_chunks, slots)`):
-            True where a chunk has a slot.
-        reranking_scores (`torch.FloatTensor` of shape `(num_chunks,)`, *optional*):
-            Relevance of each chunk to its query, higher is more relevant; `None` without reranking.
-        chunk_to_document (`torch.LongTensor` of shape `(num_chunks,)`, *optional*):
-            Document each chunk is a part of, counted over the whole batch.
-        document_to_example (`torch.LongTensor` of shape `(num_documents,)`, *optional*):
-            Question each document belongs to.
-    """
-
-    memory_embeddings: torch.FloatTensor | None = None
-    memory_mask: torch.BoolTensor | None = None
-    reranking_scores: torch.FloatTensor | None = None
-    chunk_to_document: torch.LongTensor | None = None
-    document_to_example: torch.LongTensor | None = None
-
-    def by_document(self) -> list[torch.FloatTensor]:
-        """Memory embeddings `(slots, hidden_size)` of each document, those of a long one's chunks in a row."""
-        num_documents = self.document_to_example.shape[0]
-        slots = self.memory_mask.sum(dim=1)  # (num_chunks,)
-        slots = slots.new_zeros(num_documents).index_add(0, self.chunk_to_document, slots)  # (num_documents,)
-        return list(self.memory_embeddings[self.memory_mask].split(slots.tolist()))
 
 
 class RerankingHead(nn.Linear):
@@ -163,12 +139,15 @@ class ScaleDownCompressor(nn.Module):
         read = embedding_width(config.compressor_config)
         if config.slot_pooling == "memory_tokens":
             self.memory_embeddings = nn.Parameter(torch.zeros(config.num_memory_tokens, read))
-        if config.slot_pooling != "span_mean" and config.enable_reranking:
+        if config.slot_pooling not in READ_AT_OWN_TOKENS and config.enable_reranking:
             self.rerank_embedding = nn.Parameter(torch.zeros(read))
         self.span_attention = SpanAttention(width) if config.slot_pooling == "span_attention" else None
+        self.pointer = None
+        if config.slot_pooling == "pointer":
+            self.pointer = WindowPointer(width, math.ceil(config.num_memory_tokens / config.pointer_window))
         self.reranking_head = RerankingHead(width, 1) if config.enable_reranking else None
         self.projector = None
-        if self.span_attention is not None:
+        if self.span_attention is not None or self.pointer is not None:
             self.projector = EmbeddingProjector(
                 config.memory_state_size, config.generator_config.hidden_size, bias=False
             )
@@ -207,7 +186,9 @@ class ScaleDownCompressor(nn.Module):
         attention_mask: torch.LongTensor,
         chunk_slots: torch.LongTensor,
         document_mask: torch.BoolTensor | None = None,
+        windows: torch.LongTensor | None = None,
         prefixes: SharedPrefixes | None = None,
+        embeddings: nn.Module | None = None,
     ) -> CompressedDocuments:
         """
         Compresses chunks.
@@ -218,13 +199,20 @@ class ScaleDownCompressor(nn.Module):
             chunk_slots (`torch.LongTensor` of shape `(num_chunks,)`): Memory embeddings of each chunk.
             document_mask (`torch.BoolTensor` of shape `(num_chunks, chunk_len)`, *optional*):
                 True on the chunk's own tokens; needed unless `slot_pooling` is `"memory_tokens"`.
+            windows (`torch.LongTensor` of shape `(num_chunks, chunk_len, window)`, *optional*):
+                The generator's ids of the text from each token on; needed if `slot_pooling` is `"pointer"`.
             prefixes (`SharedPrefixes`, *optional*):
                 What stands before the tokens that `attention_mask` lets be read, from `read_prefixes`.
+            embeddings (`nn.Module`, *optional*): The generator's token embeddings, needed with `windows`.
 
         Returns:
             `CompressedDocuments`: Embeddings, mask and, with reranking, scores.
         """
-        return self.project(*self.hidden_states(input_ids, attention_mask, chunk_slots, document_mask, prefixes))
+        chunks = (input_ids, attention_mask, chunk_slots, document_mask, windows)
+        *states, weights = self._read(*chunks, prefixes, embeddings)
+        documents = self.project(*states)
+        documents.pointer_weights = weights
+        return documents
 
     def read_prefixes(
         self,
@@ -329,21 +317,37 @@ class ScaleDownCompressor(nn.Module):
         attention_mask: torch.LongTensor,
         chunk_slots: torch.LongTensor,
         document_mask: torch.BoolTensor | None = None,
+        windows: torch.LongTensor | None = None,
         prefixes: SharedPrefixes | None = None,
+        embeddings: nn.Module | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """
         Runs the backbone and reads the states of the slots and the one to score.
 
         Args:
-            input_ids, attention_mask, chunk_slots, document_mask, prefixes: As in `forward`.
+            input_ids, attention_mask, chunk_slots, document_mask, windows, prefixes, embeddings: As in `forward`.
 
         Returns:
             `tuple`: memory states `(num_chunks, slots, hidden)`, their mask `(num_chunks, slots)`, and reranking
             states `(num_chunks, hidden)` or `None`. The state of a separator's slot means nothing.
 
         Raises:
-            ValueError: there is no backbone, or no `document_mask` where it is needed.
+            ValueError: there is no backbone, or no `document_mask` or `windows` where they are needed.
         """
+        chunks = (input_ids, attention_mask, chunk_slots, document_mask, windows)
+        return self._read(*chunks, prefixes, embeddings)[:3]
+
+    def _read(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor,
+        chunk_slots: torch.LongTensor,
+        document_mask: torch.BoolTensor | None,
+        windows: torch.LongTensor | None,
+        prefixes: SharedPrefixes | None,
+        embeddings: nn.Module | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """`hidden_states`, and where each window begins `(num_chunks, num_windows, chunk_len)`."""
         if self.backbone is None:
             raise ScaleDownError(
                 "This model was loaded without its compressor's backbone; it reads cached states only."
@@ -352,7 +356,14 @@ class ScaleDownCompressor(nn.Module):
             raise ScaleDownError(
                 "Slots over spans of a chunk need compressor_document_mask; pass all that the processor returned."
             )
-        num_chunks = input_ids.shape[0]
+        if self.pointer is not None and windows is None:
+            raise ScaleDownError("Slots that point at text need compressor_windows; pass all the processor returned.")
+        if self.pointer is not None and embeddings is None:
+            raise ScaleDownError(
+                "Slots that point at text are made of the generator's token embeddings, and nothing here has those: "
+                'compress with the whole model. Two-stage training does not go with slot_pooling="pointer".'
+            )
+        num_chunks, weights = input_ids.shape[0], None
         separators = int(self.separator_embedding is not None)
         chunk_slots = chunk_slots - separators
         num_slots = int(chunk_slots.max())
@@ -392,16 +403,24 @@ class ScaleDownCompressor(nn.Module):
                 states = self.span_attention.normalize(states)
                 embeds = embeds * embedding_scale(self.backbone.config)
                 memory = self.span_attention(states, embeds, *spans)  # (num_chunks, slots, 2 * hidden)
-            else:
+            elif self.pointer is None:
                 memory = mean_over_spans(states, *spans)
-            rerank = None
-            if self.scores_relevance:
-                position = torch.zeros_like(total) if self.rerank_at_first_token else total - 1
-                rerank = states[torch.arange(num_chunks, device=states.device), position]  # (num_chunks, hidden)
+            position = torch.zeros_like(total) if self.rerank_at_first_token else total - 1
+            rerank = states[torch.arange(num_chunks, device=states.device), position]  # (num_chunks, hidden)
+            if self.pointer is not None:
+                states = nn.functional.rms_norm(states, states.shape[-1:], eps=1e-6)
+                moved = self.pointer(states, rerank, spans[0])  # (num_chunks, num_windows, total_len)
+                places = order.unsqueeze(1).expand(-1, moved.shape[1], -1)
+                weights = moved.new_zeros(*moved.shape[:2], source.shape[1]).scatter(2, places, moved)
+                weights = weights[:, :, : input_ids.shape[1]]  # (num_chunks, num_windows, chunk_len)
+                pointed = moved.to(states.dtype) @ states  # (num_chunks, num_windows, hidden)
+                memory = read_windows(weights, windows, embeddings, pointed, num_slots)
+            if not self.scores_relevance:
+                rerank = None
         if separators:
             memory = nn.functional.pad(memory, (0, 0, 0, 1))
             memory_mask = nn.functional.pad(memory_mask, (1, 0), value=True)  # one more of each chunk
-        return memory, memory_mask, rerank
+        return memory, memory_mask, rerank, weights
 
     def _padded_positions(
         self, first: torch.LongTensor, length: int, prefixes: SharedPrefixes | None
@@ -491,4 +510,4 @@ def own_tokens(chunk_slots: torch.LongTensor, config: PreTrainedConfig) -> torch
     """
     memory = chunk_slots - int(config.learned_separator)
     memory = memory if config.slot_pooling == "memory_tokens" else torch.zeros_like(chunk_slots)
-    return memory + int(config.enable_reranking and config.slot_pooling != "span_mean")
+    return memory + int(config.enable_reranking and config.slot_pooling not in READ_AT_OWN_TOKENS)

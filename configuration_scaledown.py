@@ -68,7 +68,8 @@ except ImportError:
 IS_REMOTE_CODE = (__package__ or "").startswith("transformers_modules")
 COMPRESSOR_TYPES = ("n_layers", "modernbert", "llm")
 WEIGHTS_FORMATS = ("full", "delta")
-SLOT_POOLINGS = ("memory_tokens", "span_mean", "span_attention")
+SLOT_POOLINGS = ("memory_tokens", "span_mean", "span_attention", "pointer")
+DEFAULT_POINTER_WINDOW = 8
 
 # The prompt of OSCAR (arXiv 2504.07109).
 DEFAULT_SYSTEM_PROMPT = (
@@ -110,6 +111,14 @@ class ScaleDownConfig(PreTrainedConfig):
             `"span_attention"` (`n_layers` only): a weighted mean over the same share, of each token's embedding beside
             its normalised hidden state, read by a linear projector. An untrained model weighs all tokens alike and
             passes their embeddings on, so that at one token per slot it starts as the generator that reads text.
+            `"pointer"`: the compressor points at windows of the chunk, and their slots start as the generator's own
+            embeddings of the text there. The loss of an answer alone teaches this slowly; `evidence` shows where to
+            point.
+        pointer_window (`int`, *optional*):
+            Slots of a window with `slot_pooling="pointer"`, at most 8 when left out; a chunk has as many windows as
+            fill `num_memory_tokens` slots.
+        pointer_loss_weight (`float`, defaults to 1.0):
+            Weight of the loss that asks for a window with the answer.
         chunk_length (`int`, defaults to 128):
             Document tokens per chunk, in tokens of the compressor's tokenizer. Longer documents become several chunks.
         max_query_length (`int`, defaults to 128):
@@ -192,6 +201,8 @@ class ScaleDownConfig(PreTrainedConfig):
     num_memory_tokens: int | None = None
     compression_rate: int | None = None
     slot_pooling: str = "memory_tokens"
+    pointer_window: int | None = None
+    pointer_loss_weight: float = 1.0
     chunk_length: int = 128
     max_query_length: int = 128
     compressor_prompt: str | None = None
@@ -239,6 +250,9 @@ class ScaleDownConfig(PreTrainedConfig):
         # `PreTrainedConfig()` without arguments is called by transformers to find the values that differ from the
         # defaults, so a missing generator is an error of the model's constructor, not of this one.
         fill_compression_settings(self)
+        if self.slot_pooling == "pointer" and self.pointer_window is None:
+            slots = self.num_memory_tokens
+            self.pointer_window = min(DEFAULT_POINTER_WINDOW, slots) if isinstance(slots, int) else None
         self._validate_sizes()
         if self.generator_config is not None:
             self.generator_config = _as_config(self.generator_config, "generator_config")
@@ -272,6 +286,8 @@ class ScaleDownConfig(PreTrainedConfig):
     def memory_state_size(self) -> int:
         """Width of a slot's state before the projector, as two-stage training caches it."""
         hidden_size = self.compressor_config.hidden_size
+        if self.slot_pooling == "pointer":
+            return self.hidden_size + hidden_size
         return hidden_size + embedding_width(self.compressor_config) * (self.slot_pooling == "span_attention")
 
     def check(self):
@@ -304,7 +320,7 @@ class ScaleDownConfig(PreTrainedConfig):
                 f"generator's; with {self.compressor_type!r} choose memory_tokens or span_mean."
             )
         check_sizes(self, ("num_compressor_layers", "projector_hidden_size"))
-        for name in ("reranking_loss_weight", "initializer_range"):
+        for name in ("reranking_loss_weight", "pointer_loss_weight", "initializer_range"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 remedy = "; 0 switches the reranking loss off" if name == "reranking_loss_weight" else ""

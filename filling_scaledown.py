@@ -22,16 +22,16 @@ from transformers.utils import logging
 
 try:
     from .compression_scaledown import compress_chunks
-    from .compressor_scaledown import CompressedDocuments
     from .errors_scaledown import ScaleDownError
+    from .outputs_scaledown import CompressedDocuments
     from .reranking_scaledown import scores_by_example, select_chunks, slots_by_document
     from .text_scaledown import Conversation
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
     from compression_scaledown import compress_chunks
-    from compressor_scaledown import CompressedDocuments
     from errors_scaledown import ScaleDownError
+    from outputs_scaledown import CompressedDocuments
     from reranking_scaledown import scores_by_example, select_chunks, slots_by_document
     from text_scaledown import Conversation
 

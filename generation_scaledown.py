@@ -107,7 +107,7 @@ class ScaleDownGenerationMixin(GenerationMixin):
         """
         slot_mask = kwargs.pop("slot_mask", None)
         given = {name: kwargs.pop(name, None) for name in (*CHUNK_INPUTS, *COMPRESSED_INPUTS)}
-        for name in ("chunk_to_document", "document_to_example"):
+        for name in ("chunk_to_document", "document_to_example", "pointer_labels"):
             kwargs.pop(name, None)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         embeds = kwargs.get("inputs_embeds")

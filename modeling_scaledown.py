@@ -14,7 +14,6 @@
 """ScaleDown model: a query-dependent compressor in front of a causal language model (OSCAR, arXiv 2504.07109)."""
 
 import re
-from dataclasses import dataclass
 
 try:  # first, since it says which transformers is needed
     from .configuration_scaledown import IS_REMOTE_CODE, ScaleDownConfig
@@ -35,12 +34,14 @@ try:
     from .backbones_scaledown import BackbonesMixin
     from .checkpoint_scaledown import CheckpointMixin
     from .compression_scaledown import CompressionCache, check_batch_size, chunks_per_pass, compress_by_length
-    from .compressor_scaledown import COMPRESSORS, CompressedDocuments, ScaleDownCompressor
+    from .compressor_scaledown import COMPRESSORS, ScaleDownCompressor
     from .embeddings_scaledown import compressor_embeddings_name
     from .errors_scaledown import WITHOUT_GENERATOR, ScaleDownError
     from .families_scaledown import embedding_scale
     from .generation_scaledown import ScaleDownGenerationMixin
     from .lora_scaledown import LoraMixin, freeze, inject_lora
+    from .outputs_scaledown import CompressedDocuments, ScaleDownOutput
+    from .pointer_scaledown import pointer_loss
     from .reranking_scaledown import document_scores, reranking_loss
     from .shortcuts_scaledown import CACHE_NAME
     from .spans_scaledown import EmbeddingProjector, SpanAttention
@@ -52,51 +53,20 @@ except ImportError:
     from backbones_scaledown import BackbonesMixin
     from checkpoint_scaledown import CheckpointMixin
     from compression_scaledown import CompressionCache, check_batch_size, chunks_per_pass, compress_by_length
-    from compressor_scaledown import COMPRESSORS, CompressedDocuments, ScaleDownCompressor
+    from compressor_scaledown import COMPRESSORS, ScaleDownCompressor
     from embeddings_scaledown import compressor_embeddings_name
     from errors_scaledown import WITHOUT_GENERATOR, ScaleDownError
     from families_scaledown import embedding_scale
     from generation_scaledown import ScaleDownGenerationMixin
     from lora_scaledown import LoraMixin, freeze, inject_lora
+    from outputs_scaledown import CompressedDocuments, ScaleDownOutput
+    from pointer_scaledown import pointer_loss
     from reranking_scaledown import document_scores, reranking_loss
     from shortcuts_scaledown import CACHE_NAME
     from spans_scaledown import EmbeddingProjector, SpanAttention
     from weights_scaledown import execution_device, is_slow_on_cpu
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class ScaleDownOutput(CausalLMOutputWithPast):
-    r"""
-    Output of [`ScaleDownModel`].
-
-    Args:
-        loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
-            `generation_loss + reranking_loss_weight · reranking_loss`.
-        generation_loss (`torch.FloatTensor` of shape `()`, *optional*):
-            Cross-entropy of the answer's tokens.
-        reranking_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `reranking_labels` is given):
-            Squared error of the reranking scores, summed over a question's documents, averaged over questions.
-        logits (`torch.FloatTensor` of shape `(batch, kept_len, vocab_size)`):
-            Next-token scores at the last `logits_to_keep` positions, or at all of them.
-        past_key_values, from transformers 5.24 on cache (`Cache`, *optional*):
-            The generator's key-value cache.
-        memory_embeddings (`torch.FloatTensor` of shape `(num_chunks, slots, hidden_size)`, *optional*):
-            Embeddings the slots were filled with.
-        memory_mask (`torch.BoolTensor` of shape `(num_chunks, slots)`, *optional*):
-            True where a chunk has a slot.
-        reranking_scores (`torch.FloatTensor` of shape `(num_chunks,)`, *optional*):
-            Relevance of each chunk to its query, higher is more relevant.
-        hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*):
-            The generator's, when asked for.
-    """
-
-    generation_loss: torch.FloatTensor | None = None
-    reranking_loss: torch.FloatTensor | None = None
-    memory_embeddings: torch.FloatTensor | None = None
-    memory_mask: torch.BoolTensor | None = None
-    reranking_scores: torch.FloatTensor | None = None
 
 
 class ScaleDownModel(
@@ -259,6 +229,7 @@ class ScaleDownModel(
         compressor_attention_mask: torch.LongTensor | None = None,
         chunk_slots: torch.LongTensor | None = None,
         compressor_document_mask: torch.BoolTensor | None = None,
+        compressor_windows: torch.LongTensor | None = None,
         batch_size: int | None = None,
     ) -> CompressedDocuments:
         """
@@ -271,6 +242,8 @@ class ScaleDownModel(
                 Slots of each chunk, a separator's included; as many as it can have when left out.
             compressor_document_mask (`torch.BoolTensor` of shape `(num_chunks, chunk_len)`, *optional*):
                 True on the chunk's own tokens; needed unless `slot_pooling` is `"memory_tokens"`.
+            compressor_windows (`torch.LongTensor` of shape `(num_chunks, chunk_len, window)`, *optional*):
+                The generator's ids of the text from each token on; needed if `slot_pooling` is `"pointer"`.
             batch_size (`int`, *optional*):
                 Chunks compressed at a time, each with others of like length, so that little of the work is padding;
                 all at once when left out. A question in front of several chunks is then read once, where the backbone
@@ -301,11 +274,19 @@ class ScaleDownModel(
                 f"Use a processor with num_memory_tokens={limit - separators} or less."
             )
         chunks = (compressor_input_ids, compressor_attention_mask, chunk_slots, compressor_document_mask)
+        chunks = (*chunks, compressor_windows)
+        embeddings = None if compressor_windows is None else self._embed_text
         if batch_size is not None:
             check_batch_size(batch_size)
         if batch_size is None:
-            return self.compressor(*chunks)
-        return compress_by_length(self.compressor, self.device, chunks, batch_size)
+            return self.compressor(*chunks, embeddings=embeddings)
+        return compress_by_length(self.compressor, self.device, chunks, batch_size, embeddings)
+
+    def _embed_text(self, ids: torch.LongTensor) -> torch.FloatTensor:
+        """The generator's embeddings of tokens as they are in front of its first layer."""
+        if self.generator is None:
+            raise ScaleDownError(WITHOUT_GENERATOR)
+        return self.get_input_embeddings()(ids) * embedding_scale(self.config.generator_config)
 
     @can_return_tuple
     def forward(
@@ -317,6 +298,7 @@ class ScaleDownModel(
         compressor_attention_mask: torch.LongTensor | None = None,
         chunk_slots: torch.LongTensor | None = None,
         compressor_document_mask: torch.BoolTensor | None = None,
+        compressor_windows: torch.LongTensor | None = None,
         chunk_to_document: torch.LongTensor | None = None,
         document_to_example: torch.LongTensor | None = None,
         memory_states: torch.FloatTensor | None = None,
@@ -325,6 +307,7 @@ class ScaleDownModel(
         memory_mask: torch.BoolTensor | None = None,
         labels: torch.LongTensor | None = None,
         reranking_labels: torch.FloatTensor | None = None,
+        pointer_labels: torch.BoolTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: object | None = None,
         cache: object | None = None,
@@ -333,6 +316,7 @@ class ScaleDownModel(
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         num_scored_examples: torch.Tensor | int | None = None,
+        num_pointed_chunks: torch.Tensor | int | None = None,
         **kwargs,
     ) -> ScaleDownOutput:
         r"""
@@ -340,13 +324,13 @@ class ScaleDownModel(
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, prompt_len)`):
-                The prompt; any id stands at a slot.
+                The prompt; any id stands at a slot. Without one, documents are compressed and nothing is generated.
             attention_mask (`torch.LongTensor` of shape `(batch, prompt_len)`, *optional*):
                 0 on padding, which may be on either side.
             slot_mask (`torch.BoolTensor` of shape `(batch, prompt_len)`, *optional*):
                 True where a memory embedding goes; read row by row, the slots belong to the chunks in their order.
             compressor_input_ids, compressor_attention_mask, compressor_document_mask (`(num_chunks, chunk_len)`),
-            chunk_slots (`(num_chunks,)`):
+            chunk_slots (`(num_chunks,)`), compressor_windows (`(num_chunks, chunk_len, window)`):
                 The documents' chunks, as the processor builds them.
             chunk_to_document (`(num_chunks,)`), document_to_example (`(num_documents,)`):
                 Whose part each chunk and document is; needed with `reranking_labels`.
@@ -360,10 +344,13 @@ class ScaleDownModel(
                 Tokens to learn, -100 elsewhere; shifted inside, as everywhere in transformers.
             reranking_labels (`torch.FloatTensor` of shape `(num_documents,)`, *optional*):
                 Teacher scores, NaN where there is none.
+            pointer_labels (`torch.BoolTensor` of shape `(num_chunks, chunk_len)`, *optional*):
+                True where a window holds what is to be pointed at.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
                 Compute logits at the last positions only, or, without labels, at those named; 0 computes all.
-            num_items_in_batch, num_scored_examples (`int`, *optional*):
-                Answer tokens and scored questions to average over, when a step is made of several micro-batches.
+            num_items_in_batch, num_scored_examples, num_pointed_chunks (`int`, *optional*):
+                Answer tokens, scored questions and chunks with labels to average over, when a step is made of several
+                micro-batches.
             past_key_values or cache (`Cache`, *optional*):
                 What the generator has read; transformers 5.24 gave it the second name.
 
@@ -383,29 +370,33 @@ class ScaleDownModel(
             compressor_input_ids=compressor_input_ids,
             compressor_attention_mask=compressor_attention_mask,
             compressor_document_mask=compressor_document_mask,
+            compressor_windows=compressor_windows,
             chunk_slots=chunk_slots,
             memory_states=memory_states,
             rerank_states=rerank_states,
             memory_embeddings=memory_embeddings,
             memory_mask=memory_mask,
         )
-        if inputs_embeds is None or documents.memory_embeddings is not None:
+        prompted = input_ids is not None or inputs_embeds is not None or labels is not None
+        if prompted and (inputs_embeds is None or documents.memory_embeddings is not None):
             inputs_embeds = self._embed_prompt(input_ids, slot_mask, documents, inputs_embeds)
-        if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        if prompted and position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
 
         if use_cache is None and self.training:
             use_cache = False  # nothing is decoded, and checkpointed activations exclude a cache
-        outputs = self.generator(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **{CACHE_NAME: past_key_values if cache is None else cache},
-            **kwargs,
-        )
-        loss, generation, reranking = None, None, None
+        outputs = CausalLMOutputWithPast()  # what the compressor alone learns needs no generator
+        if prompted:
+            outputs = self.generator(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **{CACHE_NAME: past_key_values if cache is None else cache},
+                **kwargs,
+            )
+        loss, generation, reranking, pointing = None, None, None, None
         if labels is not None:
             kept = labels[:, -outputs.logits.shape[1] :]  # (batch, kept_len)
             generation = self.loss_function(
@@ -434,11 +425,18 @@ class ScaleDownModel(
                 weighted = self.config.reranking_loss_weight * reranking
                 loss = weighted if loss is None else loss + weighted
             reranking = reranking.detach()
+        if pointer_labels is not None and documents.pointer_weights is not None:
+            pointing = pointer_loss(documents.pointer_weights, pointer_labels, num_pointed_chunks)
+            if self.config.pointer_loss_weight > 0:
+                weighted = self.config.pointer_loss_weight * pointing
+                loss = weighted if loss is None else loss + weighted
+            pointing = pointing.detach()
         return ScaleDownOutput(
             loss=loss,
             # A copy, since the Trainer scales the loss in place, which may be this very tensor.
             generation_loss=generation.detach().clone() if generation is not None else None,
             reranking_loss=reranking,
+            pointer_loss=pointing,
             logits=outputs.logits,
             memory_embeddings=documents.memory_embeddings,
             memory_mask=documents.memory_mask,

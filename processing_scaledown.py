@@ -45,6 +45,7 @@ try:
         read_question,
         tokenize,
     )
+    from .windows_scaledown import encode_windows
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
@@ -71,6 +72,7 @@ except ImportError:
         read_question,
         tokenize,
     )
+    from windows_scaledown import encode_windows
 
 logger = logging.get_logger(__name__)
 
@@ -85,6 +87,7 @@ PROCESSOR_FIELDS = (
     "fixed_slots",
     "learned_separator",
     "tokenize_jointly",
+    "pointer_window",
     "system_prompt",
     "user_prompt",
     "closed_book_prompt",
@@ -116,7 +119,7 @@ class ScaleDownProcessor(CompressorRowsMixin, PromptMixin, ProcessorMixin):
         chat_template_kwargs (`dict`, *optional*): Further variables of the chat template.
         prompt_date (`str`, *optional*):
             Date a chat template shows as today's; today, where the template asks for one.
-        compressor_prompt, compressor_max_length, fixed_slots, learned_separator, tokenize_jointly:
+        compressor_prompt, compressor_max_length, fixed_slots, learned_separator, tokenize_jointly, pointer_window:
             How rows and prompts are made, as in [`ScaleDownConfig`].
 
     Raises:
@@ -155,6 +158,7 @@ class ScaleDownProcessor(CompressorRowsMixin, PromptMixin, ProcessorMixin):
         fixed_slots: bool = False,
         learned_separator: bool = False,
         tokenize_jointly: bool = False,
+        pointer_window: int | None = None,
     ):
         if compressor_tokenizer is None:
             # transformers saves each tokenizer in its own folder and edits it on the way: not the same object twice
@@ -173,6 +177,7 @@ class ScaleDownProcessor(CompressorRowsMixin, PromptMixin, ProcessorMixin):
         self.fixed_slots = fixed_slots
         self.learned_separator = learned_separator
         self.tokenize_jointly = tokenize_jointly
+        self.pointer_window = pointer_window
         self.max_prompt_length = max_prompt_length
         self.system_prompt = system_prompt
         self.user_prompt = user_prompt
@@ -230,10 +235,12 @@ class ScaleDownProcessor(CompressorRowsMixin, PromptMixin, ProcessorMixin):
             "compressor_input_ids",
             "compressor_attention_mask",
             "compressor_document_mask",
+            "compressor_windows",
             "chunk_slots",
             "chunk_to_document",
             "document_to_example",
             "reranking_labels",
+            "pointer_labels",
         ]
 
     def __call__(
@@ -246,6 +253,7 @@ class ScaleDownProcessor(CompressorRowsMixin, PromptMixin, ProcessorMixin):
         num_memory_tokens: int | None = None,
         max_answer_length: int = 128,
         system_prompt: str | None = None,
+        evidence: list[list[list[str]]] | None = None,
         return_tensors: str = "pt",
     ) -> BatchFeature:
         r"""
@@ -266,6 +274,9 @@ class ScaleDownProcessor(CompressorRowsMixin, PromptMixin, ProcessorMixin):
             num_memory_tokens (`int`, *optional*): Slots per chunk at most, for this call.
             max_answer_length (`int`, defaults to 128): Longer answers are cut (OSCAR, table 7).
             system_prompt (`str`, *optional*): In place of the model's own, for this call.
+            evidence (`list[list[list[str]]]`, *optional*):
+                Texts to point at in each document of each question, the answer for example, with
+                `slot_pooling="pointer"`. Adds `pointer_labels`.
             return_tensors (`str`, defaults to `"pt"`): Only PyTorch tensors are built.
 
         Returns:
@@ -277,10 +288,13 @@ class ScaleDownProcessor(CompressorRowsMixin, PromptMixin, ProcessorMixin):
             - `compressor_input_ids`, `compressor_attention_mask` `(num_chunks, chunk_len)`: query and chunk, padded
               right;
             - `compressor_document_mask` `(num_chunks, chunk_len)`: true on the chunk's own tokens;
+            - `compressor_windows` `(num_chunks, chunk_len, window)`: with `slot_pooling="pointer"`, the generator's ids
+              of the text from each token on;
             - `chunk_slots` `(num_chunks,)`: memory embeddings of each chunk;
             - `chunk_to_document` `(num_chunks,)` and `document_to_example` `(num_documents,)`: whose part each one is,
               both ascending;
-            - `reranking_labels` `(num_documents,)`: teacher scores, NaN where there is none.
+            - `reranking_labels` `(num_documents,)`: teacher scores, NaN where there is none;
+            - `pointer_labels` `(num_chunks, chunk_len)`: true where a window holds a text of `evidence`.
 
             The chunk keys are absent when no question has documents.
 
@@ -296,9 +310,7 @@ class ScaleDownProcessor(CompressorRowsMixin, PromptMixin, ProcessorMixin):
         given = listed(questions)
         questions, documents = self.check_texts(given, documents)
         conversations = self.conversations(given, system_prompt)
-        batch = self.encode_documents(
-            questions, documents, compression_rate=compression_rate, num_memory_tokens=num_memory_tokens
-        )
+        batch = self.encode_documents(questions, documents, compression_rate, num_memory_tokens, evidence)
         slots = slots_by_document(batch, documents)
         if answers is not None:
             answers = check_answers(answers, len(questions))
@@ -353,6 +365,7 @@ class ScaleDownProcessor(CompressorRowsMixin, PromptMixin, ProcessorMixin):
         documents: list[list[str]],
         compression_rate: int | None = None,
         num_memory_tokens: int | None = None,
+        evidence: list[list[list[str]]] | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         Builds the compressor's side of a batch: every document cut into chunks, the query in each.
@@ -362,6 +375,7 @@ class ScaleDownProcessor(CompressorRowsMixin, PromptMixin, ProcessorMixin):
             documents (`list[list[str]]`): Non-empty texts.
             compression_rate (`int`, *optional*): Document tokens per slot, for this call.
             num_memory_tokens (`int`, *optional*): Slots per chunk at most, for this call.
+            evidence (`list[list[list[str]]]`, *optional*): As in `__call__`.
 
         Returns:
             `dict[str, torch.Tensor]`: The chunk keys of `__call__`; empty when there are no documents.
@@ -388,7 +402,7 @@ class ScaleDownProcessor(CompressorRowsMixin, PromptMixin, ProcessorMixin):
         # The value is masked and never read, so any id of the vocabulary will do.
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         input_ids, attention_mask = pad(rows, pad_id, side="right")
-        return {
+        batch = {
             "compressor_input_ids": input_ids,
             "compressor_attention_mask": attention_mask,
             "compressor_document_mask": pad(own, False, side="right")[0],
@@ -396,6 +410,13 @@ class ScaleDownProcessor(CompressorRowsMixin, PromptMixin, ProcessorMixin):
             "chunk_to_document": torch.tensor(chunk_to_document),
             "document_to_example": torch.tensor(document_to_example),
         }
+        if self.pointer_window is not None:
+            if evidence is not None:
+                evidence = [texts for row in evidence for texts in row]
+            filled = [count - int(self.learned_separator) for count in slots]
+            own = batch["compressor_document_mask"]
+            batch.update(encode_windows(self, texts, own, filled, chunk_to_document, evidence))
+        return batch
 
     def decode_answers(self, sequences: torch.Tensor, prompt_length: int = 0) -> list[str]:
         """

@@ -149,7 +149,15 @@ def check_compressor_input(settings: object):
     for name in ("fixed_slots", "learned_separator", "tokenize_jointly"):
         if not isinstance(getattr(settings, name), bool):
             raise ScaleDownError(f"{name}={getattr(settings, name)!r} must be True or False.")
+    window = settings.pointer_window
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ScaleDownError(f"pointer_window={window!r} must be a whole number of at least 1, or None.")
     prompt, length = settings.compressor_prompt, settings.compressor_max_length
+    if window is not None and prompt is not None:
+        raise ScaleDownError(
+            f"compressor_prompt={prompt!r} makes rows in which a document's own tokens cannot be told apart, which "
+            'slot_pooling="pointer" points at; leave it out or choose another slot_pooling.'
+        )
     if prompt is not None:
         counts = [prompt.count(field) for field in ("{document}", "{question}")] if isinstance(prompt, str) else [0, 0]
         if counts[0] != 1 or counts[1] > 1 or prompt.find("{question}") > prompt.find("{document}"):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from compressor_scaledown import CHUNK_INPUTS
+from compression_scaledown import chunk_inputs
 from modeling_scaledown import ScaleDownModel
 
 from ..common.devices import find_device, hold_learned_in_32_bits, pick_dtype, wait_for
@@ -97,7 +97,7 @@ def _steps(
     """A step of each stage in mixed precision, the optimizers, and the tokens and slots the stages' models read."""
     optimizers: list[torch.optim.Optimizer] = []
     mixed = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    chunks = {name: inputs.chunks[name].to(device) for name in CHUNK_INPUTS}
+    chunks = {name: value.to(device) for name, value in chunk_inputs(inputs.chunks).items()}
     ids, slot_mask = inputs.truncated.to(device), inputs.slot_mask.to(device)
     answer = ids[:, -1:].expand(-1, answer_length)
     ids = torch.cat([ids, answer], dim=1)
@@ -124,7 +124,7 @@ def _steps(
     @torch.no_grad()
     def compress() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         with mixed:
-            return model.compressor.hidden_states(*(chunks[name] for name in CHUNK_INPUTS))
+            return model.compressor.hidden_states(*chunks.values())
 
     learned = [p for p in model.parameters() if p.requires_grad]
     behind = [p for name, p in model.named_parameters() if p.requires_grad and "compressor.backbone" not in name]

@@ -21,7 +21,8 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from compressor_scaledown import CHUNK_INPUTS, own_tokens
+from compression_scaledown import chunk_inputs
+from compressor_scaledown import own_tokens
 from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 from processing_scaledown import ScaleDownProcessor
@@ -144,7 +145,7 @@ class CompressedSystem:
         chunks, documents, slots = self._encode(examples)
         compressed, scores, stays = {}, [None] * len(examples), None
         if chunks:
-            inputs = {name: chunks[name] for name in CHUNK_INPUTS}
+            inputs = chunk_inputs(chunks)
             found = self._model.get_memory_embeddings(**inputs, batch_size=self._model.chunks_per_pass)
             memory, mask = found.memory_embeddings, found.memory_mask
             if found.reranking_scores is not None:

@@ -43,6 +43,8 @@ class ScaleDownTrainingArguments(OwnTrainingOptions, TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and on_gpu
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 4 if on_gpu else 0
+        if self.stage == "pointer":  # which has no other
+            self.label_names = ["pointer_labels"]
         self._check_numbers()
         if isinstance(self.report_to, str):
             self.report_to = split_names(self.report_to)
@@ -68,7 +70,7 @@ class ScaleDownTrainingArguments(OwnTrainingOptions, TrainingArguments):
         if self.accelerator_config is None:
             # Streamed rows of several processes differ in length, and one process could not deal them out.
             self.accelerator_config = {"dispatch_batches": False}
-        if self.two_stage and self.stage in ("pretrain", "reader"):
+        if self.two_stage and self.stage in ("pretrain", "pointer", "reader"):
             raise ScaleDownError(
                 f"two_stage runs the stages compress and generate, so stage={self.stage} contradicts it."
             )
@@ -89,9 +91,9 @@ class ScaleDownTrainingArguments(OwnTrainingOptions, TrainingArguments):
                 "predict_with_generate does not go with the stage reader; evaluate its answers afterwards, with "
                 "evaluate.py --reader."
             )
-        if self.predict_with_generate and self.stage == "pretrain":
+        if self.predict_with_generate and self.stage in ("pretrain", "pointer"):
             raise ScaleDownError(
-                "predict_with_generate needs questions, and the stage pretrain has none; leave it out."
+                f"predict_with_generate needs answers, and the stage {self.stage} has none; leave it out."
             )
 
     def _check_numbers(self) -> None:

@@ -21,6 +21,8 @@ CONFIG_ARGUMENTS = (
     "num_memory_tokens",
     "compression_rate",
     "slot_pooling",
+    "pointer_window",
+    "pointer_loss_weight",
     "chunk_length",
     "max_query_length",
     "enable_reranking",
@@ -30,7 +32,10 @@ CONFIG_ARGUMENTS = (
     "weights_format",
 )
 # What may change when a trained model is trained further; the others are built into its weights.
-CHANGEABLE = ("compression_rate", "max_query_length", "reranking_loss_weight", "system_prompt", "weights_format")
+CHANGEABLE = (
+    *("compression_rate", "max_query_length", "reranking_loss_weight", "pointer_loss_weight", "system_prompt"),
+    "weights_format",
+)
 LORA_ARGUMENTS = {
     "lora_r": "r",
     "lora_alpha": "lora_alpha",
@@ -93,7 +98,7 @@ def build_model(
         settings["slot_pooling"] = choose_slot_pooling(model_args, args)
         model = _from_backbones(model_args, {**settings, **loading})
     keep_token_embeddings(model, model_args)
-    if with_generator and args.stage != "reader":  # whose LoRA is an adapter of its own
+    if with_generator and args.stage not in ("reader", "pointer"):  # an adapter of its own, and none
         add_lora(model, model_args)
     if args.deepspeed_plugin is not None:
         args.deepspeed_plugin.set_deepspeed_weakref()

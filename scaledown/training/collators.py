@@ -15,6 +15,8 @@ from ..data.records import answers_of
 
 # Reranking scores of documents that are known to hold the answer, and of the others, where no teacher gave any.
 SCORE_OF_POSITIVE, SCORE_OF_OTHER = 2.0, -2.0
+# Answers that stand in a text only by chance.
+NO_EVIDENCE = {"yes", "no"}
 # What the generator is asked in pretraining, in the place of a question.
 INSTRUCTIONS = {"autoencoding": "Repeat the background word for word.", "continuation": "Continue the background."}
 
@@ -56,6 +58,8 @@ class JointCollator:
         if self.with_answers:
             learned["answers"] = [answers_of(record)[0] for record in records]
             learned["reranking_scores"] = scores if any(row is not None for row in scores) else None
+            if self.processor.pointer_window is not None:
+                learned["evidence"] = [_evidence(record) for record in records]
         try:
             batch = self.processor(
                 [record["query"] for record in records],
@@ -68,6 +72,27 @@ class JointCollator:
         if not self.with_answers:
             return dict(batch)
         return {**batch, "logits_to_keep": num_answer_positions(batch["labels"])}
+
+
+@dataclass
+class PointerCollator(JointCollator):
+    """Builds batches for the compressor alone: where each chunk holds an answer, and which documents are relevant."""
+
+    def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Build one batch.
+
+        Args:
+            records: As `JointCollator` takes them.
+
+        Returns:
+            The batch of `JointCollator` without what the generator reads.
+
+        Raises:
+            ValueError: As `JointCollator`.
+        """
+        batch = super().__call__(records)
+        of_prompt = ("input_ids", "attention_mask", "slot_mask", "labels", "logits_to_keep")
+        return {name: value for name, value in batch.items() if name not in of_prompt}
 
 
 @dataclass
@@ -213,6 +238,14 @@ def num_answer_positions(labels: torch.Tensor) -> int:
     """
     learned = (labels != IGNORE_INDEX).any(dim=0)  # (prompt_len,)
     return int(labels.shape[1] - learned.long().argmax()) + 1
+
+
+def _evidence(record: dict[str, Any]) -> list[list[str]]:
+    """What to point at in each document: the answers, in positives alone where those are known."""
+    positives = record.get("positives")
+    holds = range(len(record["documents"])) if positives is None else positives
+    answers = [answer for answer in answers_of(record) if answer.strip().lower() not in NO_EVIDENCE]
+    return [answers if i in holds else [] for i in range(len(record["documents"]))]
 
 
 def _scores_to_learn(record: dict[str, Any], num_documents: int, from_positives: bool) -> list[float] | None:

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from compressor_scaledown import CHUNK_INPUTS
+from compression_scaledown import chunk_inputs
 from modeling_scaledown import ScaleDownModel
 from processing_scaledown import ScaleDownProcessor
 
@@ -209,9 +209,9 @@ def _compress(model, chunks, shard: Shard, batch_size: int, progress) -> dict[st
     for begin in range(0, len(order), batch_size):
         rows = order[begin : begin + batch_size]
         longest = int(lengths[rows].max())
-        batch = {name: chunks[name][rows] for name in CHUNK_INPUTS}
+        batch = {name: value[rows] for name, value in chunk_inputs(chunks).items()}
         batch = {name: value[:, :longest] if value.dim() == 2 else value for name, value in batch.items()}
-        states, mask, scored = model.compressor.hidden_states(*(batch[name].to(model.device) for name in CHUNK_INPUTS))
+        states, mask, scored = model.compressor.hidden_states(*(value.to(model.device) for value in batch.values()))
         slots = chunk_slots[rows]
         places = torch.cat([torch.arange(starts[i], starts[i] + n) for i, n in zip(rows, slots, strict=True)])
         memory[places] = states[mask].cpu()

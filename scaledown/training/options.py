@@ -58,13 +58,21 @@ class ModelArguments:
         default=None,
         metadata={"help": "Document tokens per memory embedding; 16 by default, or as num_memory_tokens implies."},
     )
-    slot_pooling: Literal["memory_tokens", "span_mean", "span_attention"] | None = field(
+    slot_pooling: Literal["memory_tokens", "span_mean", "span_attention", "pointer"] | None = field(
         default=None,
         metadata={
-            "help": "memory_tokens, span_mean: means over the chunk's own tokens, for a backbone that stays frozen, or "
-            "span_attention: weighted means that start from the tokens' embeddings (n_layers), quicker to learn. "
+            "help": "memory_tokens, span_mean: means over the chunk's own tokens, for a backbone that stays frozen, "
+            "span_attention: weighted means that start from the tokens' embeddings (n_layers), quicker to learn, or "
+            "pointer: text that the compressor points at, quickest where answers stand in the documents. "
             "span_mean by default in two-stage training from backbones, memory_tokens otherwise."
         },
+    )
+    pointer_window: int | None = field(
+        default=None, metadata={"help": "pointer: slots that hold consecutive text; 8 by default."}
+    )
+    pointer_loss_weight: float | None = field(
+        default=None,
+        metadata={"help": "pointer: weight of the loss that asks for a window with the answer; 1 by default."},
     )
     chunk_length: int | None = field(default=None, metadata={"help": "Document tokens per chunk; 128 by default."})
     max_query_length: int | None = field(
@@ -206,10 +214,11 @@ class OwnTrainingOptions:
     """What the `Trainer` has no option for, or another default."""
 
     output_dir: str | None = field(default="runs/joint", metadata={"help": "Folder for checkpoints and the model."})
-    stage: Literal["joint", "pretrain", "compress", "generate", "reader"] = field(
+    stage: Literal["joint", "pretrain", "pointer", "compress", "generate", "reader"] = field(
         default="joint",
         metadata={
-            "help": "joint: compressor and generator together. pretrain: both, on plain text. compress: write the "
+            "help": "joint: compressor and generator together. pretrain: both, on plain text. pointer: the "
+            "compressor alone, where answers stand and which documents are relevant. compress: write the "
             "cache of two-stage training. generate: train from it. reader: only the generator's LoRA, on whole "
             "documents; the baseline for evaluate.py --reader."
         },

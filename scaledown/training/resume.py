@@ -113,8 +113,8 @@ def _check_metric(args: ScaleDownTrainingArguments) -> None:
     if args.metric_for_best_model is None:
         return
     measured = ["loss"]
-    if args.stage != "reader":
-        measured += PARTS_OF_LOSS[:1] if args.stage == "pretrain" else PARTS_OF_LOSS
+    parts = {"reader": [], "pretrain": PARTS_OF_LOSS[:1], "pointer": PARTS_OF_LOSS[1:]}
+    measured += parts.get(args.stage, PARTS_OF_LOSS)
     if args.predict_with_generate:
         measured += ANSWER_METRICS
     if args.metric_for_best_model.removeprefix("eval_") not in measured:

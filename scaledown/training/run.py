@@ -86,7 +86,7 @@ def train(
     Args:
         model_args: The model to train.
         data_args: The data to learn from.
-        args: How to train; its `stage` is joint, pretrain, generate or reader.
+        args: How to train; its `stage` is joint, pretrain, pointer, generate or reader.
 
     Returns:
         The trained model, as it was saved, and the metrics of the run.

@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 
+from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 from weights_scaledown import weights_fingerprint
 
@@ -13,7 +14,7 @@ from ..data.records import load_records
 from .arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments
 from .build import build_model
 from .cache import CachedDataset, open_plan
-from .collators import GenerationCollator, JointCollator, PretrainingCollator
+from .collators import GenerationCollator, JointCollator, PointerCollator, PretrainingCollator
 from .compression import cache_fingerprint
 from .pretraining import load_pretraining_data
 from .reader import ReaderCollator
@@ -28,7 +29,7 @@ def prepare_stage(
     Args:
         model_args: The model to train.
         data_args: The data to learn from.
-        args: Its `stage` is joint, pretrain, generate or reader.
+        args: Its `stage` is joint, pretrain, pointer, generate or reader.
 
     Returns:
         Rows to train on, rows to evaluate on (or None), the collator, and the model.
@@ -53,14 +54,19 @@ def prepare_stage(
         data = keep_fitting(data, collator, doubtful_passages(model.processor), data_args)
         return data["train"], data.get("eval"), collator, model
     data = read_data(data_args)
-    model = build_model(model_args, args, with_backbone=args.stage == "joint")
-    build = ReaderCollator if args.stage == "reader" else JointCollator
-    whole = build(model.processor, data_args.max_answer_length)
+    model = build_model(model_args, args, with_backbone=args.stage in ("joint", "pointer"))
+    if args.stage == "pointer" and model.config.slot_pooling != "pointer":
+        raise ScaleDownError(
+            f"stage=pointer teaches where to point, and slot_pooling={model.config.slot_pooling} does not; set "
+            "slot_pooling=pointer, or choose another stage."
+        )
+    builders = {"reader": ReaderCollator, "pointer": PointerCollator}
+    whole = builders.get(args.stage, JointCollator)(model.processor, data_args.max_answer_length)
     doubtful = doubtful_records(model.processor, data_args.max_answer_length, args.stage == "reader")
     data = keep_fitting(data, whole, doubtful, data_args)
     if args.stage != "reader":
         whole.scores_from_positives = learns_from_positives(data, model.config)
-    if args.stage in ("joint", "reader"):
+    if args.stage in ("joint", "pointer", "reader"):
         if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             data["train"] = data["train"].map(_length, desc="Measuring lengths")
         return data["train"], data.get("eval"), whole, model

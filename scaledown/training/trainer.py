@@ -28,7 +28,7 @@ from ..data.records import gold_answers_of
 from .arguments import ScaleDownTrainingArguments
 from .sampling import SamplesByLength
 
-PARTS_OF_LOSS = ("generation_loss", "reranking_loss")
+PARTS_OF_LOSS = ("generation_loss", "reranking_loss", "pointer_loss")
 
 
 class ScaleDownTrainer(SamplesByLength, Trainer):
@@ -67,7 +67,7 @@ class ScaleDownTrainer(SamplesByLength, Trainer):
                 )
             self._check_every_record_has_documents()
         self._load_backbone = load_backbone
-        self._num_scored_examples = None
+        self._num_scored_examples, self._num_pointed_chunks = None, None
         self._rates_of_step: dict[str, float] = {}
         self._sides = []  # of the model, one for each group of the optimizer
         self._waited, self._logged_at = 0.0, time.perf_counter()
@@ -125,27 +125,34 @@ class ScaleDownTrainer(SamplesByLength, Trainer):
         started = time.perf_counter()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._waited += time.perf_counter() - started
-        count = sum(_count_scored_examples(batch) for batch in batches)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            count = self.accelerator.gather(torch.tensor([count], device=device)).sum().item()
+        count = self._gathered(sum(_count_scored_examples(batch) for batch in batches), device)
         self._num_scored_examples = count
+        self._num_pointed_chunks = self._gathered(sum(_count_pointed_chunks(batch) for batch in batches), device)
         if count and self.model.config.reranking_loss_weight > 0:  # also where another process saw them
             self.model.config.reranking_trained = True
         self._sums["train"]["count"] += 1
         return batches, num_items
 
+    def _gathered(self, count: int, device: torch.device) -> int:
+        """A count of all processes, where losses are averaged over them."""
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            return self.accelerator.gather(torch.tensor([count], device=device)).sum().item()
+        return count
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Compute the loss of a micro-batch as its share of the whole step's, and keep its two parts for the log."""
+        """Compute the loss of a micro-batch as its share of the whole step's, and keep its parts for the log."""
         if not model.training:  # evaluation averages batches, whatever is computed elsewhere at the same time
             num_items_in_batch = None
         if model.training and num_items_in_batch is not None and "reranking_labels" in inputs:
             inputs = {**inputs, "num_scored_examples": self._num_scored_examples}
+        if model.training and num_items_in_batch is not None and "pointer_labels" in inputs:
+            inputs = {**inputs, "num_pointed_chunks": self._num_pointed_chunks}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training and self.args.world_size > 1:
             loss = loss + self._unused_as_zero(inputs, outputs)
         sums = self._sums["train" if model.training else "eval"]
         # The Trainer averages a loss over questions, so its parts are averaged so too.
-        weight = 1 if model.training else inputs["input_ids"].shape[0]
+        weight = 1 if model.training else _num_examples(inputs)
         for name in PARTS_OF_LOSS:
             if outputs.get(name) is not None:
                 sums[name] += weight * outputs[name].detach().float()
@@ -254,11 +261,14 @@ class ScaleDownTrainer(SamplesByLength, Trainer):
         """Nothing, but with a gradient for what this process's batch leaves unused: the other processes wait for it."""
         if outputs.get("memory_embeddings") is None:
             return 0.0 * sum(p.sum() for n, p in self.model.named_parameters() if _part_of(n) == "compressor.")
+        unused = 0.0
+        if outputs.get("logits") is None:  # nothing read the slots
+            unused = 0.0 * outputs["memory_embeddings"].sum()
         weight = self.accelerator.unwrap_model(self.model).config.reranking_loss_weight
         scores_count = outputs.get("reranking_loss") is not None and weight > 0
         if outputs.get("reranking_scores") is not None and not scores_count:
-            return 0.0 * outputs["reranking_scores"].sum()
-        return 0.0
+            unused = unused + 0.0 * outputs["reranking_scores"].sum()
+        return unused
 
     def _drain(self, phase: str) -> dict[str, float]:
         sums = self._sums[phase]
@@ -348,3 +358,12 @@ def _count_scored_examples(batch: dict[str, Any]) -> int:
         return 0
     known = ~batch["reranking_labels"].isnan()
     return int(batch["document_to_example"][known].unique().numel())
+
+
+def _count_pointed_chunks(batch: dict[str, Any]) -> int:
+    return int(batch["pointer_labels"].any(dim=1).sum()) if "pointer_labels" in batch else 0
+
+
+def _num_examples(batch: dict[str, Any]) -> int:
+    """Questions of a batch, which may have no prompts."""
+    return len(batch["input_ids"]) if "input_ids" in batch else int(batch["document_to_example"].max()) + 1

@@ -82,11 +82,15 @@ def assert_same(file: Path, expected: dict):
 # -- the files ---------------------------------------------------------------------------------------------------------
 
 
+# torch and what transformers itself cannot do without.
+PACKAGES = {"torch", "transformers", "safetensors", "huggingface_hub", "numpy"}
+
+
 @pytest.mark.parametrize("name", sorted(CODE))
 def test_imports_of_the_files_that_travel(name):
     tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
     guarded = {node for outer in ast.walk(tree) if isinstance(outer, ast.Try) for node in ast.walk(outer)}
-    allowed = {"torch", "transformers", "safetensors", "huggingface_hub", *sys.stdlib_module_names}
+    allowed = PACKAGES | set(sys.stdlib_module_names)
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
@@ -103,12 +107,7 @@ def test_imports_of_the_files_that_travel(name):
 @pytest.mark.parametrize("name", sorted(CODE))
 def test_transformers_own_scanner_agrees(name):
     """It is a regular expression that docstrings can mislead; what it finds must be installed at the user's."""
-    assert set(get_imports(ROOT / name)) - set(sys.stdlib_module_names) <= {
-        "torch",
-        "transformers",
-        "safetensors",
-        "huggingface_hub",
-    }
+    assert set(get_imports(ROOT / name)) - set(sys.stdlib_module_names) <= PACKAGES
     assert {Path(file).name for file in get_relative_import_files(ROOT / name)} <= set(CODE)
 
 

@@ -5,6 +5,7 @@ import torch
 
 import compressor_scaledown
 import rows_scaledown
+from compression_scaledown import chunk_inputs
 from folders import load_silently, outputs, save_generator
 from scaledown import ScaleDownConfig, ScaleDownModel
 from text_scaledown import control_ids
@@ -140,12 +141,12 @@ def test_a_question_read_once_counts_the_same_positions(side, monkeypatch):
     monkeypatch.setitem(compressor_scaledown.MIN_SPARED_OPERATIONS, "cpu", 0)
     model = build(compressor_padding_side=side)
     batch = model.processor.encode_documents(QUESTIONS, PAIRS)
-    chunks = [batch[name] for name in compressor_scaledown.CHUNK_INPUTS]
+    chunks = chunk_inputs(batch)
     passes = []
     model.compressor.backbone.layers[0].register_forward_pre_hook(lambda *_: passes.append(1))
-    plain = model.get_memory_embeddings(*chunks)
+    plain = model.get_memory_embeddings(**chunks)
     assert len(passes) == 1
-    shared = model.get_memory_embeddings(*chunks, batch_size=64)
+    shared = model.get_memory_embeddings(**chunks, batch_size=64)
     assert len(passes) > 2  # the questions, and the documents
     torch.testing.assert_close(shared.memory_embeddings, plain.memory_embeddings, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(shared.reranking_scores, plain.reranking_scores, rtol=1e-4, atol=1e-5)

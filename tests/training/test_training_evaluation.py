@@ -164,7 +164,7 @@ def test_the_best_checkpoint_is_kept_and_training_stops_early(backbones, train_f
 
 
 def test_answers_are_not_asked_for_where_there_are_no_questions(tmp_path):
-    with pytest.raises(ValueError, match="needs questions"):
+    with pytest.raises(ValueError, match="needs answers, and the stage pretrain has none"):
         training_arguments(tmp_path, stage="pretrain", predict_with_generate=True)
 
 

@@ -65,8 +65,12 @@ def test_wrong_recipes_are_named(tmp_path, capsys, text, message):
         (["--resume_from_checkpoint", "nowhere"], "is not a folder"),
         (["--compressor_type", "llm"], "does not go with compressor_type"),
         (["--num_compressor_layers", "9"], "exceeds the generator's 2 layers"),
-        (["--metric_for_best_model", "f2"], "expected one of loss, generation_loss, reranking_loss."),
+        (["--metric_for_best_model", "f2"], "expected one of loss, generation_loss, reranking_loss, pointer_loss."),
         (["--metric_for_best_model", "generation_loss", "--stage", "reader"], "expected one of loss."),
+        (
+            ["--metric_for_best_model", "generation_loss", "--stage", "pointer", "--slot_pooling", "pointer"],
+            "expected one of loss, reranking_loss, pointer_loss.",
+        ),
     ],
 )
 def test_wrong_options_are_named(backbones, train_file, tmp_path, capsys, options, message):

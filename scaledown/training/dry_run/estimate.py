@@ -12,7 +12,6 @@ from functools import partial
 import torch
 from torch import nn
 
-from compressor_scaledown import CHUNK_INPUTS
 from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 
@@ -129,8 +128,8 @@ def estimate_stage(
         OSError: There is no such model.
         ValueError: Arguments that contradict each other, or data that breaks the format.
     """
-    if args.stage == "reader":
-        raise ScaleDownError("dry_run does not estimate the stage reader; estimate stage=joint, which needs more.")
+    if args.stage in ("reader", "pointer"):
+        raise ScaleDownError(f"dry_run does not estimate the stage {args.stage}; estimate joint, which needs more.")
     dtype, notes = _dtype(args)
     compressing = args.stage == "compress"
     model = build_skeleton(model_args, args, dtype, not compressing, args.stage != "generate")
@@ -210,7 +209,7 @@ def _part_of(name: str) -> str:
 def _inference_memory(model: ScaleDownModel, reading: Reading) -> Memory:
     if not reading.largest:
         return Memory(storage_bytes(model))
-    compress = partial(model.compressor.hidden_states, *(reading.largest[name] for name in CHUNK_INPUTS))
+    compress = partial(model.compressor.hidden_states, *reading.largest.values())
     model.eval()
     inputs = sum(tensor.nbytes for tensor in reading.largest.values())
     return Memory(storage_bytes(model), activations=inference_peak(compress, model) + inputs)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from compression_scaledown import chunk_inputs
 from compressor_scaledown import own_tokens
 from processing_scaledown import ScaleDownProcessor
 from reranking_scaledown import slots_by_document
@@ -181,8 +182,7 @@ def _read_chunks(
     reading.compressor_tokens = _compressor_tokens(chunks, config) / len(rows)
     lengths = chunks["compressor_attention_mask"].sum(dim=1)
     longest = lengths.argsort(descending=True, stable=True)[: data_args.compression_batch_size]
-    names = ("compressor_input_ids", "compressor_attention_mask", "chunk_slots", "compressor_document_mask")
-    reading.largest = {name: chunks[name][longest] for name in names}
+    reading.largest = {name: value[longest] for name, value in chunk_inputs(chunks).items()}
     reading.batch_size = len(longest)
     counts = (len(chunks["chunk_slots"]), int(chunks["chunk_slots"].sum()))
     settings = (
