@@ -192,6 +192,16 @@ def build_model(compressor_type: str = "n_layers", seed: int = 0, lora: bool = F
     return model.eval()
 
 
+@torch.no_grad()
+def assert_alike_alone_and_together(model: ScaleDownModel):
+    """Neither padding nor other questions in a batch change slots or scores."""
+    whole = model.compress(QUESTIONS, DOCUMENTS)
+    alone = [model.compress(question, documents) for question, documents in zip(QUESTIONS, DOCUMENTS, strict=True)]
+    torch.testing.assert_close(whole.reranking_scores, torch.cat([part.reranking_scores for part in alone]))
+    own = torch.cat([part.memory_embeddings[part.memory_mask] for part in alone])
+    torch.testing.assert_close(whole.memory_embeddings[whole.memory_mask], own, rtol=1e-4, atol=1e-5)
+
+
 def randomize_lora(model: ScaleDownModel) -> ScaleDownModel:
     """LoRA layers as after some training: fresh ones have B = 0, hence no effect, and no gradient on A."""
     with torch.no_grad():

@@ -8,7 +8,7 @@ from transformers import BertTokenizerFast
 
 from pointer_scaledown import WindowPointer, pointer_loss, read_windows
 from scaledown import ScaleDownConfig, ScaleDownModel
-from tiny import ANSWERS, DOCUMENTS, QUESTIONS, build_config, build_model
+from tiny import ANSWERS, DOCUMENTS, QUESTIONS, assert_alike_alone_and_together, build_config, build_model
 
 KINDS = ("n_layers", "modernbert", "llm")
 EVIDENCE = [[["Walter Scott"], []], [["Cévennes"]], [["long-legged birds"], [], []]]
@@ -100,11 +100,7 @@ def test_the_loss_of_what_is_never_pointed_at_is_finite_and_teaches():
 def test_neither_padding_nor_company_changes_slots_or_scores(kind):
     model = build(kind)
     draw(model)
-    whole = model.compress(QUESTIONS, DOCUMENTS)
-    alone = [model.compress(question, documents) for question, documents in zip(QUESTIONS, DOCUMENTS, strict=True)]
-    torch.testing.assert_close(whole.reranking_scores, torch.cat([part.reranking_scores for part in alone]))
-    own = torch.cat([part.memory_embeddings[part.memory_mask] for part in alone])
-    torch.testing.assert_close(whole.memory_embeddings[whole.memory_mask], own, rtol=1e-4, atol=1e-5)
+    assert_alike_alone_and_together(model)
 
 
 @torch.no_grad()

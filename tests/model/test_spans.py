@@ -5,7 +5,7 @@ import torch
 
 from scaledown import ScaleDownConfig, ScaleDownModel
 from spans_scaledown import SpanAttention
-from tiny import ANSWERS, DOCUMENTS, QUESTIONS, build_config, build_model
+from tiny import ANSWERS, DOCUMENTS, QUESTIONS, assert_alike_alone_and_together, build_config, build_model
 
 INPUTS = ("compressor_input_ids", "compressor_attention_mask", "chunk_slots", "compressor_document_mask")
 
@@ -69,11 +69,7 @@ def draw(model: ScaleDownModel):
 @torch.no_grad()
 def test_neither_padding_nor_company_changes_a_slot(model):
     draw(model)
-    whole = model.compress(QUESTIONS, DOCUMENTS)
-    alone = [model.compress(question, documents) for question, documents in zip(QUESTIONS, DOCUMENTS, strict=True)]
-    torch.testing.assert_close(whole.reranking_scores, torch.cat([part.reranking_scores for part in alone]))
-    own = torch.cat([part.memory_embeddings[part.memory_mask] for part in alone])
-    torch.testing.assert_close(whole.memory_embeddings[whole.memory_mask], own, rtol=1e-4, atol=1e-5)
+    assert_alike_alone_and_together(model)
 
 
 @torch.no_grad()
