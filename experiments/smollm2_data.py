@@ -3,8 +3,9 @@
     python experiments/smollm2_data.py --data ../shared/data --output runs/smollm2/data
 
 Writes `questions.jsonl.xz` (questions of several published sets, 5 passages each), `single.jsonl.xz` (the same, each
-with its own passage alone), `blanks.jsonl.xz` (a sentence of an article with a name or a number left out, and 1 to 3
-paragraphs of that article), `text.txt.xz` (paragraphs, for auto-encoding and continuation) and `report.json`. Texts
+with its own passage alone), `pairs.jsonl.xz` (each with that and one other, none of more than 240 tokens),
+`blanks.jsonl.xz` (a sentence of an article with a name or a number left out, and 1 to 3 paragraphs of that article),
+`text.txt.xz` (paragraphs, for auto-encoding and continuation) and `report.json`. Texts
 that share two runs of 8 words with a passage of the test sets (SQuAD part 1, HotpotQA dev) are left out and counted.
 Questions about a single passage get their other passages from the same file, by BM25.
 """
@@ -19,6 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from passage_cuts import shortened, without_long_distractors
 from tqdm import tqdm
 
 from scaledown.data.choice import PoolDocuments, stable_hash
@@ -43,6 +45,7 @@ SOURCES = {
 }
 MOST_ANSWER_WORDS = 8
 NUM_DOCUMENTS = 5
+LONGEST = 240  # tokens of a passage in pairs
 # Teacher scores where the positives are known and no cross-encoder was asked.
 RELEVANT, IRRELEVANT = 3.0, -3.0
 WORDS = re.compile(r"\w+")
@@ -199,6 +202,9 @@ def main() -> None:
     random.Random(arguments.seed).shuffle(records)
     save(arguments.output / "questions.jsonl.xz", records)
     save(arguments.output / "single.jsonl.xz", map(alone, records))
+    fitting = filter(None, (without_long_distractors(record, LONGEST) for record in records))
+    generator = random.Random(arguments.seed)
+    save(arguments.output / "pairs.jsonl.xz", (shortened(record, 2, generator) for record in fitting))
 
     blanks, text, size = [], [], 0.0
     files = sorted((arguments.data / "text").glob("wikipedia*.txt.xz"))
