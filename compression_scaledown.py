@@ -201,8 +201,8 @@ def compress_chunks(model: PreTrainedModel, batch: dict[str, torch.Tensor], batc
     keys = [(slots, count, *ids[kept].tolist()) for slots, count, ids, kept in rows]
     if "compressor_windows" in batch:  # texts that differ for the generator alone
         own = zip(batch["compressor_windows"], batch["compressor_document_mask"].bool(), strict=True)
-        texts = [windows[mask].flatten().tolist() for windows, mask in own]
-        keys = [(*key, *text) for key, text in zip(keys, texts, strict=True)]
+        texts = [windows[mask].cpu().numpy().tobytes() for windows, mask in own]
+        keys = [(*key, text) for key, text in zip(keys, texts, strict=True)]
     entries = {key: cache.get(key) for key in keys}
     missing = [i for i, key in enumerate(keys) if entries[key] is None]
     if missing:

@@ -400,23 +400,23 @@ class ScaleDownCompressor(nn.Module):
             states = self.backbone(inputs_embeds=embeds, attention_mask=keep.long(), use_cache=False).last_hidden_state
             spans = document_mask.gather(1, order), chunk_slots, num_slots
             if self.span_attention is not None:
-                states = self.span_attention.normalize(states)
+                states = SpanAttention.normalize(states)
+            position = torch.zeros_like(total) if self.rerank_at_first_token else total - 1
+            summary = states[torch.arange(num_chunks, device=states.device), position]  # (num_chunks, hidden)
+            rerank = summary if self.scores_relevance else None
+            if self.span_attention is not None:
                 embeds = embeds * embedding_scale(self.backbone.config)
                 memory = self.span_attention(states, embeds, *spans)  # (num_chunks, slots, 2 * hidden)
-            elif self.pointer is None:
-                memory = mean_over_spans(states, *spans)
-            position = torch.zeros_like(total) if self.rerank_at_first_token else total - 1
-            rerank = states[torch.arange(num_chunks, device=states.device), position]  # (num_chunks, hidden)
-            if self.pointer is not None:
-                states = nn.functional.rms_norm(states, states.shape[-1:], eps=1e-6)
-                moved = self.pointer(states, rerank, spans[0])  # (num_chunks, num_windows, total_len)
-                places = order.unsqueeze(1).expand(-1, moved.shape[1], -1)
-                weights = moved.new_zeros(*moved.shape[:2], source.shape[1]).scatter(2, places, moved)
-                weights = weights[:, :, : input_ids.shape[1]]  # (num_chunks, num_windows, chunk_len)
+            elif self.pointer is not None:
+                states = SpanAttention.normalize(states)
+                moved = self.pointer(states, summary, spans[0])  # (num_chunks, num_windows, total_len)
                 pointed = moved.to(states.dtype) @ states  # (num_chunks, num_windows, hidden)
+                # Nothing stands after a row here, so that its tokens are all there is to move back.
+                places = order.unsqueeze(1).expand_as(moved)
+                weights = moved.new_zeros(*moved.shape[:2], input_ids.shape[1]).scatter(2, places, moved)
                 memory = read_windows(weights, windows, embeddings, pointed, num_slots)
-            if not self.scores_relevance:
-                rerank = None
+            else:
+                memory = mean_over_spans(states, *spans)
         if separators:
             memory = nn.functional.pad(memory, (0, 0, 0, 1))
             memory_mask = nn.functional.pad(memory_mask, (1, 0), value=True)  # one more of each chunk

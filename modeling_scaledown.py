@@ -273,8 +273,8 @@ class ScaleDownModel(
                 f"{1 + separators} to {limit} memory embeddings per chunk{', its separator included' * separators}. "
                 f"Use a processor with num_memory_tokens={limit - separators} or less."
             )
-        chunks = (compressor_input_ids, compressor_attention_mask, chunk_slots, compressor_document_mask)
-        chunks = (*chunks, compressor_windows)
+        row = (compressor_input_ids, compressor_attention_mask, chunk_slots)
+        chunks = (*row, compressor_document_mask, compressor_windows)
         embeddings = None if compressor_windows is None else self._embed_text
         if batch_size is not None:
             check_batch_size(batch_size)

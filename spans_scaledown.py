@@ -43,7 +43,8 @@ class SpanAttention(nn.Module):
         """Starts with all tokens alike."""
         init.zeros_(self.query)
 
-    def normalize(self, states: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def normalize(states: torch.Tensor) -> torch.Tensor:
         """Raw states of a layer grow with depth, and a few dimensions outgrow all others."""
         return nn.functional.rms_norm(states, states.shape[-1:], eps=1e-6)
 

@@ -32,6 +32,13 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 ROLES = ("system", "user", "assistant")
+# How a tokenizer encodes untrusted text.
+AS_TEXT = {
+    "add_special_tokens": False,
+    "split_special_tokens": True,
+    "return_attention_mask": False,
+    "verbose": False,
+}
 # How a tokenizer splits special tokens is its state, not the call's: two threads must not tokenize at once.
 _TOKENIZING = threading.Lock()
 if hasattr(os, "register_at_fork"):
@@ -218,8 +225,13 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 def encode_as_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Token ids of untrusted texts, without any special token whatever the texts spell."""
-    settings = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    encoded = tokenize(tokenizer, texts, split_special_tokens=True, **settings)["input_ids"]
+    return without_control_tokens(tokenizer, texts, tokenize(tokenizer, texts, **AS_TEXT)["input_ids"])
+
+
+def without_control_tokens(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], encoded: list[list[int]]
+) -> list[list[int]]:
+    """Token ids of untrusted texts as they were encoded with `AS_TEXT`, but for those that got a special token."""
     control = control_ids(tokenizer)
     return [
         ids if control.isdisjoint(ids) else _encode_without_added_tokens(tokenizer, text, control)

@@ -22,12 +22,12 @@ from transformers import PreTrainedTokenizerBase
 
 try:
     from .errors_scaledown import ScaleDownError
-    from .text_scaledown import encode_as_text, tokenize
+    from .text_scaledown import AS_TEXT, tokenize, without_control_tokens
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
     from errors_scaledown import ScaleDownError
-    from text_scaledown import encode_as_text, tokenize
+    from text_scaledown import AS_TEXT, tokenize, without_control_tokens
 
 
 def token_spans(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
@@ -50,12 +50,10 @@ def token_spans(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> lis
             f"{tokenizer.name_or_path} is a {type(tokenizer).__name__}, which does not say which characters a token "
             'stands for, as slot_pooling="pointer" needs. Use its fast tokenizer, or choose another slot_pooling.'
         )
-    settings = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    spans = tokenize(tokenizer, list(texts), split_special_tokens=True, return_offsets_mapping=True, **settings)
+    encoded = tokenize(tokenizer, list(texts), return_offsets_mapping=True, **AS_TEXT)
+    as_text = without_control_tokens(tokenizer, texts, encoded["input_ids"])
     found = []
-    for text, ids, given, offsets in zip(
-        texts, encode_as_text(tokenizer, list(texts)), spans["input_ids"], spans["offset_mapping"], strict=True
-    ):
+    for text, ids, given, offsets in zip(texts, as_text, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         if ids != given:
             bounds = np.linspace(0, len(text), len(ids) + 1).astype(int)
             offsets = np.stack([bounds[:-1], bounds[1:]], axis=1)
@@ -81,19 +79,18 @@ def windows_of_chunk(
         it fills slots. None reaches beyond the chunk; where that is shorter than a window, its last id is repeated.
     """
     filled = min(size, num_slots)
-    first = _token_at(spans, pieces[0, 0])
+    found = _tokens_at(spans, pieces[:, 0])  # (num_tokens,)
+    first = found[0]
     last = max(int(np.searchsorted(spans[:, 0], pieces[-1, 1], side="left")) - 1, first)
-    starts = np.array([_token_at(spans, start) for start in pieces[:, 0]]).clip(first, max(last - filled + 1, first))
+    starts = found.clip(first, max(last - filled + 1, first))
     places = (starts[:, None] + np.arange(size)).clip(max=last)  # (num_tokens, size)
     return np.asarray(ids)[places], np.stack([spans[places[:, 0], 0], spans[places[:, filled - 1], 1]], axis=1)
 
 
-def _token_at(spans: np.ndarray, character: int) -> int:
-    """The token that holds a character, or the next one where it stands between two."""
-    token = max(int(np.searchsorted(spans[:, 0], character, side="right")) - 1, 0)
-    if spans[token, 1] <= character and token + 1 < len(spans):
-        token += 1
-    return token
+def _tokens_at(spans: np.ndarray, characters: np.ndarray) -> np.ndarray:
+    """The tokens that hold characters, or the next ones where these stand between two."""
+    tokens = (np.searchsorted(spans[:, 0], characters, side="right") - 1).clip(min=0)
+    return (tokens + (spans[tokens, 1] <= characters)).clip(max=len(spans) - 1)
 
 
 def holds_evidence(text: str, evidence: Sequence[str], characters: np.ndarray, pieces: np.ndarray) -> np.ndarray:

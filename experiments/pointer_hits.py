@@ -17,7 +17,8 @@ from tqdm import tqdm
 from compression_scaledown import chunk_inputs
 from modeling_scaledown import ScaleDownModel
 from reranking_scaledown import document_scores
-from scaledown.data.records import answers_of, read_records
+from scaledown.data.records import read_records
+from scaledown.training.collators import PointerCollator
 
 
 @torch.inference_mode()
@@ -29,13 +30,12 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=300)
     options = parser.parse_args()
     model = ScaleDownModel.from_pretrained(options.model, dtype=torch.float32).eval()
+    collate = PointerCollator(model.processor)
     records = [r for _, r in zip(range(options.limit), read_records(options.data), strict=False)]
     draw = random.Random(0)
     counts = dict.fromkeys(("gold passage first", "answer pointed at", "first passage's", "answer in random window"), 0)
     for record in tqdm(records):
-        evidence = [[answers_of(record) if i in record["positives"] else [] for i in range(len(record["documents"]))]]
-        documents = [record["documents"]]
-        batch = model.processor.encode_documents([record["query"]], documents, evidence=evidence)
+        batch = collate([record])
         found = model.get_memory_embeddings(**chunk_inputs(batch))
         held = batch["pointer_labels"].unsqueeze(1).expand_as(found.pointer_weights)
         pointed = held.gather(2, found.pointer_weights.argmax(dim=-1, keepdim=True)).flatten(1).any(dim=1)

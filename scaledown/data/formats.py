@@ -36,6 +36,7 @@ from .own_formats import (
 from .questions import (
     QuestionCollector,
     SourceError,
+    as_items,
     as_mapping,
     as_rows,
     as_texts,
@@ -352,10 +353,7 @@ def _add_popqa(collector: QuestionCollector, element: dict[str, Any], location: 
 
 
 def _add_bioasq(collector: QuestionCollector, element: dict[str, Any], location: str, default_id: str) -> None:
-    snippets = element.get("snippets") or []
-    if isinstance(snippets, dict):
-        snippets = as_rows(snippets, f"{location}, snippets")
-    snippets = snippets if isinstance(snippets, list) else [snippets]
+    snippets = as_items(element.get("snippets"), f"{location}, snippets")
     texts = [snippet.get("text") if isinstance(snippet, dict) else snippet for snippet in snippets]
     passages = collector.add_passages(as_texts(texts, f"{location}, snippets"))
     exact = element.get("exact_answer")

@@ -6,7 +6,7 @@ from ..common.choices import Columns
 from ..common.text import is_blank
 from .choice import stable_hash
 from .delimited import decode_cell
-from .questions import QuestionCollector, SourceError, as_rows, as_texts, get_identifier, is_true, passage_texts
+from .questions import QuestionCollector, SourceError, as_items, as_texts, get_identifier, is_true, passage_texts
 from .records import normalize_record
 
 # The usual names of the columns of any table, in upper or lower case.
@@ -75,10 +75,7 @@ def add_dpr(collector: QuestionCollector, element: dict[str, Any], location: str
     answers = [*as_texts(element.get("target"), f"{location}, target"), *answers]
     pairs: list[tuple[str, bool | None]] = []
     if "ctxs" in element:
-        rows = element["ctxs"] or []
-        if isinstance(rows, dict):
-            rows = as_rows(rows, f"{location}, ctxs")
-        rows = rows if isinstance(rows, list) else [rows]
+        rows = as_items(element["ctxs"], f"{location}, ctxs")
         texts = passage_texts(rows, f"{location}, ctxs")
         told = [row.get("has_answer") if isinstance(row, dict) else None for row in rows]
         known = bool(rows) and None not in told

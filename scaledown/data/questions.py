@@ -220,6 +220,13 @@ def as_rows(value: Any, location: str) -> list[dict[str, Any]]:
     raise SourceError(f"{location}: found {str(value)[:60]}; expected a list of objects. Correct the file.")
 
 
+def as_items(value: Any, location: str) -> list[Any]:
+    """Rows or texts, from several as `as_rows` takes them, one of either, or nothing."""
+    if isinstance(value, dict):
+        return as_rows(value, location)
+    return value if isinstance(value, list) else [value] if value else []
+
+
 def as_texts(value: Any, location: str) -> list[str]:
     """Texts, from one text, a list of texts or nothing."""
     if value is None:

@@ -67,7 +67,7 @@ class ScaleDownTrainer(SamplesByLength, Trainer):
                 )
             self._check_every_record_has_documents()
         self._load_backbone = load_backbone
-        self._num_scored_examples, self._num_pointed_chunks = None, None
+        self._counts: dict[str, int] = {}  # what the parts of a step's loss are averaged over
         self._rates_of_step: dict[str, float] = {}
         self._sides = []  # of the model, one for each group of the optimizer
         self._waited, self._logged_at = 0.0, time.perf_counter()
@@ -121,32 +121,27 @@ class ScaleDownTrainer(SamplesByLength, Trainer):
         return self.optimizer
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Fetch the micro-batches of one step, and count the questions with teacher scores among them."""
+        """Fetch the micro-batches of one step, and count what the parts of its loss are averaged over."""
         started = time.perf_counter()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._waited += time.perf_counter() - started
-        count = self._gathered(sum(_count_scored_examples(batch) for batch in batches), device)
-        self._num_scored_examples = count
-        self._num_pointed_chunks = self._gathered(sum(_count_pointed_chunks(batch) for batch in batches), device)
-        if count and self.model.config.reranking_loss_weight > 0:  # also where another process saw them
+        counts = [sum(map(count, batches)) for count in COUNTED.values()]
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            counts = self.accelerator.gather(torch.tensor([counts], device=device)).sum(dim=0).tolist()
+        self._counts = dict(zip(COUNTED, counts, strict=True))
+        if (
+            self._counts["num_scored_examples"] and self.model.config.reranking_loss_weight > 0
+        ):  # also where another process saw them
             self.model.config.reranking_trained = True
         self._sums["train"]["count"] += 1
         return batches, num_items
-
-    def _gathered(self, count: int, device: torch.device) -> int:
-        """A count of all processes, where losses are averaged over them."""
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            return self.accelerator.gather(torch.tensor([count], device=device)).sum().item()
-        return count
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the loss of a micro-batch as its share of the whole step's, and keep its parts for the log."""
         if not model.training:  # evaluation averages batches, whatever is computed elsewhere at the same time
             num_items_in_batch = None
-        if model.training and num_items_in_batch is not None and "reranking_labels" in inputs:
-            inputs = {**inputs, "num_scored_examples": self._num_scored_examples}
-        if model.training and num_items_in_batch is not None and "pointer_labels" in inputs:
-            inputs = {**inputs, "num_pointed_chunks": self._num_pointed_chunks}
+        if model.training and num_items_in_batch is not None:
+            inputs = {**inputs, **self._counts}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training and self.args.world_size > 1:
             loss = loss + self._unused_as_zero(inputs, outputs)
@@ -362,6 +357,10 @@ def _count_scored_examples(batch: dict[str, Any]) -> int:
 
 def _count_pointed_chunks(batch: dict[str, Any]) -> int:
     return int(batch["pointer_labels"].any(dim=1).sum()) if "pointer_labels" in batch else 0
+
+
+# Arguments of the model, and how one micro-batch adds to them.
+COUNTED = {"num_scored_examples": _count_scored_examples, "num_pointed_chunks": _count_pointed_chunks}
 
 
 def _num_examples(batch: dict[str, Any]) -> int:
