@@ -26,7 +26,7 @@ try:
     from .errors_scaledown import ScaleDownError
     from .families_scaledown import embedding_scale, embedding_width
     from .outputs_scaledown import CompressedDocuments
-    from .pointer_scaledown import WindowPointer, read_windows
+    from .pointer_scaledown import WindowPointer, choose_windows, read_windows
     from .shortcuts_scaledown import (
         SharedPrefixes,
         can_share_prefixes,
@@ -42,7 +42,7 @@ except ImportError:
     from errors_scaledown import ScaleDownError
     from families_scaledown import embedding_scale, embedding_width
     from outputs_scaledown import CompressedDocuments
-    from pointer_scaledown import WindowPointer, read_windows
+    from pointer_scaledown import WindowPointer, choose_windows, read_windows
     from shortcuts_scaledown import (
         SharedPrefixes,
         can_share_prefixes,
@@ -144,7 +144,7 @@ class ScaleDownCompressor(nn.Module):
         self.span_attention = SpanAttention(width) if config.slot_pooling == "span_attention" else None
         self.pointer = None
         if config.slot_pooling == "pointer":
-            self.pointer = WindowPointer(width, math.ceil(config.num_memory_tokens / config.pointer_window))
+            self.pointer = WindowPointer(width)
         self.reranking_head = RerankingHead(width, 1) if config.enable_reranking else None
         self.projector = None
         if self.span_attention is not None or self.pointer is not None:
@@ -347,7 +347,7 @@ class ScaleDownCompressor(nn.Module):
         prefixes: SharedPrefixes | None,
         embeddings: nn.Module | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """`hidden_states`, and where each window begins `(num_chunks, num_windows, chunk_len)`."""
+        """`hidden_states`, and where a window should begin `(num_chunks, chunk_len)`."""
         if self.backbone is None:
             raise ScaleDownError(
                 "This model was loaded without its compressor's backbone; it reads cached states only."
@@ -409,12 +409,13 @@ class ScaleDownCompressor(nn.Module):
                 memory = self.span_attention(states, embeds, *spans)  # (num_chunks, slots, 2 * hidden)
             elif self.pointer is not None:
                 states = SpanAttention.normalize(states)
-                moved = self.pointer(states, summary, spans[0])  # (num_chunks, num_windows, total_len)
-                pointed = moved.to(states.dtype) @ states  # (num_chunks, num_windows, hidden)
-                # Nothing stands after a row here, so that its tokens are all there is to move back.
-                places = order.unsqueeze(1).expand_as(moved)
-                weights = moved.new_zeros(*moved.shape[:2], input_ids.shape[1]).scatter(2, places, moved)
-                memory = read_windows(weights, windows, embeddings, pointed, num_slots)
+                moved = self.pointer(states, summary, spans[0])  # (num_chunks, total_len)
+                # Nothing stands after a row here, so that its tokens are all there is to move, and to move back.
+                windows = windows.gather(1, order.unsqueeze(-1).expand(-1, -1, windows.shape[-1]))
+                size = windows.shape[-1]
+                starts = choose_windows(moved, spans[0], size, math.ceil(num_slots / size))
+                memory = read_windows(moved, starts, windows, embeddings, states, num_slots)
+                weights = moved.new_zeros(input_ids.shape).scatter(1, order, moved)  # (num_chunks, chunk_len)
             else:
                 memory = mean_over_spans(states, *spans)
         if separators:

@@ -116,7 +116,7 @@ class ScaleDownConfig(PreTrainedConfig):
             point.
         pointer_window (`int`, *optional*):
             Slots of a window with `slot_pooling="pointer"`, at most 8 when left out; a chunk has as many windows as
-            fill `num_memory_tokens` slots.
+            fill its slots.
         pointer_loss_weight (`float`, defaults to 1.0):
             Weight of the loss that asks for a window with the answer.
         chunk_length (`int`, defaults to 128):

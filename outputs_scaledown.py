@@ -36,8 +36,8 @@ class CompressedDocuments(ModelOutput):
             Document each chunk is a part of, counted over the whole batch.
         document_to_example (`torch.LongTensor` of shape `(num_documents,)`, *optional*):
             Question each document belongs to.
-        pointer_weights (`torch.FloatTensor` of shape `(num_chunks, num_windows, chunk_len)`, *optional*):
-            Where each window begins, with `slot_pooling="pointer"`, if chunks are compressed in one pass.
+        pointer_weights (`torch.FloatTensor` of shape `(num_chunks, chunk_len)`, *optional*):
+            Where a window should begin, with `slot_pooling="pointer"`, if chunks are compressed in one pass.
     """
 
     memory_embeddings: torch.FloatTensor | None = None

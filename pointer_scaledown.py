@@ -24,18 +24,16 @@ SMALLEST = 1e-6
 
 class WindowPointer(nn.Module):
     """
-    Weighs where each window of a chunk begins, by attention as in pointer networks (arXiv 1506.03134).
+    Weighs where a window of a chunk should begin, by attention as in pointer networks (arXiv 1506.03134).
 
     Args:
         hidden_size (`int`): Width of the states.
-        num_windows (`int`): Windows of a chunk.
     """
 
-    def __init__(self, hidden_size: int, num_windows: int):
+    def __init__(self, hidden_size: int):
         super().__init__()
-        self.num_windows = num_windows
         self.key = nn.Linear(hidden_size, POINTER_SIZE)
-        self.query = nn.Linear(hidden_size, num_windows * POINTER_SIZE)
+        self.query = nn.Linear(hidden_size, POINTER_SIZE)
 
     def forward(self, states: torch.Tensor, summary: torch.Tensor, document_mask: torch.BoolTensor) -> torch.Tensor:
         """
@@ -47,50 +45,91 @@ class WindowPointer(nn.Module):
             document_mask (`torch.BoolTensor` of shape `(num_chunks, length)`): True on the chunk's own tokens.
 
         Returns:
-            `torch.FloatTensor` of shape `(num_chunks, num_windows, length)`: Weights in 32 bits; each window's add up
-            to 1.
+            `torch.FloatTensor` of shape `(num_chunks, length)`: Weights in 32 bits; a chunk's add up to 1.
         """
-        queries = self.query(summary).unflatten(-1, (self.num_windows, POINTER_SIZE))  # (num_chunks, windows, size)
-        found = queries.float() @ self.key(states).float().transpose(1, 2)  # (num_chunks, num_windows, length)
-        found = found / POINTER_SIZE**0.5
-        return found.masked_fill(~document_mask.unsqueeze(1), torch.finfo(found.dtype).min).softmax(dim=-1)
+        query = self.query(summary).float().unsqueeze(-1)  # (num_chunks, size, 1)
+        found = (self.key(states).float() @ query).squeeze(-1) / POINTER_SIZE**0.5  # (num_chunks, length)
+        return found.masked_fill(~document_mask, torch.finfo(found.dtype).min).softmax(dim=-1)
+
+
+@torch.no_grad()
+def choose_windows(
+    weights: torch.Tensor, document_mask: torch.BoolTensor, size: int, num_windows: int
+) -> torch.LongTensor:
+    """
+    Chooses windows one after the other: of those that repeat the fewest tokens, the one of most weight.
+
+    Args:
+        weights (`torch.FloatTensor` of shape `(num_chunks, length)`): Where a window should begin.
+        document_mask (`torch.BoolTensor` of shape `(num_chunks, length)`): True on the chunk's own tokens.
+        size (`int`): Tokens of a window.
+        num_windows (`int`): Windows of a chunk.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_chunks, num_windows)`: Where each begins, the one of most weight first.
+    """
+    places = torch.arange(weights.shape[1], device=weights.device)
+    last = torch.where(document_mask, places, 0).amax(dim=1, keepdim=True)  # (num_chunks, 1)
+    places = torch.minimum(places, last - size + 1)  # (num_chunks, length): no window reaches beyond the chunk
+    left = weights.masked_fill(~document_mask, -torch.inf)
+    chosen = []
+    for _ in range(num_windows):
+        start = left.argmax(dim=1, keepdim=True)  # (num_chunks, 1)
+        chosen.append(start)
+        # No weight exceeds 1, so that a token in common counts for more than any weight.
+        left = left - (size - (places - places.gather(1, start)).abs()).clamp(min=0)
+    return torch.cat(chosen, dim=1)
 
 
 def read_windows(
-    weights: torch.Tensor, windows: torch.LongTensor, embeddings: nn.Module, pointed: torch.Tensor, num_slots: int
+    weights: torch.Tensor,
+    starts: torch.LongTensor,
+    windows: torch.LongTensor,
+    embeddings: nn.Module,
+    states: torch.Tensor,
+    num_slots: int,
 ) -> torch.Tensor:
     """
-    Fills slots with the text that the weights point at.
+    Fills slots with the text of the chosen windows.
+
+    What is read is one text, not a mixture of several, which would be none. While training, the answer's gradient
+    reaches the weights as if texts were mixed by them (straight-through estimation, arXiv 1308.3432).
 
     Args:
-        weights (`torch.FloatTensor` of shape `(num_chunks, num_windows, length)`): Where each window begins.
+        weights (`torch.FloatTensor` of shape `(num_chunks, length)`): Where a window should begin.
+        starts (`torch.LongTensor` of shape `(num_chunks, num_windows)`): Where the chosen ones do.
         windows (`torch.LongTensor` of shape `(num_chunks, length, window)`):
             The generator's token ids of the text from each token of the chunk on.
         embeddings (`nn.Module`): The generator's token embeddings, as they are in front of its first layer.
-        pointed (`torch.FloatTensor` of shape `(num_chunks, num_windows, hidden)`):
-            Normalised hidden state of where each window begins.
+        states (`torch.FloatTensor` of shape `(num_chunks, length, hidden)`): Normalised hidden states.
         num_slots (`int`): Slots of the chunk that has most.
 
     Returns:
         `torch.FloatTensor` of shape `(num_chunks, num_slots, embedding + hidden)`: A slot's text beside the state of
-        its window, which is scaled to the length of the text's embedding.
+        where its window begins, which is scaled to the length of the text's embedding.
     """
+    rows = torch.arange(len(starts), device=starts.device).unsqueeze(1)
     size = windows.shape[-1]
-    text = embeddings(windows).to(weights.device).flatten(2)  # (num_chunks, length, window * embedding)
-    text = (weights.to(text.dtype) @ text).unflatten(-1, (size, -1)).flatten(1, 2)  # (num_chunks, slots, embedding)
-    length = text.detach().float().square().mean(dim=-1, keepdim=True).sqrt().to(pointed.dtype)
-    states = pointed.repeat_interleave(size, dim=1) * length  # (num_chunks, slots, hidden)
-    return torch.cat([text.to(pointed.dtype), states], dim=-1)[:, :num_slots]
+    text = embeddings(windows[rows, starts]).to(states)  # (num_chunks, num_windows, window, embedding)
+    pointed = states[rows, starts].unsqueeze(2)  # (num_chunks, num_windows, 1, hidden)
+    if weights.requires_grad:
+        mixed = torch.einsum("cl,clwe->cwe", weights.to(states), embeddings(windows).to(states)).unsqueeze(1)
+        text = text + (mixed - mixed.detach())
+        mixed = (weights.to(states).unsqueeze(1) @ states.detach()).unsqueeze(1)  # (num_chunks, 1, 1, hidden)
+        pointed = pointed + (mixed - mixed.detach())
+    length = text.detach().float().square().mean(dim=-1, keepdim=True).sqrt().to(states)
+    pointed = (pointed * length).expand(-1, -1, size, -1)  # (num_chunks, num_windows, window, hidden)
+    return torch.cat([text, pointed], dim=-1).flatten(1, 2)[:, :num_slots]
 
 
 def pointer_loss(
     weights: torch.Tensor, labels: torch.BoolTensor, num_pointed_chunks: torch.Tensor | int | None = None
 ) -> torch.Tensor:
     """
-    Asks for a window that holds the answer: minus the logarithm of the probability that one of a chunk's windows does.
+    Asks for a window that holds the answer: minus the logarithm of the weight where such windows begin.
 
     Args:
-        weights (`torch.FloatTensor` of shape `(num_chunks, num_windows, length)`): Where each window begins.
+        weights (`torch.FloatTensor` of shape `(num_chunks, length)`): Where a window should begin.
         labels (`torch.BoolTensor` of shape `(num_chunks, length)`): True where a window that begins there holds it.
         num_pointed_chunks (`int`, *optional*):
             Chunks to average over; those of this batch that have labels when left out. A trainer that accumulates
@@ -102,7 +141,6 @@ def pointer_loss(
     pointed = labels.any(dim=1)  # (num_chunks,)
     if num_pointed_chunks is None:
         num_pointed_chunks = int(pointed.sum())
-    found = (weights * labels.unsqueeze(1)).sum(dim=-1)  # (num_chunks, num_windows)
-    found = 1 - (1 - found).clamp(min=0).prod(dim=1)  # (num_chunks,)
+    found = (weights * labels).sum(dim=-1)  # (num_chunks,)
     losses = torch.where(pointed, -(found + SMALLEST).log(), 0.0)
     return losses.sum() / max(num_pointed_chunks, 1)

@@ -4,9 +4,10 @@
 
 Writes `questions.jsonl.xz` (questions of several published sets, 5 passages each), `single.jsonl.xz` (the same, each
 with its own passage alone), `pairs.jsonl.xz` (each with that and one other, none of more than 240 tokens),
-`blanks.jsonl.xz` (a sentence of an article with a name or a number left out, and 1 to 3 paragraphs of that article),
-`text.txt.xz` (paragraphs, for auto-encoding and continuation) and `report.json`. Texts
-that share two runs of 8 words with a passage of the test sets (SQuAD part 1, HotpotQA dev) are left out and counted.
+`mixed.jsonl.xz` (the same with 1 to 5), `blanks.jsonl.xz` (a sentence of an article with a name or a number left out,
+and 1 to 3 paragraphs of that article), `text.txt.xz` (paragraphs, for auto-encoding and continuation) and
+`report.json`. Texts that share two runs of 8 words with a passage of the test sets (SQuAD part 1, HotpotQA dev) are
+left out and counted.
 Questions about a single passage get their other passages from the same file, by BM25.
 """
 
@@ -202,9 +203,12 @@ def main() -> None:
     random.Random(arguments.seed).shuffle(records)
     save(arguments.output / "questions.jsonl.xz", records)
     save(arguments.output / "single.jsonl.xz", map(alone, records))
-    fitting = filter(None, (without_long_distractors(record, LONGEST) for record in records))
+    fitting = [r for r in (without_long_distractors(record, LONGEST) for record in records) if r is not None]
     generator = random.Random(arguments.seed)
     save(arguments.output / "pairs.jsonl.xz", (shortened(record, 2, generator) for record in fitting))
+    counts = random.Random(stable_hash(arguments.seed, "passages", "mixed"))
+    mixed = (shortened(record, counts.randint(1, NUM_DOCUMENTS), generator) for record in fitting)
+    save(arguments.output / "mixed.jsonl.xz", mixed)
 
     blanks, text, size = [], [], 0.0
     files = sorted((arguments.data / "text").glob("wikipedia*.txt.xz"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BertTokenizerFast
 
-from pointer_scaledown import WindowPointer, pointer_loss, read_windows
+from pointer_scaledown import WindowPointer, choose_windows, pointer_loss, read_windows
 from scaledown import ScaleDownConfig, ScaleDownModel
 from tiny import ANSWERS, DOCUMENTS, QUESTIONS, assert_alike_alone_and_together, build_config, build_model
 
@@ -41,10 +41,9 @@ def test_a_slot_is_the_generators_embedding_of_the_text_that_is_pointed_at(kind)
 
     class Certain(WindowPointer):
         def forward(self, states, summary, document_mask):
-            weights = torch.zeros(len(states), 1, states.shape[1])
-            return weights.scatter(2, places.view(-1, 1, 1), 1.0)
+            return torch.zeros(states.shape[:2]).scatter(1, places.view(-1, 1), 1.0)
 
-    model.compressor.pointer = Certain(model.config.compressor_config.hidden_size, 1)
+    model.compressor.pointer = Certain(model.config.compressor_config.hidden_size)
     compressed = model.get_memory_embeddings(**batch)
     text = batch["compressor_windows"][torch.arange(len(places)), places]
     expected = model.generator.get_input_embeddings()(text)  # (num_chunks, window, hidden)
@@ -53,43 +52,70 @@ def test_a_slot_is_the_generators_embedding_of_the_text_that_is_pointed_at(kind)
         assert not compressed.memory_embeddings[i, slots:].any()
 
 
-@torch.no_grad()
-def test_weights_mix_texts_and_states():
+@pytest.mark.parametrize("learns", [True, False])
+def test_one_text_is_read_and_the_gradient_is_that_of_a_mixture(learns):
     embeddings = torch.nn.Embedding.from_pretrained(torch.tensor([[0.0], [1.0], [2.0], [4.0]]))
     windows = torch.tensor([[[1, 2], [2, 3], [3, 0]]])
-    weights = torch.tensor([[[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]])
-    pointed = torch.tensor([[[10.0], [20.0]]])
-    found = read_windows(weights, windows, embeddings, pointed, 3)
+    weights = torch.tensor([[0.2, 0.7, 0.1]], requires_grad=learns)
+    states = torch.tensor([[[10.0], [20.0], [30.0]]], requires_grad=True)
+    found = read_windows(weights, torch.tensor([[1, 0]]), windows, embeddings, states, 3)
     # Two slots of the first window, one of the second; states as long as the text beside them.
-    torch.testing.assert_close(found[0], torch.tensor([[1.5, 15.0], [3.0, 30.0], [4.0, 80.0]]))
+    expected = torch.tensor([[[2.0, 40.0], [4.0, 80.0], [1.0, 10.0]]])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    (found * torch.tensor([[1.0, 0.0], [10.0, 0.0], [0.0, 1.0]])).sum().backward()
+    assert states.grad.flatten().tolist() == [1.0, 0.0, 0.0]
+    if learns:
+        # A slot's share: its text at each place, or the state there as long as the text that was read.
+        assert weights.grad.tolist() == [[1 + 20 + 10, 2 + 40 + 20, 4 + 0 + 30]]
+
+
+def test_weights_are_on_the_chunks_own_tokens_alone():
+    torch.manual_seed(0)
+    own = torch.tensor([[False, True, True, False], [True, True, True, True]])
+    weights = WindowPointer(6)(torch.randn(2, 4, 6), torch.randn(2, 6), own)
+    assert weights.shape == (2, 4)
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2))
+    assert not weights[~own].any()
+
+
+def test_windows_overlap_only_where_the_chunk_has_no_other_place():
+    own = torch.tensor([[False] + [True] * 8 + [False]])
+    weights = torch.tensor([[0.0, 0.02, 0.03, 0.04, 0.3, 0.25, 0.2, 0.06, 0.1, 0.0]])
+    assert choose_windows(weights, own, 3, 1).tolist() == [[4]]
+    # From 4 a window covers 4 to 6; only that from 1 repeats none of them. From 6, 7 and 8 it covers 6 to 8, since
+    # the chunk ends there, and repeats one.
+    assert choose_windows(weights, own, 3, 2).tolist() == [[4, 1]]
+    assert choose_windows(weights, own, 3, 3).tolist() == [[4, 1, 6]]
+    apart = torch.tensor([[0.0, 0.1, 0.1, 0.1, 0.0, 0.0, 0.3, 0.4, 0.0, 0.0]])
+    assert choose_windows(apart, own, 2, 3).tolist() == [[7, 1, 3]]
+    assert choose_windows(torch.flip(weights, [1]), own, 1, 8).sort().values.tolist() == [list(range(1, 9))]
 
 
 @torch.no_grad()
-def test_each_window_has_weights_on_the_chunks_own_tokens_alone():
-    torch.manual_seed(0)
-    pointer = WindowPointer(6, 3)
-    own = torch.tensor([[False, True, True, False], [True, True, True, True]])
-    weights = pointer(torch.randn(2, 4, 6), torch.randn(2, 6), own)
-    assert weights.shape == (2, 3, 4)
-    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 3))
-    assert not weights.transpose(1, 2)[~own].any()
-    assert not torch.allclose(weights[1, 0], weights[1, 1], atol=1e-3)  # windows ask for different things
+def test_a_lower_rate_reads_more_windows_and_keeps_the_first():
+    model = build("n_layers", num_memory_tokens=16, compression_rate=4, pointer_window=2)
+    draw(model)
+    first = model.get_memory_embeddings(**chunks_of(model, compression_rate=4))
+    more = model.get_memory_embeddings(**chunks_of(model, compression_rate=1))
+    assert more.memory_mask.sum() > 2 * first.memory_mask.sum()
+    for short, long, mask in zip(
+        first.memory_embeddings, more.memory_embeddings, first.memory_mask.sum(dim=1), strict=True
+    ):
+        torch.testing.assert_close(long[:mask], short[:mask])
 
 
-def test_the_loss_is_of_the_probability_that_one_window_holds_the_answer():
-    weights = torch.tensor([[[0.5, 0.25, 0.25], [0.2, 0.8, 0.0]], [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]])
+def test_the_loss_is_of_the_weight_where_windows_hold_the_answer():
+    weights = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.8, 0.0]])
     labels = torch.tensor([[True, True, False], [False, False, False]])
-    missed = (1 - 0.75) * (1 - 1.0)
-    assert pointer_loss(weights, labels).item() == pytest.approx(-math.log(1 - missed), abs=1e-5)
-    labels = torch.tensor([[False, True, False], [False, False, False]])
-    expected = -math.log(1 - 0.75 * 0.2)
-    assert pointer_loss(weights, labels).item() == pytest.approx(expected, abs=1e-5)
-    assert pointer_loss(weights, labels, 4).item() == pytest.approx(expected / 4, abs=1e-5)
+    assert pointer_loss(weights, labels).item() == pytest.approx(-math.log(0.75), abs=1e-5)
+    assert pointer_loss(weights, labels, 4).item() == pytest.approx(-math.log(0.75) / 4, abs=1e-5)
+    labels = torch.tensor([[True, True, False], [False, True, False]])
+    assert pointer_loss(weights, labels).item() == pytest.approx(-math.log(0.75 * 0.8) / 2, abs=1e-5)
     assert pointer_loss(weights, torch.zeros_like(labels)).item() == 0
 
 
 def test_the_loss_of_what_is_never_pointed_at_is_finite_and_teaches():
-    scores = torch.tensor([[[0.0, 200.0]]], requires_grad=True)
+    scores = torch.tensor([[0.0, 200.0]], requires_grad=True)
     loss = pointer_loss(scores.softmax(dim=-1), torch.tensor([[True, False]]))
     loss.backward()
     assert loss.isfinite() and scores.grad.isfinite().all()
@@ -115,7 +141,7 @@ def test_padding_at_the_left_moves_weights_and_changes_no_slot():
         moved[name] = torch.cat([pad, batch[name]], dim=1)
     found = model.get_memory_embeddings(**moved)
     torch.testing.assert_close(found.memory_embeddings, expected.memory_embeddings, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.pointer_weights[:, :, 3:], expected.pointer_weights, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.pointer_weights[:, 3:], expected.pointer_weights, rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ def test_the_compressor_learns_to_point_at_answers_and_the_generator_stays_as_it
     batch = JointCollator(model.processor)(rows())
     with torch.no_grad():
         weights = model.get_memory_embeddings(**chunk_inputs(batch)).pointer_weights
-    held = (weights * batch["pointer_labels"].unsqueeze(1)).sum(dim=-1)[batch["pointer_labels"].any(dim=1)]
+    held = (weights * batch["pointer_labels"]).sum(dim=-1)[batch["pointer_labels"].any(dim=1)]
     assert held.min() > 0.5
     # Joint training goes on from there, and teaches the generator to read.
     (tmp_path / "joint").mkdir()
