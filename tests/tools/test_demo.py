@@ -1,10 +1,16 @@
 """`make demo`: the same questions from whole passages and from slots, one as long as the other is short."""
 
-import pytest
+import copy
 
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from folders import write_rows
+from scaledown import ScaleDownModel
 from scaledown.evaluation.systems import Answer
 from scaledown.tools.demo import DemoArguments, ask, draw_examples, main, show
-from tiny import build_model
+from tiny import DOCUMENTS, build_model
 
 
 def test_questions_are_of_the_test_split_and_every_third_needs_two_passages():
@@ -57,6 +63,31 @@ def test_runs_on_any_model(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["demo", "--model", str(tmp_path), "--num_questions", "1", "--num_documents", "2"])
     assert main() == 0
     assert "| compressed |" in capsys.readouterr().out
+
+
+def test_questions_of_a_file_are_asked_of_a_reader_too(tmp_path, capsys, monkeypatch):
+    model = build_model("n_layers")
+    model.generator.save_pretrained(tmp_path / "generator")
+    model.processor.tokenizer.save_pretrained(tmp_path / "generator")
+    model = ScaleDownModel.from_backbones(str(tmp_path / "generator"), num_compressor_layers=2)
+    model.save_pretrained(tmp_path / "model", weights_format="delta")
+    (tmp_path / "generator").rename(tmp_path / "elsewhere")
+    torch.manual_seed(0)
+    reader = get_peft_model(copy.deepcopy(model.generator), LoraConfig(r=2, init_lora_weights=False))
+    reader.save_pretrained(tmp_path / "reader")
+    rows = [{"query": "Which country is the man from?", "documents": DOCUMENTS[0], "answer": "Poland"}]
+    write_rows(tmp_path / "data.jsonl", rows)
+    options = {"model": "model", "data": "data.jsonl", "generator_name_or_path": "elsewhere"}
+    printed = []
+    for given in (options, options | {"reader": "reader"}):
+        argv = [part for name, value in given.items() for part in (f"--{name}", str(tmp_path / value))]
+        monkeypatch.setattr("sys.argv", ["demo", *argv])
+        assert main() == 0
+        printed.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")])
+    (whole, slots, _, best), (read, same, *_) = printed
+    assert same.split(" ms ")[1] == slots.split(" ms ")[1]  # the same slots, and so the same answer
+    assert whole.split(" ms ")[1] != read.split(" ms ")[1]
+    assert "*" not in best  # no passage is known to be right
 
 
 def test_a_folder_without_a_model_is_told(tmp_path, capsys, monkeypatch):
