@@ -81,6 +81,24 @@ def choose_windows(
     return torch.cat(chosen, dim=1)
 
 
+class _Chosen(torch.autograd.Function):
+    """What was chosen, with the gradient of a mixture by the weights; all there is to choose from is made for that."""
+
+    @staticmethod
+    def forward(ctx, weights, chosen, make_all):
+        ctx.make_all = make_all
+        return chosen.view_as(chosen)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        of_weights = None
+        if ctx.needs_input_grad[0]:
+            with torch.no_grad():
+                values = ctx.make_all().to(gradient)  # (num_chunks, length, window or 1, …)
+            of_weights = torch.einsum("ckwe,clwe->cl", gradient, values).float()
+        return of_weights, gradient, None
+
+
 def read_windows(
     weights: torch.Tensor,
     starts: torch.LongTensor,
@@ -92,8 +110,8 @@ def read_windows(
     """
     Fills slots with the text of the chosen windows.
 
-    What is read is one text, not a mixture of several, which would be none. While training, the answer's gradient
-    reaches the weights as if texts were mixed by them (straight-through estimation, arXiv 1308.3432).
+    What is read is one text, not a mixture of several, which would be none. The answer's gradient reaches the weights
+    as if texts were mixed by them (straight-through estimation, arXiv 1308.3432).
 
     Args:
         weights (`torch.FloatTensor` of shape `(num_chunks, length)`): Where a window should begin.
@@ -111,12 +129,9 @@ def read_windows(
     rows = torch.arange(len(starts), device=starts.device).unsqueeze(1)
     size = windows.shape[-1]
     text = embeddings(windows[rows, starts]).to(states)  # (num_chunks, num_windows, window, embedding)
+    text = _Chosen.apply(weights, text, lambda: embeddings(windows))
     pointed = states[rows, starts].unsqueeze(2)  # (num_chunks, num_windows, 1, hidden)
-    if weights.requires_grad:
-        mixed = torch.einsum("cl,clwe->cwe", weights.to(states), embeddings(windows).to(states)).unsqueeze(1)
-        text = text + (mixed - mixed.detach())
-        mixed = (weights.to(states).unsqueeze(1) @ states.detach()).unsqueeze(1)  # (num_chunks, 1, 1, hidden)
-        pointed = pointed + (mixed - mixed.detach())
+    pointed = _Chosen.apply(weights, pointed, lambda: states.unsqueeze(2))
     length = text.detach().float().square().mean(dim=-1, keepdim=True).sqrt().to(states)
     pointed = (pointed * length).expand(-1, -1, size, -1)  # (num_chunks, num_windows, window, hidden)
     return torch.cat([text, pointed], dim=-1).flatten(1, 2)[:, :num_slots]

@@ -20,7 +20,9 @@ from processing_scaledown import ScaleDownProcessor
 
 from ..common.prompts import encode_texts, text_prompts
 from ..data.records import answers_of
+from .arguments import ScaleDownTrainingArguments
 from .collators import num_answer_positions
+from .dropout import disable_dropout
 from .sampling import SamplesByLength
 
 
@@ -96,7 +98,18 @@ def add_reader_lora(model: ScaleDownModel, settings: dict[str, Any], adapter: st
 
 
 class ReaderTrainer(SamplesByLength, Trainer):
-    """The Hugging Face `Trainer` over a generator with an adapter; checkpoints and the result are PEFT adapters."""
+    """The Hugging Face `Trainer` over a generator with an adapter; checkpoints and the result are PEFT adapters.
+
+    Args:
+        model: The generator with its adapter.
+        args: How to train it.
+        kwargs: As in `Trainer`.
+    """
+
+    def __init__(self, model: PeftModel, args: ScaleDownTrainingArguments, **kwargs):
+        if args.disable_dropout:
+            disable_dropout(model)
+        super().__init__(model=model, args=args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # The Trainer's own would add the arguments as a pickle.

@@ -68,7 +68,8 @@ def prepare_stage(
         whole.scores_from_positives = learns_from_positives(data, model.config)
     if args.stage in ("joint", "pointer", "reader"):
         if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
-            data["train"] = data["train"].map(_length, desc="Measuring lengths")
+            measure = _longest if args.stage == "pointer" else _length
+            data["train"] = data["train"].map(measure, desc="Measuring lengths")
         return data["train"], data.get("eval"), whole, model
     for name, records in data.items():
         folder = cache_folder(data_args, args) / name
@@ -106,6 +107,11 @@ def read_data(data_args: DataArguments) -> dict[str, datasets.Dataset]:
 def _length(record: dict[str, Any]) -> dict[str, int]:
     """Characters show which records are of similar length, without a tokenizer."""
     return {"length": len(record["query"]) + sum(map(len, record["documents"]))}
+
+
+def _longest(record: dict[str, Any]) -> dict[str, int]:
+    """Where the compressor runs alone, all chunks of a batch are padded to the longest of them."""
+    return {"length": len(record["query"]) + max(map(len, record["documents"]), default=0)}
 
 
 def _limit(rows, limit: int | None):

@@ -26,6 +26,7 @@ from ..common.devices import hold_learned_in_32_bits
 from ..common.metrics import ANSWER_METRICS
 from ..data.records import gold_answers_of
 from .arguments import ScaleDownTrainingArguments
+from .dropout import disable_dropout
 from .sampling import SamplesByLength
 
 PARTS_OF_LOSS = ("generation_loss", "reranking_loss", "pointer_loss")
@@ -58,6 +59,8 @@ class ScaleDownTrainer(SamplesByLength, Trainer):
         if args.compressor_learning_rate is None:  # OSCAR, table 7
             args.compressor_learning_rate = 5e-5 if model.config.compressor_type == "n_layers" else 1e-4
         model.card_fields = {}  # what was measured before is not true of what comes out
+        if args.disable_dropout:
+            disable_dropout(model)
         super().__init__(model=model, args=args, **kwargs)
         if self.is_sharded:
             if args.predict_with_generate:
@@ -129,6 +132,8 @@ class ScaleDownTrainer(SamplesByLength, Trainer):
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.gather(torch.tensor([counts], device=device)).sum(dim=0).tolist()
         self._counts = dict(zip(COUNTED, counts, strict=True))
+        if num_items is None and self.args.stage == "pointer":  # no answers, whose tokens the Trainer counts
+            num_items = torch.tensor(sum(counts), device=device)
         if (
             self._counts["num_scored_examples"] and self.model.config.reranking_loss_weight > 0
         ):  # also where another process saw them
