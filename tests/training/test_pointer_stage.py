@@ -11,8 +11,15 @@ from scaledown import ScaleDownModel
 from scaledown.training.arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments
 from scaledown.training.collators import JointCollator
 from scaledown.training.run import run
+from scaledown.training.stages import prepare_stage
 from tiny import DOCUMENTS, QUESTIONS, build_model
 
+STEPS = {
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 1,
+    "compressor_learning_rate": 3e-3,
+    "logging_steps": 1,
+}
 POINTED = ["Walter Scott", "Cévennes", "birds"]
 
 
@@ -40,12 +47,8 @@ def run_stage(backbones, folder, stage, steps, model_settings=None, **settings):
         max_steps=steps,
         use_cpu=True,
         report_to="none",
-        per_device_train_batch_size=3,
-        gradient_accumulation_steps=1,
-        compressor_learning_rate=3e-3,
-        logging_steps=1,
         save_steps=steps,
-        **settings,
+        **{**STEPS, **settings},
     )
     files = DataArguments(train_file=str(data), eval_file=str(data))
     run(ModelArguments(**(model_settings or start)), files, arguments)
@@ -93,6 +96,39 @@ def test_accumulated_micro_batches_weigh_every_labelled_chunk_alike(backbones, t
         count = sum(int(batch["pointer_labels"].any(dim=1).sum()) for batch in batches)
         losses.append(sum(model(**batch, num_pointed_chunks=count).pointer_loss.item() for batch in batches))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] > 0
+
+
+def test_a_step_of_accumulated_micro_batches_is_that_of_the_whole_batch(backbones, tmp_path):
+    """With one, two and no labelled chunk of one, two and three: an average of averages would weigh them otherwise."""
+    learned = []
+    for size in (3, 1):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 3 // size}
+        model = run_stage(backbones, folder, "pointer", 1, optim="sgd", disable_dropout=True, **sizes)
+        learned.append(model.compressor.state_dict())
+    start = ScaleDownModel.from_backbones(*map(str, backbones), compressor_type="modernbert", slot_pooling="pointer")
+    begun = start.compressor.backbone.state_dict()
+    moved = max((learned[0][f"backbone.{name}"] - value).abs().max() for name, value in begun.items())
+    assert moved > 1e-4
+    for name, value in learned[0].items():
+        torch.testing.assert_close(learned[1][name], value, rtol=0, atol=float(moved) / 1000)
+
+
+def test_batches_are_of_like_longest_documents(backbones, tmp_path):
+    """All chunks of a batch are padded to the longest, however many a question has."""
+    data = write_rows(
+        tmp_path / "train.jsonl",
+        [{**row, "documents": [*row["documents"], *["tiny"] * i]} for i, row in enumerate(rows())],
+    )
+    generator, compressor = map(str, backbones)
+    start = {"generator_name_or_path": generator, "compressor_name_or_path": compressor}
+    start |= {**TRAINING_SETTINGS, "slot_pooling": "pointer", "compressor_type": "modernbert"}
+    settings = {"use_cpu": True, "report_to": "none", "train_sampling_strategy": "group_by_length"}
+    args = ScaleDownTrainingArguments(output_dir=str(tmp_path), stage="pointer", **settings)
+    train_data, *_ = prepare_stage(ModelArguments(**start), DataArguments(train_file=str(data)), args)
+    expected = [len(q) + max(map(len, d)) for q, d in zip(QUESTIONS, DOCUMENTS, strict=True)]
+    assert list(train_data["length"]) == expected
 
 
 def test_yes_and_no_are_not_pointed_at():

@@ -13,6 +13,7 @@ from folders import TRAINING_SETTINGS, train_with_two_processes, write_rows
 from scaledown import ScaleDownModel
 from scaledown.training.arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments
 from scaledown.training.collators import CompressionCollator, GenerationCollator, JointCollator
+from scaledown.training.reader import ReaderTrainer
 from scaledown.training.run import run, train
 from scaledown.training.trainer import ScaleDownTrainer
 from tiny import (
@@ -20,6 +21,7 @@ from tiny import (
     DOCUMENTS,
     QUESTIONS,
     build_model,
+    randomize_lora,
 )
 
 
@@ -312,3 +314,32 @@ def test_runs_whose_questions_come_by_length_evaluate_too(backbones, train_file,
     data = DataArguments(train_file=str(train_file), eval_file=str(train_file))
     metrics = run(model_arguments(backbones), data, training_arguments(tmp_path / "out", **settings))
     assert metrics["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("compressor_type", ["modernbert", "n_layers"])
+@pytest.mark.parametrize("disabled", [False, True])
+def test_training_without_dropout_computes_the_same_twice(tmp_path, compressor_type, disabled):
+    """Of the encoder and its attention, of the generator's attention, and of LoRA."""
+    model = build_model(compressor_type)
+    model.add_lora(r=4, lora_dropout=0.5)
+    for module in [*model.compressor.backbone.modules(), *model.generator.modules()]:
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    trainer = build_trainer(model, tmp_path, disable_dropout=disabled)
+    randomize_lora(model).train()
+    batch = trainer.data_collator(rows())
+    first, second = (model(**batch).loss.item() for _ in range(2))
+    assert (first == second) == disabled
+
+
+def test_a_reader_learns_without_dropout_too(backbones, train_file, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ReaderTrainer, "train", lambda self, **_: seen.append(self.model) or 1 / 0)
+    settings = {"stage": "reader", "disable_dropout": True}
+    with pytest.raises(ZeroDivisionError):
+        arguments = training_arguments(tmp_path / "out", **settings)
+        run(model_arguments(backbones, lora_dropout=0.5), DataArguments(train_file=str(train_file)), arguments)
+    dropouts = [module.p for module in seen[0].modules() if isinstance(module, torch.nn.Dropout)]
+    assert dropouts and not any(dropouts)
