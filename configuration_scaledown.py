@@ -319,6 +319,11 @@ class ScaleDownConfig(PreTrainedConfig):
                 f'slot_pooling="span_attention" needs compressor_type="n_layers", whose token embeddings are the '
                 f"generator's; with {self.compressor_type!r} choose memory_tokens or span_mean."
             )
+        if self.pointer_window is not None and self.slot_pooling != "pointer":
+            raise ScaleDownError(
+                f'pointer_window={self.pointer_window!r} is a setting of slot_pooling="pointer", not of '
+                f"{self.slot_pooling!r}; leave one of them out."
+            )
         check_sizes(self, ("num_compressor_layers", "projector_hidden_size"))
         for name in ("reranking_loss_weight", "pointer_loss_weight", "initializer_range"):
             value = getattr(self, name)

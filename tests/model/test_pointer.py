@@ -255,6 +255,8 @@ def test_settings_that_do_not_go_together_are_refused():
     assert ScaleDownConfig().pointer_window is None
     with pytest.raises(ValueError, match=r"pointer_window=0 .* at least 1"):
         build_config("n_layers", slot_pooling="pointer", pointer_window=0)
+    with pytest.raises(ValueError, match=r'pointer_window=4 is a setting of slot_pooling="pointer", not of'):
+        build_config("n_layers", pointer_window=4)
     with pytest.raises(ValueError, match=r'compressor_prompt=.*slot_pooling="pointer"'):
         build_config(
             "modernbert", slot_pooling="pointer", compressor_prompt="{question}: {document}", compressor_max_length=64

