@@ -15,7 +15,9 @@ PASSAGES := 1 3 5 10
 LOWER_RATES := 4 8
 SMOLLM2_RESULTS := $(PASSAGES:%=squad-%) $(LOWER_RATES:%=squad-5-rate-%) hotpotqa
 
-.PHONY: smollm2
+MODEL := models/smollm2-135m-16x
+
+.PHONY: smollm2 demo-smollm2
 
 smollm2: $(SMOLLM2_RESULTS:%=$(S)/results/%/metrics.json)
 
@@ -58,3 +60,8 @@ $(LOWER_RATES:%=$(S)/results/squad-5-rate-%/metrics.json): $(S)/results/squad-5-
 	$(EVALUATE) $(SQUAD) --limit 1000 --num_documents 5 --baselines none --compression_rate $*
 
 $(S)/results/hotpotqa/metrics.json: OPTIONS = $(HOTPOT) --limit 300 --baselines full_text,no_documents
+
+# The checked-in model, its reader and the generator alone, on six questions of SQuAD's test half.
+demo-smollm2: $(PACKAGES)/.installed
+	$(BIN)/python -m scaledown.tools.demo --model $(MODEL) --reader $(MODEL)/reader $(GENERATOR) \
+		--data $(MODEL)/questions.jsonl --num_questions 6
