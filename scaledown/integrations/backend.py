@@ -69,8 +69,8 @@ class Reading:
 class Backend(Protocol):
     """Ranks and answers."""
 
-    def rank(self, question: str, documents: Sequence[str]) -> list[float]:
-        """Reranking score of each document, higher is more relevant."""
+    def rank(self, question: str, documents: Sequence[str], batch_size: int = 64) -> list[float]:
+        """Reranking score of each document, higher is more relevant; so many chunks are scored at a time."""
 
     def answer(
         self, questions: Sequence[str], documents: Sequence[Sequence[str]], reading: Reading, ids: Any = None
@@ -127,10 +127,10 @@ class LocalBackend:
             model = ScaleDownModel.from_pretrained(str(model), revision=revision).optimize_for_inference()
         self._model = model
 
-    def rank(self, question: str, documents: Sequence[str]) -> list[float]:
+    def rank(self, question: str, documents: Sequence[str], batch_size: int = 64) -> list[float]:
         """See `Backend.rank`."""
         scores = [math.nan] * len(documents)
-        for found in self._model.rank(question, list(documents)) if documents else ():
+        for found in self._model.rank(question, list(documents), batch_size=batch_size) if documents else ():
             scores[found["corpus_id"]] = found["score"]
         return scores
 
@@ -211,8 +211,8 @@ class EndpointBackend:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._timeout = timeout
 
-    def rank(self, question: str, documents: Sequence[str]) -> list[float]:
-        """See `Backend.rank`."""
+    def rank(self, question: str, documents: Sequence[str], batch_size: int = 64) -> list[float]:
+        """See `Backend.rank`; the service decides the size of its batches."""
         if not documents:
             return []
         with self._post("/v1/rerank", {"query": question, "documents": list(documents)}) as reply:

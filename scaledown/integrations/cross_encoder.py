@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from tqdm.auto import tqdm
 
 from errors_scaledown import ScaleDownError
 
@@ -29,11 +31,22 @@ class ScaleDownCrossEncoder:
     ):
         self._backend = open_backend(model, url, revision, api_key)
 
-    def predict(self, pairs: Sequence[tuple[str, str]] | tuple[str, str]) -> np.ndarray | np.float32:
+    def predict(
+        self,
+        pairs: Sequence[tuple[str, str]] | tuple[str, str],
+        batch_size: int = 64,
+        show_progress_bar: bool | None = None,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+    ) -> np.ndarray | np.float32 | torch.Tensor | list[torch.Tensor]:
         """Score pairs.
 
         Args:
             pairs: Pairs of question and document, or one pair.
+            batch_size: Chunks scored at a time; a service decides that itself.
+            show_progress_bar: Whether to show a bar that counts questions.
+            convert_to_numpy: Whether to return an array; otherwise a list of tensors.
+            convert_to_tensor: Whether to return a tensor, whatever `convert_to_numpy` says.
 
         Returns:
             Reranking scores `(len(pairs),)`; one number for one pair.
@@ -51,12 +64,22 @@ class ScaleDownCrossEncoder:
         places: dict[str, list[int]] = {}
         for place, (question, _) in enumerate(rows):
             places.setdefault(question, []).append(place)
-        for question, of_question in places.items():
-            scores[of_question] = self._backend.rank(question, [rows[place][1] for place in of_question])
+        for question, of_question in tqdm(places.items(), desc="Questions", disable=not show_progress_bar):
+            documents = [rows[place][1] for place in of_question]
+            scores[of_question] = self._backend.rank(question, documents, batch_size)
+        if convert_to_tensor or not convert_to_numpy:
+            found = torch.from_numpy(scores)
+            return found[0] if single else (found if convert_to_tensor else list(found))
         return scores[0] if single else scores
 
     def rank(
-        self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        batch_size: int = 64,
+        show_progress_bar: bool | None = None,
     ) -> list[dict[str, Any]]:
         """Rank documents.
 
@@ -65,12 +88,14 @@ class ScaleDownCrossEncoder:
             documents: The documents.
             top_k: Documents to return; all where None.
             return_documents: Whether to return their texts too.
+            batch_size: Chunks scored at a time; a service decides that itself.
+            show_progress_bar: Taken for the sake of calls that name it; one question needs no bar.
 
         Returns:
             `{"corpus_id": int, "score": float}` (and `"text"`) of each, best first.
         """
         check_top_n(top_k, "top_k")
-        scores = self._backend.rank(query, documents)
+        scores = self._backend.rank(query, documents, batch_size)
         results: list[dict[str, Any]] = [
             {"corpus_id": place, "score": scores[place]} for place in best_first(scores, top_k)
         ]
