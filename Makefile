@@ -109,7 +109,7 @@ $(VENV)-app/.installed: requirements-app.txt $(VENV)/.installed
 	$(VENV)-app/bin/python -m pip install --quiet --requirement requirements-app.txt
 	touch $@
 
-# make embedded, make embedded-encoder, make embedded-comparison
+# make embedded, make embedded-encoder, make embedded-reader, make embedded-comparison
 include embedded.mk
 
 # make smollm2

@@ -18,7 +18,7 @@ SHORT_LESSON := --per_device_train_batch_size 64 --compression_rate 4
 RESULT := all_results.json
 READY := | $(VENV)/.installed
 
-.PHONY: embedded embedded-encoder embedded-comparison
+.PHONY: embedded embedded-encoder embedded-reader embedded-comparison
 
 embedded: $(E)/model/$(RESULT)
 	$(PY) evaluate.py --model $(E)/model --data $(E)/world/test.jsonl --num_documents 5 \
@@ -38,6 +38,7 @@ $(E)/lesson-10/test.jsonl: OPTIONS = --num_train 64000 --num_documents 5 --two_h
 $(E)/lesson-11/test.jsonl: OPTIONS = --num_train 112000 --two_hops 0.85 --lists 0.7 --seed 5 $(NAMES)
 $(E)/lesson-12/test.jsonl: OPTIONS = --num_train 32000 --two_hops 0.9 --lists 0.3 --seed 6 $(NAMES)
 $(E)/lesson-13/test.jsonl: OPTIONS = --num_train 100000 --num_documents 5 --two_hops 0.55 --alike 0.5 --lists 0.3 --seed 5
+$(E)/lesson-reader/test.jsonl: OPTIONS = --num_train 60000 --num_documents 5 --two_hops 0.55 --alike 0.5 --seed 5
 $(E)/lesson-repeats/test.jsonl: OPTIONS = --num_train 60000 --num_documents 1 --two_hops 0 --repeats 0.5 $(SHORT)
 $(E)/lesson-14/test.jsonl: OPTIONS = --num_train 14000 --num_documents 5 --two_hops 0.35 --alike 0.3 --seed 7
 $(E)/lesson-16/test.jsonl: OPTIONS = --num_train 40000 --num_documents 5 --two_hops 0.25 --alike 0.5 --seed 8 --mixed_names 0.7
@@ -165,6 +166,18 @@ $(EM)-6/$(RESULT): $(EM)-5/$(RESULT) $(E)/lesson-two-long/test.jsonl
 	$(call LESSON,two-long) --max_steps 375 --seed 5 $(BY_NAME)
 $(EM)/$(RESULT): $(EM)-6/$(RESULT) $(E)/lesson-five-long/test.jsonl
 	$(call NEXT,five-long,1.5e-3) --max_steps 600 --seed 6 --reranking_loss_weight 1
+
+# A reader: the same generator, whose LoRA learned from whole passages what ScaleDown's two longest lessons hold.
+READER = $(call TRAIN,reader) --train_file $(E)/lesson-$(1)/train.jsonl
+
+embedded-reader: $(E)/reader/$(RESULT) $(E)/world/test.jsonl
+	$(PY) evaluate.py --model . --data $(E)/world/test.jsonl --num_documents 5 --reader $(E)/reader \
+		--baselines full_text,no_documents --group_by answer_kind,hops --max_new_tokens 8 --batch_size 25
+
+$(E)/reader-13/$(RESULT): $(E)/own-generator/.done $(E)/lesson-reader/test.jsonl
+	$(call READER,reader)
+$(E)/reader/$(RESULT): $(E)/reader-13/$(RESULT) $(E)/lesson-16/test.jsonl
+	$(call READER,16) --lora_name_or_path $(<D) --max_steps 1200 --seed 2
 
 # Comparisons: joint and two-stage training, both kinds of compressor, four rates.
 C := $(E)/compared
