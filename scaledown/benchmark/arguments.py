@@ -145,6 +145,11 @@ class BenchmarkArguments:
         unread = UNREAD.get(self.mode, ()) + (("compressors",) if self.generator is None else ())
         without = "" if self.generator else " without a generator"
         refuse_options(self, unread, f"mode {self.mode}{without}")
+        if self.rivals and self.mixed_lengths:
+            raise ScaleDownError(
+                "rivals are timed on documents of one length, and mixed_lengths draws others for the models they are "
+                "compared with; leave out --mixed_lengths or --rivals."
+            )
         if self.mode == "serving" and not (self.service_url and self.text_url):
             raise ScaleDownError("mode serving measures running servers; pass --service_url and --text_url.")
         _ = self.settings, self.levels  # are read now, not after the work

@@ -189,7 +189,8 @@ class TimedModels:
 
     def tokens_read(self, name: str, workload: Workload) -> int:
         """Tokens of the generator's prompt, slots among them."""
-        return workload.text_length if name == FULL_TEXT else workload.slots_length
+        inputs = draw_inputs(workload, 1, 2, self.arguments.mixed_lengths, 2, self.arguments.seed)
+        return (inputs.text if name == FULL_TEXT else inputs.truncated).shape[1]
 
     def padded_compression(self, name: str, workload: Workload, batch_size: int) -> Callable[[], float]:
         """Compression as a straightforward implementation does it: the padding read, the last layer whole.

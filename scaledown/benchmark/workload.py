@@ -44,11 +44,6 @@ class Workload:
         """Tokens of the generator's input with the documents as text."""
         return self.frame_length + self.num_documents * self.document_length
 
-    @property
-    def slots_length(self) -> int:
-        """Tokens and slots of the generator's input with compressed documents."""
-        return self.frame_length + self.slots
-
     def chunks(self, length: int) -> list[int]:
         """Tokens of the chunks a document is cut into.
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -189,16 +190,22 @@ def parse_object(name: str, text: str | None) -> dict[str, Any]:
 
 
 def refuse_existing(output_dir: str | None) -> None:
-    """Refuse a folder of results that is there already.
+    """Refuse a folder of results that is there already, or that cannot be made: before the work, not after it.
 
     Args:
         output_dir: The folder; None where none is named.
 
     Raises:
         FileExistsError: It exists.
+        ScaleDownError: It cannot be made.
     """
-    if output_dir is not None and Path(output_dir).exists():
+    if output_dir is None:
+        return
+    if Path(output_dir).exists():
         raise FileExistsError(f"{output_dir} already exists; results are never overwritten. Name a new folder.")
+    above = next(path for path in Path(output_dir).absolute().parents if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ScaleDownError(f"{output_dir} cannot be made in {above}; name a folder that can.")
 
 
 def split_names(text: str | None) -> list[str]:

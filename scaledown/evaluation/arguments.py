@@ -1,7 +1,6 @@
 """Arguments of `evaluate.py`."""
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -157,8 +156,10 @@ class EvaluationArguments:
         self._check_names()
         counts = ("limit", "num_documents", "compression_rate", "max_documents", "max_slots", "max_new_tokens")
         check_least(self, {**dict.fromkeys((*counts, "judge_concurrency", "resamples"), 1), "seed": 0})
-        if self.min_reranking_score is not None and math.isnan(self.min_reranking_score):
-            raise ScaleDownError("min_reranking_score is nan, which no score can reach; leave it out to keep all.")
+        if self.min_reranking_score is not None and not math.isfinite(self.min_reranking_score):
+            raise ScaleDownError(
+                f"min_reranking_score is {self.min_reranking_score}, expected a finite number, or none to keep all."
+            )
         if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size) > 0):
             raise ScaleDownError(f"batch_size is {self.batch_size!r}, expected auto or a number of at least 1.")
         if (self.judge is None) != (self.judge_url is None):
@@ -172,10 +173,6 @@ class EvaluationArguments:
                 "the model, save it with save_pretrained, and evaluate that folder."
             )
         refuse_existing(self.output_dir)
-        if self.output_dir is not None:  # now, not after the answers
-            above = next(path for path in Path(self.output_dir).absolute().parents if path.exists())
-            if not above.is_dir() or not os.access(above, os.W_OK):
-                raise ScaleDownError(f"{self.output_dir} cannot be made in {above}; name a folder that can.")
 
     def _check_names(self) -> None:
         if self.rejudge is not None and (self.model is not None or self.judge is None):

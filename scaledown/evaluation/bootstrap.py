@@ -87,7 +87,8 @@ class Bootstrap:
             clusters: What is resampled as a whole, such as batches that were timed; questions by default.
 
         Returns:
-            The ratio of the means with its paired interval; no value where the other mean is 0.
+            The ratio of the means with its paired interval; no value where the other mean is 0, and no interval where
+            it is 0 in so many resamples that there is no upper end.
         """
         pairs = _pairs(values, reference)
         totals = pairs.sum(axis=0)
@@ -136,8 +137,10 @@ def _clustered(pairs: np.ndarray, clusters: Sequence[int]) -> np.ndarray:
 
 
 def _estimate(value: float, resampled: np.ndarray, n: int) -> Estimate:
-    resampled = resampled[np.isfinite(resampled)]
-    if n < 2 or len(resampled) == 0:  # a single one says nothing about others
+    # Ratios to 0 have no upper end; left out, the interval would end where the other ones do.
+    resampled = np.where(np.isfinite(resampled), resampled, np.inf)
+    with np.errstate(invalid="ignore"):
+        low, high = np.percentile(resampled, LEVEL)
+    if n < 2 or not np.isfinite(high):  # a single one says nothing about others
         return Estimate(float(value))
-    low, high = np.percentile(resampled, LEVEL)
     return Estimate(float(value), float(low), float(high))

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 # What a record has besides fields to group by.
 OWN_KEYS = ("id", "query", "documents", "answer", "gold_answers", "reranking_scores", "positives")
 
+# Why a question is left out that has more right documents than it may have documents.
+MANY_POSITIVES = "more_positives_than_documents"
+
 
 @dataclass
 class Example:
@@ -101,10 +104,15 @@ def load_data(
     examples = [_example(record) for record in records]
     answered = [example for example in examples if example.gold]
     dropped["no_answer"] = dropped.get("no_answer", 0) + len(examples) - len(answered)
+    dropped = {reason: count for reason, count in dropped.items() if count}
     if not answered:
+        reasons = ", ".join(f"{count} for {reason}" for reason, count in dropped.items()) or "none"
+        remedy = "add `answer` or `gold_answers`"
+        if MANY_POSITIVES in dropped:
+            remedy = "raise --num_documents, which must hold all right documents of a question, or " + remedy
         raise ScaleDownError(
-            f"{source}: found {len(examples)} questions but none with a gold answer, expected at least one to compare "
-            "with; add `answer` or `gold_answers`."
+            f"{source}: no question can be asked; left out: {reasons}. Expected at least one with a gold "
+            f"answer to compare with; {remedy}."
         )
     if not closed_book and not any(example.documents for example in answered):
         raise RecordError(
@@ -123,11 +131,25 @@ def load_data(
         **{name: value for name, value in (("config", config), ("split", split), ("revision", revision)) if value},
         "format": format,
         "num_questions": len(answered),
-        "documents_per_question": sum(len(example.documents) for example in answered) / len(answered),
-        "dropped": {reason: count for reason, count in dropped.items() if count},
-        "sha256": _digest(answered),
+        "dropped": dropped,
+        **describe_asked(answered),
     }
     return EvaluationData(answered, description)
+
+
+def describe_asked(examples: list[Example]) -> dict[str, Any]:
+    """Describe the questions that are asked, which are fewer than were read where some are too long.
+
+    Args:
+        examples: The questions.
+
+    Returns:
+        `documents_per_question`, and a digest of questions, documents and gold answers.
+    """
+    return {
+        "documents_per_question": sum(len(example.documents) for example in examples) / len(examples),
+        "sha256": _digest(examples),
+    }
 
 
 def keep_documents(record: dict[str, Any], num_documents: int) -> dict[str, Any]:
@@ -200,7 +222,7 @@ def _records_of(
             "lower --num_documents, or make records with prepare_data.py --corpus."
         )
     questions = [question for question in read.questions if len(question.positives or ()) <= wanted]
-    dropped["more_positives_than_documents"] = len(read.questions) - len(questions)
+    dropped[MANY_POSITIVES] = len(read.questions) - len(questions)
     choose = PoolDocuments(read.passages, wanted, "bm25", seed)
     return [chosen["record"] for chosen in choose(sample(questions, limit, seed))], dropped, read.format
 

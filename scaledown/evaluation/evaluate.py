@@ -27,7 +27,7 @@ from .arguments import EvaluationArguments, parse_arguments
 from .bootstrap import Bootstrap
 from .card import check_card, update_card
 from .contestants import Contestants, build_systems, check_lengths, load_contestants
-from .data import Example, load_data
+from .data import Example, describe_asked, load_data
 from .judge import Judge, agreement, compare_answers, grade_answers
 from .plots import plot_comparison
 from .report import COMPARISON_NAME, REPORT_NAME, write_comparison
@@ -145,6 +145,9 @@ def ask(arguments: EvaluationArguments) -> EvaluationRun | None:
     scores = [answer.scores for answer in answers[MODEL]]
     reranking, note = rank_documents(examples, scores, bootstrap)
     notes = [*found.notes, *([note] if note else [])]
+    if dropped := data.description["dropped"]:
+        counts = ", ".join(f"{count} for {reason}" for reason, count in dropped.items())
+        notes.append(f"Questions of the data that were left out: {counts}.")
     if too_long:
         counts = ", ".join(f"{count} for {name}" for name, count in too_long.items())
         notes.append(f"Questions whose prompt exceeds the generator's context were left out everywhere: {counts}.")
@@ -158,7 +161,12 @@ def ask(arguments: EvaluationArguments) -> EvaluationRun | None:
                 **found.description,
                 "measured_compression": asdict(measured_compression(answers[MODEL], bootstrap)),
             },
-            "data": {**data.description, "num_asked": len(examples), "too_long": too_long},
+            "data": {
+                **data.description,
+                **describe_asked(examples),
+                "num_asked": len(examples),
+                "too_long": too_long,
+            },
             "reranking": reranking,
             "notes": notes,
             "settings": {name: value for name, value in asdict(arguments).items() if name not in PRIVATE},

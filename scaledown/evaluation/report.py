@@ -87,6 +87,8 @@ def _differences(runs: Sequence[tuple[str, dict[str, Any]]]) -> str:
         ("questions", lambda metrics: metrics["data"]["sha256"]),
         ("number of questions asked", lambda metrics: metrics["data"]["num_asked"]),
         ("hardware, so that times do not compare", lambda metrics: str(metrics["hardware"])),
+        ("batch size, so that times do not compare", lambda metrics: str(metrics.get("batch_sizes"))),
+        ("the judge", lambda metrics: metrics.get("judge", {}).get("model")),
         ("the selection of documents", lambda metrics: str(metrics["model"].get("selection") or {})),
         ("length of answers", lambda metrics: metrics["settings"]["max_new_tokens"]),
     ):

@@ -20,6 +20,8 @@ from .results import Measurements
 
 METRICS_NAME = "metrics.json"
 PREDICTIONS_NAME = "predictions.jsonl"
+# What reports read of metrics.json.
+REQUIRED = ("model", "data", "systems", "against_full_text", "reranking", "groups", "settings", "hardware")
 # What a line has besides the fields of the question's record.
 ROW_KEYS = ("id", "query", "gold_answers", "num_documents", "positives", "reranking_scores", "systems")
 
@@ -71,8 +73,7 @@ class EvaluationRun:
             ValueError: It is no folder of a run, or of one that was not finished.
         """
         metrics = read_metrics(folder)
-        lines = (Path(folder) / PREDICTIONS_NAME).read_text(encoding="utf-8").split("\n")
-        rows = [json.loads(line) for line in lines if line]
+        rows = _read_rows(Path(folder) / PREDICTIONS_NAME, metrics["data"]["num_asked"])
         examples = [
             Example(
                 id=row["id"],
@@ -127,9 +128,31 @@ def read_metrics(folder: str | Path) -> dict[str, Any]:
             f"{folder} has no {METRICS_NAME}, which evaluate.py writes last; name the folder of a finished run."
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        metrics = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ScaleDownError(f"{path} is no JSON ({error}); name the output folder of a finished run.") from error
+    missing = [name for name in REQUIRED if not isinstance(metrics, dict) or name not in metrics]
+    if missing:
+        raise ScaleDownError(
+            f"{path} was not written by evaluate.py: it has no {', '.join(missing)}; name the output folder of a run."
+        )
+    return metrics
+
+
+def _read_rows(path: Path, count: int) -> list[dict[str, Any]]:
+    """The lines of predictions.jsonl, as many as questions were asked."""
+    if not path.is_file():
+        raise ScaleDownError(f"{path} is missing, which has the answers to judge; name the whole folder of a run.")
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except ValueError as error:
+        raise ScaleDownError(f"{path} is damaged ({error}); copy it again, or evaluate the model again.") from error
+    if len(rows) != count:
+        raise ScaleDownError(
+            f"{path} has {len(rows)} lines where {count} questions were asked; copy it again, or evaluate the model "
+            "again."
+        )
+    return rows
 
 
 def _json_number(value: float) -> float | None:

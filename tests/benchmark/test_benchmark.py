@@ -153,6 +153,8 @@ SPEED = ["--mode", "speed", "--generator", "qwen2.5-0.5b"]
         ([*SPEED, "--compressors", ","], "expected at least one"),
         (["--compressors", "3"], "mode flops without a generator does not read compressors=3"),
         (["--batch_size", "8"], "does not read batch_size=8"),
+        ([*SPEED, "--rivals", "true", "--mixed_lengths", "true"], "rivals are timed on documents of one length"),
+        ([*SPEED, "--output_dir", f"{__file__}/out"], "cannot be made in"),
         (["--mode", "train", "--generator", "x", "--sweep", "batch_size=4"], "mode train does not read sweep"),
     ],
 )

@@ -59,6 +59,15 @@ def test_speed_of_every_contestant_at_every_setting():
     assert layers["peak_bytes"] < rows[6]["peak_bytes"]  # two questions take more than one
 
 
+def test_tokens_read_are_those_of_the_lengths_that_were_drawn():
+    args = arguments(mixed_lengths=True, repeats=1, compressors="2", sweep=["num_documents=5"])
+    rows = measure(args)
+    drawn = [draw_inputs(workload, size, 400, True, 400, args.seed) for workload, size in args.settings]
+    assert [row["tokens_read"] for row in rows[::3]] == [inputs.text.shape[1] for inputs in drawn]
+    assert [row["tokens_read"] for row in rows[2::3]] == [inputs.truncated.shape[1] for inputs in drawn]
+    assert drawn[0].text.shape[1] < args.workload.text_length
+
+
 def test_rivals_are_timed_in_the_same_run_and_leave_what_they_say():
     rows = measure(arguments(rivals=True, repeats=1, num_documents=4), (RivalModels,))
     rows = {row["contestant"]: row for row in rows}

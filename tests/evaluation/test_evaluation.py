@@ -416,6 +416,7 @@ def test_nothing_is_overwritten(folder, tmp_path):
     [
         ({"baselines": "full_txt"}, "no baseline 'full_txt'"),
         ({"limit": 0}, "limit is 0"),
+        ({"min_reranking_score": -math.inf}, "expected a finite number"),  # which metrics.json could not hold
         ({"batch_size": "many"}, "batch_size is 'many'"),
         ({"data": None}, "data is missing"),
         ({"model": None}, "model is missing"),
@@ -456,9 +457,10 @@ def test_wrong_arguments_are_told_before_the_work(folder, tmp_path, changes, mes
 
 def test_prompts_past_the_context(folder, tmp_path):
     """A question whose text does not fit, though its slots do."""
-    long = {"id": "long", "query": QUESTIONS[0], "documents": [DOCUMENTS[1][0] * 9], "answer": "a"}
+    long = {"id": "long", "query": QUESTIONS[0], "documents": [DOCUMENTS[1][0] * 9, *"bcde"], "answer": "a"}
+    unanswered = {"query": "Why?", "documents": ["a"]}
     records = (folder / "data.jsonl").read_text(encoding="utf-8").splitlines()[:2]
-    (tmp_path / "data.jsonl").write_text("\n".join([*records, json.dumps(long)]), encoding="utf-8")
+    (tmp_path / "data.jsonl").write_text("\n".join([*records, *map(json.dumps, (long, unanswered))]), encoding="utf-8")
     changes = {"data": str(tmp_path / "data.jsonl"), "baselines": "no_documents,full_text"}
     with pytest.raises(
         ValueError, match=r"question 'long' has a prompt of \d+ tokens for full_text; .*--too_long skip"
@@ -468,6 +470,8 @@ def test_prompts_past_the_context(folder, tmp_path):
     evaluate(settings(folder, output_dir=str(tmp_path / "b"), too_long="skip", **changes))
     metrics = json.loads((tmp_path / "b" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["data"]["too_long"] == {"full_text": 1} and metrics["data"]["num_asked"] == 2
+    assert metrics["data"]["documents_per_question"] == 1.5  # of those that were asked
+    assert "left out: 1 for no_answer" in (tmp_path / "b" / "report.md").read_text(encoding="utf-8")
     assert "1 for full_text" in (tmp_path / "b" / "report.md").read_text(encoding="utf-8")
     # Without full text, it is asked like any other.
     evaluate(settings(folder, output_dir=str(tmp_path / "c"), **{**changes, "baselines": "none"}))

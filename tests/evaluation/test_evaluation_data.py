@@ -51,8 +51,17 @@ def test_questions_without_an_answer_are_counted(tmp_path):
     unanswered = {"query": "Why?", "documents": []}
     data = load_data(write(tmp_path / "a.jsonl", [record(0), unanswered]))
     assert len(data.examples) == 1 and data.description["dropped"] == {"no_answer": 1}
-    with pytest.raises(ValueError, match="none with a gold answer"):
+    with pytest.raises(ValueError, match=r"left out: 1 for no_answer.*; add `answer`"):
         load_data(write(tmp_path / "b.jsonl", [unanswered]))
+
+
+def test_right_documents_that_do_not_fit_are_no_missing_answers(tmp_path):
+    facts = [[f"Title {i}", 0] for i in range(3)]
+    context = [[f"Title {i}", [f"Sentence {i}."]] for i in range(4)]
+    question = {"_id": "a", "question": "Who?", "answer": "yes", "supporting_facts": facts, "context": context}
+    (tmp_path / "a.json").write_text(json.dumps([question]), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"1 for more_positives_than_documents.*raise --num_documents"):
+        load_data(str(tmp_path / "a.json"), num_documents=2)
 
 
 def test_a_smaller_sample_is_part_of_a_larger_one(tmp_path):

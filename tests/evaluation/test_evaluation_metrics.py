@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from folders import ROOT
-from scaledown.evaluation.bootstrap import Bootstrap
+from scaledown.common.metrics import exact_match, match
+from scaledown.evaluation.bootstrap import Bootstrap, Estimate
 from scaledown.evaluation.metric_loader import ANSWER_MODULES, MODULES, load_metric
 from scaledown.evaluation.ranking_metrics import rank_questions
 
@@ -99,6 +100,19 @@ def test_match_finds_a_gold_answer_inside_the_prediction():
         predictions=["It was Sir Walter Scott, of course.", "Scott"], references=[["Loire", "walter scott"], ["Scotty"]]
     )
     assert result == {"match": 0.5}
+
+
+def test_match_never_misses_what_matches_exactly():
+    """An article or punctuation alone has an empty normal form."""
+    assert exact_match("A", ["a"]) == match("A", ["a"]) == 1.0
+    assert match("Paris", ["A", "-"]) == 0.0
+
+
+def test_a_ratio_to_a_mean_that_is_often_0_has_no_interval():
+    often, seldom = [1.0] + [0.0] * 9, [1.0] * 5 + [0.0] * 5
+    values = [1.0] * 3 + [0.0] * 7
+    assert Bootstrap().ratio(values, often) == Estimate(3.0)  # a third of the resamples has only zeros below the line
+    assert Bootstrap().ratio(values, seldom).high == 1.0
 
 
 def test_rouge_l():
