@@ -45,7 +45,7 @@ try:
         read_question,
         tokenize,
     )
-    from .windows_scaledown import encode_windows
+    from .windows_scaledown import encode_windows, evidence_by_document
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
@@ -72,7 +72,7 @@ except ImportError:
         read_question,
         tokenize,
     )
-    from windows_scaledown import encode_windows
+    from windows_scaledown import encode_windows, evidence_by_document
 
 logger = logging.get_logger(__name__)
 
@@ -384,6 +384,9 @@ class ScaleDownProcessor(CompressorRowsMixin, PromptMixin, ProcessorMixin):
             ValueError: an override out of range, or a document without a single token.
         """
         rate, max_slots = self._compression_settings(compression_rate, num_memory_tokens)
+        if evidence is not None and self.pointer_window is None:
+            raise ScaleDownError('evidence is what slot_pooling="pointer" learns to point at; this model has another.')
+        evidence = None if evidence is None else evidence_by_document(evidence, documents)
         texts = [document for row in documents for document in row]
         if not texts:
             return {}
@@ -411,8 +414,6 @@ class ScaleDownProcessor(CompressorRowsMixin, PromptMixin, ProcessorMixin):
             "document_to_example": torch.tensor(document_to_example),
         }
         if self.pointer_window is not None:
-            if evidence is not None:
-                evidence = [texts for row in evidence for texts in row]
             filled = [count - int(self.learned_separator) for count in slots]
             own = batch["compressor_document_mask"]
             batch.update(encode_windows(self, texts, own, filled, chunk_to_document, evidence))

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from transformers import BertTokenizerFast
 
+import windows_scaledown
 from scaledown import ScaleDownProcessor
 from tiny import DOCUMENTS, QUESTIONS, build_tokenizer
-from windows_scaledown import holds_evidence, windows_of_chunk
+from tiny_tokenizers import build_unigram
+from windows_scaledown import find_evidence, holds_evidence, windows_of_chunk
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "paris", "is", "a", "town", ".", "ivan", "##hoe", "who", "wrote", "it"]
 
@@ -76,21 +78,52 @@ def test_evidence_is_found_as_words_in_any_case():
     text = "Rome or roman, ROME: rome-like 7216."
     spans = np.array([[i, i + 1] for i in range(len(text))])
     windows = np.stack([spans[:, 0], (spans[:, 0] + 6).clip(max=len(text))], axis=1)
-    held = holds_evidence(text, ["rome"], windows, spans)
+    held = holds_evidence(find_evidence(text, ["rome"]), windows, spans)
     starts = {i for i in range(len(text)) if held[i]}
     assert {0, 15, 19} <= starts and 8 not in starts  # not in "roman"
-    assert not holds_evidence(text, ["721"], windows, spans).any()
-    assert not holds_evidence(text, ["", " "], windows, spans).any()
+    assert not len(find_evidence(text, ["721", "", " "]))
 
 
 def test_what_is_longer_than_a_window_is_pointed_at_where_it_begins():
     text = "one two three four five"
     spans = np.array([[match, match + 1] for match in range(len(text))])
     windows = np.stack([spans[:, 0], (spans[:, 0] + 4).clip(max=len(text))], axis=1)
-    held = holds_evidence(text, ["two three four"], windows, spans)
+    found = find_evidence(text, ["two three four"])
+    held = holds_evidence(found, windows, spans)
     assert held.nonzero()[0].tolist() == [4]
     # In the chunk where it begins, and in no other.
-    assert not holds_evidence(text, ["two three four"], windows[10:], spans[10:]).any()
+    assert not holds_evidence(found, windows[10:], spans[10:]).any()
+
+
+@pytest.mark.parametrize(
+    ("text", "evidence", "places"),
+    [
+        ("これは東京のIBMです。", "IBM", [6]),
+        ("これは東京のIBMです。", "東京", [3]),
+        ("서울은 한국의 수도이다.", "서울", [0]),
+        ("กรุงเทพเป็นเมืองหลวง", "กรุงเทพ", [0]),
+        ("1400万人とiPhone発売", "万人", [4]),
+        ("Walter\n   Scott wrote it.", "Walter Scott", [0]),
+        ("(walter scott)", "Walter  Scott", [1]),
+        ("Мостом или мост", "мост", [11]),
+    ],
+)
+def test_evidence_is_found_as_each_script_sets_words_apart(text, evidence, places):
+    assert find_evidence(text, [evidence])[:, 0].tolist() == places
+
+
+def test_a_window_begins_with_a_whole_character_and_holds_whole_ones():
+    """A character that the generator has no token for is one token for each of its bytes."""
+    processor = build_processor(chunk_length=64, num_memory_tokens=64, compression_rate=1, pointer_window=6)
+    processor.compressor_tokenizer = build_unigram()  # which spells a letter of English by a token, and makes one of 東
+    document = "A kanji 東 and 京 too, and more."
+    batch = processor.encode_documents(["Who?"], [[document]], evidence=[[["東", "京"]]])
+    mask = batch["compressor_document_mask"]
+    texts = processor.tokenizer.batch_decode(batch["compressor_windows"][mask])
+    assert not any(text.startswith("\N{REPLACEMENT CHARACTER}") for text in texts)
+    assert {text[0] for text in texts} >= {"東", "京"}
+    for text, held in zip(texts, batch["pointer_labels"][mask].tolist(), strict=True):
+        assert held == ("東" in text or "京" in text), text
 
 
 def test_labels_name_the_windows_with_the_evidence_of_each_document():
@@ -118,9 +151,34 @@ def test_text_that_spells_a_special_token_is_pointed_at_as_text():
     assert found[0][0].startswith("Her")
 
 
-def test_evidence_of_another_number_of_documents_is_refused():
-    with pytest.raises(ValueError, match="evidence is of 1 documents, not of 2"):
-        build_processor()(QUESTIONS[0], DOCUMENTS[0], evidence=[[["Scott"]]])
+@pytest.mark.parametrize(
+    ("evidence", "message"),
+    [
+        ([[["Scott"]]], r"evidence\[0\] has 1 lists of texts for 2 documents"),
+        ([], "1 questions but 0 lists of evidence"),
+        ([["Scott", ""]], r"evidence\[0\]\[0\] is 'Scott', expected a list of texts"),
+        ([[["Scott"], [None]]], r"evidence\[0\]\[1\] is \[None\], expected a list of texts"),
+    ],
+)
+def test_evidence_that_is_not_a_list_of_texts_for_each_document_is_refused(evidence, message):
+    with pytest.raises(ValueError, match=message):
+        build_processor()(QUESTIONS[0], DOCUMENTS[0], evidence=evidence)
+
+
+def test_evidence_without_windows_to_point_at_is_refused():
+    with pytest.raises(ValueError, match=r'evidence .* slot_pooling="pointer"'):
+        build_processor(pointer_window=None)(QUESTIONS[0], DOCUMENTS[0], evidence=[[["Scott"], []]])
+
+
+def test_a_long_document_is_searched_once(monkeypatch):
+    searched = []
+    monkeypatch.setattr(
+        windows_scaledown, "find_evidence", lambda text, words: searched.append(text) or find_evidence(text, words)
+    )
+    document = DOCUMENTS[1][0] * 10
+    batch = build_processor().encode_documents(["Where?"], [[document]], evidence=[[["Cévennes"]]])
+    assert searched == [document]
+    assert batch["pointer_labels"].any(dim=1).sum() > 10
 
 
 def test_a_tokenizer_that_does_not_know_its_characters_is_refused():
