@@ -59,7 +59,7 @@ class JointCollator:
             learned["answers"] = [answers_of(record)[0] for record in records]
             learned["reranking_scores"] = scores if any(row is not None for row in scores) else None
             if self.processor.pointer_window is not None:
-                learned["evidence"] = [_evidence(record) for record in records]
+                learned["evidence"] = [evidence_of(record) for record in records]
         try:
             batch = self.processor(
                 [record["query"] for record in records],
@@ -240,8 +240,15 @@ def num_answer_positions(labels: torch.Tensor) -> int:
     return int(labels.shape[1] - learned.long().argmax()) + 1
 
 
-def _evidence(record: dict[str, Any]) -> list[list[str]]:
-    """What to point at in each document: the answers, in positives alone where those are known."""
+def evidence_of(record: dict[str, Any]) -> list[list[str]]:
+    """Say what to point at in each document of a record: the answers, in positives alone where those are known.
+
+    Args:
+        record: A row of the data set.
+
+    Returns:
+        Texts to find in each document.
+    """
     positives = record.get("positives")
     holds = range(len(record["documents"])) if positives is None else positives
     answers = [answer for answer in answers_of(record) if answer.strip().lower() not in NO_EVIDENCE]

@@ -12,11 +12,12 @@ from tqdm.auto import tqdm
 
 from errors_scaledown import ScaleDownError
 from processing_scaledown import ScaleDownProcessor
+from windows_scaledown import find_evidence
 
 from ..common.reading import RecordError
 from ..data.records import answers_of
 from .arguments import DataArguments
-from .collators import INSTRUCTIONS
+from .collators import INSTRUCTIONS, evidence_of
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +148,64 @@ def learns_from_positives(data: Mapping[str, datasets.Dataset], config: Any) -> 
             "No record has reranking_scores, so the reranking head stays as it is while the rest changes. %s", remedy
         )
     return False
+
+
+def with_documents(data: Mapping[str, datasets.Dataset], data_args: DataArguments) -> dict[str, datasets.Dataset]:
+    """Leave out questions without documents, of which the compressor alone learns nothing.
+
+    Args:
+        data: Records by split.
+        data_args: Names their files.
+
+    Returns:
+        The other records.
+
+    Raises:
+        RecordError: None is left.
+    """
+    kept = {}
+    for name, records in data.items():
+        kept[name] = records.select([i for i, documents in enumerate(records["documents"]) if documents])
+        left_out = len(records) - len(kept[name])
+        file = getattr(data_args, f"{name}_file")
+        if left_out == len(records):
+            raise RecordError(
+                f"{name}_file={file} has {left_out} records and not one document, and stage=pointer trains the "
+                "compressor alone, which reads nothing else. Choose stage=joint for questions alone."
+            )
+        if left_out:
+            logger.warning(
+                "%d of %d records of %s_file=%s have no documents and are left out of stage=pointer.",
+                left_out,
+                len(records),
+                name,
+                file,
+            )
+    return kept
+
+
+def check_answers_stand_in_documents(records: datasets.Dataset, data_args: DataArguments, needed: bool) -> None:
+    """Check that there is something to point at; the search ends at the first answer found.
+
+    Args:
+        records: Records to train on.
+        data_args: Names their file.
+        needed: Whether nothing else is learned.
+
+    Raises:
+        RecordError: No document holds an answer, and nothing else is learned.
+    """
+    for record in records:
+        if any(len(find_evidence(*pair)) for pair in zip(record["documents"], evidence_of(record), strict=True)):
+            return
+    problem = (
+        f"train_file={data_args.train_file} has {len(records)} records, and in none do the documents (the positives, "
+        "where those are known) hold an answer word for word, so that the compressor does not learn where to point."
+    )
+    remedy = "Add answers as the documents spell them, or choose another slot_pooling."
+    if needed:
+        raise RecordError(f"{problem} There are no reranking scores to learn either. {remedy}")
+    logger.warning("%s %s", problem, remedy)
 
 
 def doubtful_records(

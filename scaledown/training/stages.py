@@ -18,7 +18,15 @@ from .collators import GenerationCollator, JointCollator, PointerCollator, Pretr
 from .compression import cache_fingerprint
 from .pretraining import load_pretraining_data
 from .reader import ReaderCollator
-from .record_checks import check_documents, doubtful_passages, doubtful_records, keep_fitting, learns_from_positives
+from .record_checks import (
+    check_answers_stand_in_documents,
+    check_documents,
+    doubtful_passages,
+    doubtful_records,
+    keep_fitting,
+    learns_from_positives,
+    with_documents,
+)
 
 
 def prepare_stage(
@@ -60,12 +68,19 @@ def prepare_stage(
             f"stage=pointer teaches where to point, and slot_pooling={model.config.slot_pooling} does not; set "
             "slot_pooling=pointer, or choose another stage."
         )
+    if args.stage == "pointer":
+        data = with_documents(data, data_args)
     builders = {"reader": ReaderCollator, "pointer": PointerCollator}
     whole = builders.get(args.stage, JointCollator)(model.processor, data_args.max_answer_length)
     doubtful = doubtful_records(model.processor, data_args.max_answer_length, args.stage == "reader")
     data = keep_fitting(data, whole, doubtful, data_args)
     if args.stage != "reader":
         whole.scores_from_positives = learns_from_positives(data, model.config)
+        if model.config.slot_pooling == "pointer" and model.config.pointer_loss_weight > 0:
+            scored = whole.scores_from_positives or any(row is not None for row in data["train"]["reranking_scores"])
+            learns_scores = model.config.enable_reranking and model.config.reranking_loss_weight > 0 and scored
+            needed = args.stage == "pointer" and not learns_scores
+            check_answers_stand_in_documents(data["train"], data_args, needed)
     if args.stage in ("joint", "pointer", "reader"):
         if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             measure = _longest if args.stage == "pointer" else _length

@@ -36,8 +36,8 @@ def backbones(tmp_path_factory):
     return save_backbones(tmp_path_factory.mktemp("backbones"))["modernbert"]
 
 
-def run_stage(backbones, folder, stage, steps, model_settings=None, **settings):
-    data = write_rows(folder / "train.jsonl", rows())
+def run_stage(backbones, folder, stage, steps, model_settings=None, records=None, **settings):
+    data = write_rows(folder / "train.jsonl", records or rows())
     generator, compressor = backbones
     start = {"generator_name_or_path": str(generator), "compressor_name_or_path": str(compressor)}
     start |= {**TRAINING_SETTINGS, "slot_pooling": "pointer", "compressor_type": "modernbert"}
@@ -129,6 +129,38 @@ def test_batches_are_of_like_longest_documents(backbones, tmp_path):
     train_data, *_ = prepare_stage(ModelArguments(**start), DataArguments(train_file=str(data)), args)
     expected = [len(q) + max(map(len, d)) for q, d in zip(QUESTIONS, DOCUMENTS, strict=True)]
     assert list(train_data["length"]) == expected
+
+
+def test_questions_without_documents_are_left_out_of_the_stage(backbones, tmp_path, caplog):
+    """Any batch of them alone would have nothing for the compressor."""
+    records = [{**rows()[0], "documents": [], "positives": None}] * 4 + rows()[1:]
+    sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "logging_steps": 1}
+    run_stage(backbones, tmp_path, "pointer", 4, records=records, eval_strategy="steps", eval_steps=2, **sizes)
+    assert "4 of 6 records of train_file" in caplog.text and "left out of stage=pointer" in caplog.text
+    assert all(entry["pointer_loss"] > 0 for entry in log_of(tmp_path) if "pointer_loss" in entry)
+
+
+def test_a_run_that_would_learn_nothing_is_refused(backbones, tmp_path, caplog):
+    start = {"generator_name_or_path": str(backbones[0]), "compressor_name_or_path": str(backbones[1])}
+    start |= {**TRAINING_SETTINGS, "compressor_type": "modernbert", "slot_pooling": "pointer"}
+    nowhere = [{**row, "answer": ["a long answer in other words"]} for row in rows()]
+    without = {**start, "enable_reranking": False}
+    with pytest.raises(
+        ValueError, match=r"train.jsonl has 3 records, and in none .*word for word.*no reranking scores"
+    ):
+        run_stage(backbones, tmp_path, "pointer", 1, without, records=nowhere)
+    assert "word for word" not in caplog.text
+    run_stage(backbones, tmp_path, "pointer", 1, start, records=nowhere)  # positives are scores to learn
+    assert "does not learn where to point" in caplog.text
+    with pytest.raises(ValueError, match=r"not one document, and stage=pointer"):
+        prepare_stage(
+            ModelArguments(**start),
+            DataArguments(
+                train_file=str(write_rows(tmp_path / "e.jsonl", [{"query": "Who?", "documents": [], "answer": "a"}])),
+                closed_book=True,
+            ),
+            ScaleDownTrainingArguments(output_dir=str(tmp_path), stage="pointer", use_cpu=True, report_to="none"),
+        )
 
 
 def test_yes_and_no_are_not_pointed_at():
