@@ -71,12 +71,13 @@ class CompressionCache:
         """Share of the chunks asked for that were there."""
         return self.hits / max(self.hits + self.misses, 1)
 
-    def belong_to(self, compressor: nn.Module):
-        """Forgets all chunks unless the compressor has the weights it had at the last call."""
+    def belong_to(self, *modules: nn.Module):
+        """Forgets all chunks unless the modules that make them have the weights they had at the last call."""
         # Whatever is written into a tensor raises its version; those of inference mode have none.
         weights = tuple(
             (tensor.data_ptr(), tensor.dtype, tensor.device, 0 if tensor.is_inference() else tensor._version)
-            for tensor in itertools.chain(compressor.parameters(), compressor.buffers())
+            for module in modules
+            for tensor in itertools.chain(module.parameters(), module.buffers())
         )
         if self._weights is not None and weights != self._weights:
             self.clear()
@@ -189,7 +190,8 @@ def compress_chunks(model: PreTrainedModel, batch: dict[str, torch.Tensor], batc
     cache = model.compression_cache
     if cache is None:
         return model.get_memory_embeddings(**chunk_inputs(batch), batch_size=batch_size)
-    cache.belong_to(model.compressor)
+    reads_text = "compressor_windows" in batch and model.generator is not None
+    cache.belong_to(model.compressor, *([model.get_input_embeddings()] if reads_text else []))
     # What the compressor reads, which part of it is the document, and the slots.
     rows = zip(
         batch["chunk_slots"].tolist(),

@@ -12,6 +12,6 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("dropout", "attention_dropout"):  # passed to attention as numbers
-            if isinstance(getattr(module, name, None), float):
+        for name, value in vars(module).items():  # what is passed to functions as a number, layers left out included
+            if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)

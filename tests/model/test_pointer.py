@@ -171,6 +171,17 @@ def test_a_cache_tells_texts_apart_that_only_the_generator_spells_differently():
     assert not torch.allclose(upper, lower, atol=1e-3)
 
 
+@torch.no_grad()
+def test_a_cache_forgets_the_text_of_embeddings_that_have_changed():
+    model = build("modernbert")
+    model.optimize_for_inference(cache_entries=10)
+    before = model.compress(QUESTIONS, DOCUMENTS).memory_embeddings
+    model.compress(QUESTIONS, DOCUMENTS)
+    assert model.compression_cache.hits > 0
+    model.generator.get_input_embeddings().weight.mul_(2)
+    torch.testing.assert_close(model.compress(QUESTIONS, DOCUMENTS).memory_embeddings, 2 * before)
+
+
 def test_the_generator_learns_to_read_what_the_compressor_learns_to_choose():
     model = build("n_layers")
     draw(model)

@@ -7,12 +7,13 @@ import pytest
 import torch
 from tiny_training import build_trainer, model_arguments, parameters, rows, training_arguments
 from tokenizers import normalizers
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from folders import TRAINING_SETTINGS, train_with_two_processes, write_rows
 from scaledown import ScaleDownModel
 from scaledown.training.arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments
 from scaledown.training.collators import CompressionCollator, GenerationCollator, JointCollator
+from scaledown.training.dropout import disable_dropout
 from scaledown.training.reader import ReaderTrainer
 from scaledown.training.run import run, train
 from scaledown.training.trainer import ScaleDownTrainer
@@ -20,6 +21,7 @@ from tiny import (
     ANSWERS,
     DOCUMENTS,
     QUESTIONS,
+    SHAPE,
     build_model,
     randomize_lora,
 )
@@ -332,6 +334,15 @@ def test_training_without_dropout_computes_the_same_twice(tmp_path, compressor_t
     batch = trainer.data_collator(rows())
     first, second = (model(**batch).loss.item() for _ in range(2))
     assert (first == second) == disabled
+
+
+def test_dropout_is_disabled_under_whatever_name_a_layer_has_it():
+    shape = {name: SHAPE[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    names = {"attention_dropout": 0.5, "residual_dropout": 0.5, "embedding_dropout": 0.5}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("starcoder2", pad_token_id=2, **shape, **names))
+    disable_dropout(model.train())
+    ids = torch.arange(10).unsqueeze(0)
+    assert torch.equal(model(ids).logits, model(ids).logits)
 
 
 def test_a_reader_learns_without_dropout_too(backbones, train_file, tmp_path, monkeypatch):
