@@ -71,12 +71,12 @@ def main() -> None:
     options = parser.parse_args()
     shutil.rmtree(options.output, ignore_errors=True)
     publish_model(options.runs / "joint", options.output)
-    publish_reader(options.runs / "reader-2", options.output / "reader")
-    publish_questions(options.squad, options.output / "questions.jsonl")
     size = sum(path.stat().st_size for path in options.output.rglob("*") if path.is_file())
     if size > MAX_BYTES:
         raise SystemExit(f"{options.output} takes {size:,} bytes, more than {MAX_BYTES:,}")
     print(f"{options.output}: {size / 1e6:.1f} MB")
+    publish_reader(options.runs / "reader-2", options.output / "reader")
+    publish_questions(options.squad, options.output / "questions.jsonl")
 
 
 if __name__ == "__main__":
