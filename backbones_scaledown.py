@@ -108,7 +108,7 @@ class BackbonesMixin:
             revision, compressor_revision (`str`, *optional*): Branch, tag or commit of either repository.
             gguf_file, compressor_gguf_file (`str`, *optional*):
                 GGUF file to read in either folder or repository; its weights are unpacked.
-            load_in_4bit, load_in_8bit (`bool`, defaults to `False`): Quantise the generator with bitsandbytes.
+            load_in_4bit, load_in_8bit (`bool`, defaults to `False`): Quantize the generator with bitsandbytes.
             dtype (`torch.dtype` or `str`, defaults to `"auto"`): Of the weights; `"auto"` keeps the checkpoint's.
             torch_dtype: Older name of `dtype`.
             quantization_config: As in `from_pretrained`, for the generator.
@@ -125,7 +125,7 @@ class BackbonesMixin:
 
         Raises:
             ValueError: settings that contradict each other, or a repository without safetensors.
-            ImportError: quantisation without bitsandbytes.
+            ImportError: quantization without bitsandbytes.
 
         Example:
 
@@ -261,8 +261,8 @@ def _config_of_backbones(
     config = config_class(**{**settings, "generator_config": generator_config, "compressor_config": compressor_config})
     if compressor is None and getattr(generator_config, "quantization_config", None) is not None:
         raise ScaleDownError(
-            f'{generator!r} is quantised; compressor_type="n_layers" trains a copy of its first layers and needs '
-            "them unquantised. Name the original checkpoint, and quantise it with load_in_4bit or load_in_8bit."
+            f'{generator!r} is quantized; compressor_type="n_layers" trains a copy of its first layers and needs '
+            "them unquantized. Name the original checkpoint, and quantize it with load_in_4bit or load_in_8bit."
         )
     warn_of_short_sight(
         config.compressor_config, config.max_query_length + config.chunk_length + config.num_memory_tokens

@@ -112,7 +112,7 @@ class CheckpointMixin:
             pretrained_model_name_or_path (`str`): Hub name or folder.
             config (`ScaleDownConfig`, *optional*): In place of the saved one.
             load_in_4bit, load_in_8bit (`bool`, defaults to `False`):
-                Quantise the generator with bitsandbytes; the compressor keeps its precision.
+                Quantize the generator with bitsandbytes; the compressor keeps its precision.
             model_args, kwargs:
                 As in `PreTrainedModel.from_pretrained`. A `quantization_config` is applied to the generator alone.
 
@@ -121,8 +121,8 @@ class CheckpointMixin:
 
         Raises:
             ValueError: the generator's repository no longer holds the weights a delta was made for, the checkpoint does
-                not hold the LoRA weights its configuration asks for, or a quantisation cannot leave the compressor out.
-            ImportError: quantisation without bitsandbytes, or unmerged LoRA without peft.
+                not hold the LoRA weights its configuration asks for, or a quantization cannot leave the compressor out.
+            ImportError: quantization without bitsandbytes, or unmerged LoRA without peft.
         """
         _refuse_gguf(pretrained_model_name_or_path)
         # The processor and the card are read when they are needed, from wherever that is.
@@ -182,7 +182,7 @@ class CheckpointMixin:
         if isinstance(kwargs.get("device_map"), dict):
             generator_kwargs["device_map"], kwargs["device_map"] = split_device_map(kwargs["device_map"])
         generator_kwargs["quantization_config"] = kwargs.pop("quantization_config", None)
-        # A generator that is quantised in its own repository says nothing about the compressor.
+        # A generator that is quantized in its own repository says nothing about the compressor.
         quantized = config.generator_config.__dict__.pop("quantization_config", None)
         model, info = super().from_pretrained(name_or_path, *model_args, config=config, with_generator=False, **kwargs)
         if quantized is not None:
@@ -267,7 +267,7 @@ class CheckpointMixin:
         }
         quantization = getattr(self.config, "quantization_config", None)
         if is_quantized(self.generator) or self.config.lora_config is not None:
-            # transformers cannot undo how it read weights that were stored quantised, and undoes the names of experts
+            # transformers cannot undo how it read weights that were stored quantized, and undoes the names of experts
             # in those of LoRA too.
             kwargs.setdefault("save_original_format", False)
         self.config.weights_format = weights_format
@@ -278,7 +278,7 @@ class CheckpointMixin:
                     name for name in weights if name.startswith("generator.") and "lora_" not in name
                 }
                 self._keys_to_ignore_on_save |= {shared_embeddings(self, weights)} - {None}
-                self.config.__dict__.pop("quantization_config", None)  # what is saved is not quantised
+                self.config.__dict__.pop("quantization_config", None)  # what is saved is not quantized
             with _as_plain_class(self):
                 super().save_pretrained(
                     save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs
@@ -416,8 +416,8 @@ def _check_weights_format(model: PreTrainedModel, weights_format: str):
     if weights_format == "full":
         if quantizer is not None and not isinstance(quantizer.quantization_config, BitsAndBytesConfig):
             raise ScaleDownError(
-                "The generator is quantised in a way that is not saved with a model. If its own repository is, "
-                'save with weights_format="delta"; if it was quantised while loading, save the model without that.'
+                "The generator is quantized in a way that is not saved with a model. If its own repository is, "
+                'save with weights_format="delta"; if it was quantized while loading, save the model without that.'
             )
         return
     if not model.config.generator_name_or_path or not model.config.generator_fingerprint:

@@ -59,7 +59,7 @@ FINAL_NORM_NAMES = (
     "embedding_norm",  # of LFM2, which comes after the layers, in spite of its name
 )
 # Their final norm is also what they begin with.
-NORMALISED_AT_BOTH_ENDS = ("nanochat",)
+NORMALIZED_AT_BOTH_ENDS = ("nanochat",)
 # The forms documents have among the arguments of `forward`: chunks to compress, or what was made of them before.
 CHUNK_INPUTS = (
     *("compressor_input_ids", "compressor_attention_mask", "chunk_slots", "compressor_document_mask"),
@@ -483,9 +483,9 @@ def remove_final_norm(backbone: PreTrainedModel):
         ScaleDownError: it has no final norm under a known name, or begins with it.
     """
     kind = getattr(getattr(backbone, "config", None), "model_type", None)
-    if kind in NORMALISED_AT_BOTH_ENDS:
+    if kind in NORMALIZED_AT_BOTH_ENDS:
         raise ScaleDownError(
-            f"{kind} normalises its embeddings with its final norm, which a compressor made "
+            f"{kind} normalizes its embeddings with its final norm, which a compressor made "
             'of its first layers would go without; use compressor_type="llm" with this architecture.'
         )
     for name in FINAL_NORM_NAMES:

@@ -109,7 +109,7 @@ class ScaleDownConfig(PreTrainedConfig):
             reranking state is the first token's (encoders) or the last's; for a backbone that never saw memory
             embeddings and stays frozen, as in two-stage training.
             `"span_attention"` (`n_layers` only): a weighted mean over the same share, of each token's embedding beside
-            its normalised hidden state, read by a linear projector. An untrained model weighs all tokens alike and
+            its normalized hidden state, read by a linear projector. An untrained model weighs all tokens alike and
             passes their embeddings on, so that at one token per slot it starts as the generator that reads text.
             `"pointer"`: the compressor points at windows of the chunk, and their slots start as the generator's own
             embeddings of the text there. The loss of an answer alone teaches this slowly; `evidence` shows where to
@@ -126,9 +126,9 @@ class ScaleDownConfig(PreTrainedConfig):
         reranking_trained (`bool`, *optional*):
             Whether the reranking head has learned; `None` where that is not known. Training sets it.
         compressor_prompt (`str`, *optional*):
-            The compressor's row as a text with `{document}` and, in front of it, `{question}`, tokenised as one; no
+            The compressor's row as a text with `{document}` and, in front of it, `{question}`, tokenized as one; no
             question is read without the latter. The tokenizer adds its special tokens unless the text spells some. Left
-            out, question and chunk are tokenised apart, in the frame the backbone was pretrained with.
+            out, question and chunk are tokenized apart, in the frame the backbone was pretrained with.
         compressor_max_length (`int`, *optional*):
             Tokens of a row in front of the memory embeddings. A document is one chunk then, and what exceeds the row is
             cut off. Left out, question and chunk have lengths of their own, and long documents become several chunks.
@@ -140,7 +140,7 @@ class ScaleDownConfig(PreTrainedConfig):
         learned_separator (`bool`, defaults to `False`):
             Whether a learned embedding follows each document's memory embeddings, in a slot of its own.
         tokenize_jointly (`bool`, defaults to `False`):
-            Whether the generator's question is tokenised in one with the prompt around it, so that a token may reach
+            Whether the generator's question is tokenized in one with the prompt around it, so that a token may reach
             over its ends.
         penalize_prompt (`bool`, defaults to `True`):
             Whether a repetition penalty, where generation has one, counts the prompt's tokens beside the answer's.
@@ -172,7 +172,7 @@ class ScaleDownConfig(PreTrainedConfig):
         generator_name_or_path, generator_revision, generator_gguf_file, generator_fingerprint (`str`, *optional*):
             Where the generator's weights came from; filled in by [`ScaleDownModel.from_backbones`].
         initializer_range (`float`, defaults to 0.02):
-            Standard deviation of freshly initialised projector, head and memory embeddings.
+            Standard deviation of freshly initialized projector, head and memory embeddings.
 
     Raises:
         ValueError: a value is outside its range, or values contradict each other. The message names the value, the

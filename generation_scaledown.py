@@ -69,7 +69,7 @@ class ScaleDownGenerationMixin(GenerationMixin):
             compile (`bool`, defaults to `False`):
                 Compile the compressor's layers, and write answers with a static cache, for which transformers compiles
                 the steps after the prompt: each new batch size compiles for about a minute, then both are faster. Call
-                it once the model is on its device; where device, architecture or quantisation cannot, a warning says
+                it once the model is on its device; where device, architecture or quantization cannot, a warning says
                 so and nothing changes.
 
         Returns:
@@ -78,7 +78,7 @@ class ScaleDownGenerationMixin(GenerationMixin):
         if self.generator is None:
             pass  # compresses and ranks
         elif self.config.lora_config is not None and (is_offloaded(self.generator) or is_quantized(self.generator)):
-            reason = "offloaded" if is_offloaded(self.generator) else "quantised"
+            reason = "offloaded" if is_offloaded(self.generator) else "quantized"
             logger.warning(f"The generator is {reason}; its LoRA layers stay unmerged, and slower.")
         else:
             self.merge_lora()
@@ -263,7 +263,7 @@ def can_compile_decoding(model: PreTrainedModel) -> bool:
     elif not model.generator._can_compile_fullgraph:
         reason = f"{type(model.generator).__name__} does not go with a static cache"
     elif quantizer is not None and not quantizer.is_compileable:
-        reason = "the generator's quantisation does not allow it"
+        reason = "the generator's quantization does not allow it"
     elif {"cpu", "disk"} & places or is_offloaded(model):
         reason = "parts of the model are offloaded"
     if reason is not None:

@@ -135,12 +135,12 @@ def load_gguf(
         `PreTrainedModel`: The model.
 
     Raises:
-        ScaleDownError: the file lacks weights, or is to be quantised anew.
+        ScaleDownError: the file lacks weights, or is to be quantized anew.
         ImportError: the package gguf is missing.
     """
     if loading.get("quantization_config") is not None:
         raise ScaleDownError(
-            f"{gguf_file} is unpacked when it is read and cannot be quantised on the way. Load it without "
+            f"{gguf_file} is unpacked when it is read and cannot be quantized on the way. Load it without "
             "load_in_4bit, load_in_8bit and quantization_config, save the model, and load that with them."
         )
     # Its configuration names the file it was read from; the one that was read here is an ordinary model's.

@@ -58,7 +58,7 @@ class LoraMixin:
             raise ScaleDownError("The generator has LoRA layers already; call merge_lora() before adding new ones.")
         if is_offloaded(self.generator):
             raise ScaleDownError(
-                "The generator is offloaded, and layers that learn must not be. Load it without offloading, quantised "
+                "The generator is offloaded, and layers that learn must not be. Load it without offloading, quantized "
                 "if it is too large: load_in_4bit=True."
             )
         own = lora_kwargs.get("modules_to_save") or lora_kwargs.get("trainable_token_indices")
@@ -83,7 +83,7 @@ class LoraMixin:
         Adds the LoRA weights into the generator's own, for inference at full speed; nothing is left of LoRA.
 
         Raises:
-            ValueError: the generator is quantised, so that most of what LoRA learned would be rounded away, it is
+            ValueError: the generator is quantized, so that most of what LoRA learned would be rounded away, it is
                 offloaded, or there is none.
         """
         if self.config.lora_config is None:
@@ -92,7 +92,7 @@ class LoraMixin:
             raise ScaleDownError(WITHOUT_GENERATOR)
         if is_quantized(self.generator):
             raise ScaleDownError(
-                "LoRA cannot be merged into a quantised generator without rounding away what it learned. Save the "
+                "LoRA cannot be merged into a quantized generator without rounding away what it learned. Save the "
                 'model with weights_format="delta", load that without load_in_4bit or load_in_8bit, and merge there.'
             )
         if is_offloaded(self.generator):
@@ -166,7 +166,7 @@ def inject_lora(generator: PreTrainedModel, settings: dict):
     inject_adapter_in_model(LoraConfig(**settings), generator)
     for name, parameter in generator.named_parameters():
         if "lora_" in name:
-            # PEFT initialised them; transformers' own initialisation would undo that the new layers start as 0.
+            # PEFT initialized them; transformers' own initialization would undo that the new layers start as 0.
             parameter._is_hf_initialized = True
 
 
@@ -239,7 +239,7 @@ def load_lora(model: PreTrainedModel, name_or_path: str, hub: dict):
     """
     inject_lora(model.generator, model.config.lora_config)
     for name, tensor in read_tensors(name_or_path, check_lora(model, name_or_path, hub), hub).items():
-        # Beside quantised layers PEFT makes 16-bit ones, which would round what was trained in 32.
+        # Beside quantized layers PEFT makes 16-bit ones, which would round what was trained in 32.
         layer, _, own = name.rpartition(".")
         device = execution_device(model.get_submodule(name.split(".lora_")[0]))  # which may fetch its own weights
         setattr(model.get_submodule(layer), own, nn.Parameter(tensor.to(device, model.dtype)))

@@ -233,7 +233,7 @@ class ScaleDownModel(
         batch_size: int | None = None,
     ) -> CompressedDocuments:
         """
-        Compresses tokenised chunks.
+        Compresses tokenized chunks.
 
         Args:
             compressor_input_ids (`torch.LongTensor` of shape `(num_chunks, chunk_len)`): Query and chunk.

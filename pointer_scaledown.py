@@ -119,7 +119,7 @@ def read_windows(
         windows (`torch.LongTensor` of shape `(num_chunks, length, window)`):
             The generator's token ids of the text from each token of the chunk on.
         embeddings (`nn.Module`): The generator's token embeddings, as they are in front of its first layer.
-        states (`torch.FloatTensor` of shape `(num_chunks, length, hidden)`): Normalised hidden states.
+        states (`torch.FloatTensor` of shape `(num_chunks, length, hidden)`): Normalized hidden states.
         num_slots (`int`): Slots of the chunk that has most.
 
     Returns:

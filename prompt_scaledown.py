@@ -178,8 +178,8 @@ class PromptMixin:
         return (ids, between, after, leads[-1]) if not closed_book else ([], ids, after, leads[-1])
 
     def _ends_as_one(self, questions: list[str], kinds: list[tuple], ends: list[list[int]]) -> list[list[int]]:
-        """Ids after the documents where question and prompt are tokenised as one; `ends` where there are none."""
-        # Slots are special tokens to whoever tokenises all of a prompt.
+        """Ids after the documents where question and prompt are tokenized as one; `ends` where there are none."""
+        # Slots are special tokens to whoever tokenizes all of a prompt.
         slot = delimiting_token(self.tokenizer)
         ends = list(ends)
         for kind in {kind for kind in kinds if not kind[0]}:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Quantisation of the generator; the compressor, the head and LoRA keep their precision."""
+"""Quantization of the generator; the compressor, the head and LoRA keep their precision."""
 
 import copy
 
@@ -37,14 +37,14 @@ def bitsandbytes_config(
     load_in_4bit: bool, load_in_8bit: bool, dtype: torch.dtype | str | None
 ) -> BitsAndBytesConfig | None:
     """
-    Settings that quantise the generator's linear layers and nothing of the compressor.
+    Settings that quantize the generator's linear layers and nothing of the compressor.
 
     Args:
         load_in_4bit, load_in_8bit (`bool`): One of them, or neither.
         dtype (`torch.dtype` or `str`, *optional*): Of the other weights; multiplications are in 16 bits of this kind.
 
     Returns:
-        `BitsAndBytesConfig`, or `None` when nothing is to be quantised.
+        `BitsAndBytesConfig`, or `None` when nothing is to be quantized.
 
     Raises:
         ValueError: both are asked for.
@@ -80,20 +80,20 @@ def spare_compressor_if_possible(settings: QuantizationConfigMixin | dict) -> Qu
 
 def spare_compressor(settings: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:
     """
-    Restricts a quantisation to the generator's linear layers.
+    Restricts a quantization to the generator's linear layers.
 
     Args:
-        settings (`QuantizationConfigMixin` or `dict`): Settings of the quantisation.
+        settings (`QuantizationConfigMixin` or `dict`): Settings of the quantization.
 
     Returns:
         `QuantizationConfigMixin`: The same, with the compressor, the head and LoRA left out.
 
     Raises:
-        ValueError: this kind of quantisation cannot leave modules out.
+        ValueError: this kind of quantization cannot leave modules out.
     """
     if not isinstance(settings, dict | QuantizationConfigMixin):
         raise ScaleDownError(
-            f"quantization_config={settings!r} must be settings of a quantisation, such as "
+            f"quantization_config={settings!r} must be settings of a quantization, such as "
             "BitsAndBytesConfig(load_in_4bit=True)."
         )
     settings = AutoQuantizationConfig.from_dict(settings) if isinstance(settings, dict) else copy.deepcopy(settings)
@@ -102,22 +102,22 @@ def spare_compressor(settings: QuantizationConfigMixin | dict) -> QuantizationCo
             setattr(settings, name, sorted({*(getattr(settings, name) or ()), *NEVER_QUANTIZED}))
             return settings
     raise ScaleDownError(
-        f"{type(settings).__name__} cannot leave the compressor out, which has to keep its precision. Quantise with "
+        f"{type(settings).__name__} cannot leave the compressor out, which has to keep its precision. Quantize with "
         'BitsAndBytesConfig or TorchAoConfig, or load a model saved with weights_format="delta".'
     )
 
 
 def is_quantized(generator: PreTrainedModel | None) -> bool:
-    """Whether a generator's weights are quantised."""
+    """Whether a generator's weights are quantized."""
     return getattr(generator, "hf_quantizer", None) is not None
 
 
 def share_quantizer(model: PreTrainedModel):
     """
-    Makes a quantisation known to the whole model, which is saved, and to the generator, which PEFT extends.
+    Makes a quantization known to the whole model, which is saved, and to the generator, which PEFT extends.
 
     Args:
-        model (`ScaleDownModel`): The model; nothing changes when no part of it is quantised.
+        model (`ScaleDownModel`): The model; nothing changes when no part of it is quantized.
     """
     source = model if getattr(model, "hf_quantizer", None) is not None else model.generator
     if model.generator is None or getattr(source, "hf_quantizer", None) is None:
@@ -131,7 +131,7 @@ def share_quantizer(model: PreTrainedModel):
         # next save; without it they are slower and right.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    # Trainer refuses to train a model that is quantised all through; this one trains compressor and LoRA.
+    # Trainer refuses to train a model that is quantized all through; this one trains compressor and LoRA.
     model.is_quantized, model.generator.is_quantized = False, True
     settings = source.config.quantization_config
     if isinstance(settings, BitsAndBytesConfig):
@@ -147,6 +147,6 @@ def _warn_of_experts(generator: PreTrainedModel):
     experts = sum(weight.numel() for weight in weights if weight.dim() == 3)
     if 2 * experts > generator.num_parameters():
         logger.warning_once(
-            f"bitsandbytes quantises linear layers, and the experts of {generator.config.model_type}, most of its "
+            f"bitsandbytes quantizes linear layers, and the experts of {generator.config.model_type}, most of its "
             "weights, are none: they keep their size."
         )

@@ -82,7 +82,7 @@ class CompressorRowsMixin:
         return rows
 
     def _rows_of_prompt(self, questions: list[str], documents: list[list[str]]) -> list[list[list[Row]]]:
-        """Rows whose question and document are tokenised as one, with `compressor_prompt` around them."""
+        """Rows whose question and document are tokenized as one, with `compressor_prompt` around them."""
         tokenizer, limit = self.compressor_tokenizer, self.compressor_max_length
         before, after = self.compressor_prompt.split("{document}")
         pieces = [*before.split("{question}"), after]

@@ -60,7 +60,7 @@ class SpanAttention(nn.Module):
         Fills slots.
 
         Args:
-            states (`torch.FloatTensor` of shape `(num_chunks, length, hidden)`): Normalised hidden states.
+            states (`torch.FloatTensor` of shape `(num_chunks, length, hidden)`): Normalized hidden states.
             embeds (`torch.FloatTensor` of shape `(num_chunks, length, embedding)`): Token embeddings.
             document_mask, chunk_slots, num_slots: As in `span_members`.
 

@@ -263,7 +263,7 @@ def encode_filled(
     tokenizer: PreTrainedTokenizerBase, pieces: list[str], texts: list[list[str]], add_special_tokens: bool = False
 ) -> list[list[int]]:
     """
-    Token ids of untrusted texts and what stands around them, tokenised as one: tokens may reach over a text's ends.
+    Token ids of untrusted texts and what stands around them, tokenized as one: tokens may reach over a text's ends.
 
     Where texts spell special tokens they are encoded apart, as `encode_as_text` does.
 

@@ -150,7 +150,7 @@ def weight_samples(model: nn.Module) -> dict[str, WeightSample]:
         model (`nn.Module`): A generator, with LoRA layers or without.
 
     Returns:
-        `dict[str, WeightSample]`: One for each weight, but those of LoRA, quantised, or offloaded.
+        `dict[str, WeightSample]`: One for each weight, but those of LoRA, quantized, or offloaded.
     """
     samples = {}
     for name, parameter in model.named_parameters():

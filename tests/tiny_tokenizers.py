@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 def build_wordpiece(unknown: bool = True):
-    """An encoder's tokenizer of another family, with a normaliser."""
+    """An encoder's tokenizer of another family, with a normalizer."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789[]<>|/_.,?'"
     words = ["[CLS]", "[SEP]", "[PAD]", "[MASK]", *letters, *(f"##{letter}" for letter in letters), "river", "sep"]
     words += ["[UNK]"] if unknown else []

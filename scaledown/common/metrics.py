@@ -1,4 +1,4 @@
-"""Metrics of answers, normalised as SQuAD's official evaluation does (Rajpurkar et al., arXiv 1606.05250)."""
+"""Metrics of answers, normalized as SQuAD's official evaluation does (Rajpurkar et al., arXiv 1606.05250)."""
 
 import re
 import string

@@ -17,7 +17,7 @@ def is_blank(text: str) -> bool:
 def half_of_a_pair(text: str) -> str | None:
     """The first half of a surrogate pair that stands alone in a text, as JSON spells it; None where there is none.
 
-    JSON can spell one; such a text can be neither written nor tokenised.
+    JSON can spell one; such a text can be neither written nor tokenized.
     """
     try:
         text.encode("utf-8")

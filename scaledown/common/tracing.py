@@ -5,7 +5,7 @@ What decides shapes and branches (token ids, masks, labels) is real and small, e
 
 - `MemoryTracker` sees every operation, forward and backward, and adds up the storages that are alive;
 - `MixedPrecision` casts what autocast casts, since there is no autocast for `meta`;
-- `FusedKernels` replaces attention, and layers whose weights are quantised, by what their kernels keep.
+- `FusedKernels` replaces attention, and layers whose weights are quantized, by what their kernels keep.
 """
 
 import contextlib
@@ -296,7 +296,7 @@ def inference_peak(run: Callable[[], Any], model: nn.Module) -> int:
 
 
 def storage_bytes(model: nn.Module) -> int:
-    """Count the bytes that weights and buffers take, tied ones once and quantised ones as they are packed.
+    """Count the bytes that weights and buffers take, tied ones once and quantized ones as they are packed.
 
     Args:
         model: A model, on `meta` or not.

@@ -8,7 +8,7 @@ from ..common.metrics import normalize_answer
 
 
 class AnswerMatcher:
-    """Tells whether a text holds an answer as whole words, after the normalisation of SQuAD's evaluation."""
+    """Tells whether a text holds an answer as whole words, after the normalization of SQuAD's evaluation."""
 
     CACHED = 20_000
 

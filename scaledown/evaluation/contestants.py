@@ -101,7 +101,7 @@ def load_contestants(arguments: EvaluationArguments, device: torch.device) -> Co
             _make_reader(found, arguments.reader)
     if config.lora_config is not None:
         if is_quantized(model.generator):
-            found.notes.append("The quantised generator keeps its LoRA unmerged, which makes the model slower.")
+            found.notes.append("The quantized generator keeps its LoRA unmerged, which makes the model slower.")
         else:
             model.merge_lora()
             found.notes.append("The model's LoRA was merged before anything was timed.")
@@ -196,7 +196,7 @@ def _find_generator(
         found.notes.append("The baselines read text with the model's own generator, which has no LoRA.")
     elif is_quantized(model.generator):
         found.generator, found.adapters_off = model.generator, True
-        found.notes.append("The baselines read text with the quantised generator, its LoRA passed over.")
+        found.notes.append("The baselines read text with the quantized generator, its LoRA passed over.")
     else:
         found.generator = without_lora(model.generator)
         found.notes.append("The baselines read text with the generator without the model's LoRA.")
@@ -209,7 +209,7 @@ def _make_reader(found: Contestants, adapter: str) -> None:
         if quantized or found.model.config.generator_fingerprint is None:
             raise ScaleDownError(
                 f"--reader {adapter} needs the generator as it was before training, and the model's own is "
-                f"{'quantised' if quantized else 'changed'}; name the original with --generator."
+                f"{'quantized' if quantized else 'changed'}; name the original with --generator."
             )
         found.generator = copy.deepcopy(found.generator)
     found.generator = merge_adapter(found.generator, adapter)

@@ -240,7 +240,7 @@ def _run(metrics: dict[str, Any]) -> str:
     ]
     how = (
         "Every batch was answered by all systems in turn, in alternating order, greedily, at one batch size; seconds "
-        "run from texts to text, tokenising and compressing included. The first batch was answered once before it was "
+        "run from texts to text, tokenizing and compressing included. The first batch was answered once before it was "
         "timed. Intervals of times resample batches."
     )
     return how + "\n\n" + table(rows)

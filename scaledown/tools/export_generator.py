@@ -43,7 +43,7 @@ def export_generator(model: ScaleDownModel, output: Path) -> None:
         output: Folder to write.
 
     Raises:
-        ScaleDownError: The generator is quantised, so that merging would lose what LoRA learned.
+        ScaleDownError: The generator is quantized, so that merging would lose what LoRA learned.
     """
     model.merge_lora()
     model.generator.generation_config = model.generation_config

@@ -71,7 +71,7 @@ def build_model(
         loading["attn_implementation"] = model_args.attn_implementation
     if quantized:
         loading.update(quantization)
-        # A quantised generator cannot be moved afterwards, so it is loaded where it will run.
+        # A quantized generator cannot be moved afterwards, so it is loaded where it will run.
         loading["device_map"] = {"": args.device.index or 0} if args.device.type == "cuda" else None
     settings = {name: getattr(model_args, name) for name in CONFIG_ARGUMENTS}
     settings = {name: value for name, value in settings.items() if value is not None}

@@ -115,7 +115,7 @@ def compress_records(
         fingerprint: As `cache_fingerprint` returns it.
         max_shard_size: Size of a shard at most; what a kill can lose is one shard per process.
         batch_size: Chunks compressed at a time.
-        num_workers: Processes that tokenise ahead.
+        num_workers: Processes that tokenize ahead.
         process_index, num_processes: This process's share of the shards.
         wait_for_everyone: Returns when all processes have called it.
 
@@ -165,7 +165,7 @@ def compress_records(
 
 
 class _Shards(Dataset):
-    """The chunks of whole shards, so that a data loader can tokenise ahead."""
+    """The chunks of whole shards, so that a data loader can tokenize ahead."""
 
     def __init__(self, records: datasets.Dataset, shards: list[Shard], collate: CompressionCollator):
         self.records, self.shards, self.collate = records, shards, collate

@@ -211,7 +211,7 @@ def check_answers_stand_in_documents(records: datasets.Dataset, data_args: DataA
 def doubtful_records(
     processor: ScaleDownProcessor, max_answer_length: int, whole_documents: bool = False
 ) -> Callable[[dict[str, Any]], bool]:
-    """Tell which records must be tokenised to know that a batch can be built of them; most are short enough for any.
+    """Tell which records must be tokenized to know that a batch can be built of them; most are short enough for any.
 
     Args:
         processor: That of the model.
@@ -245,7 +245,7 @@ def doubtful_records(
 
 
 def doubtful_passages(processor: ScaleDownProcessor) -> Callable[[dict[str, Any]], bool]:
-    """Tell which passages of pretraining must be tokenised: all or none, since they are of one length.
+    """Tell which passages of pretraining must be tokenized: all or none, since they are of one length.
 
     Args:
         processor: That of the model.

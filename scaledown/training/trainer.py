@@ -96,7 +96,7 @@ class ScaleDownTrainer(SamplesByLength, Trainer):
         """Build the optimizer over four groups: compressor and generator, each with and without weight decay.
 
         Args:
-            model: The model to optimise; the trainer's own by default.
+            model: The model to optimize; the trainer's own by default.
 
         Returns:
             The optimizer. The first two groups run at `compressor_learning_rate`, the others at `learning_rate`.
@@ -342,7 +342,7 @@ class ScaleDownTrainer(SamplesByLength, Trainer):
             unexpected = load_result.unexpected_keys
             unexpected[:] = [n for n in unexpected if not n.startswith("compressor.backbone.")]
         if is_quantized(self.model.generator):
-            # Quantised weights come with what they are read by, beside the parameter that holds them.
+            # Quantized weights come with what they are read by, beside the parameter that holds them.
             unexpected = load_result.unexpected_keys
             unexpected[:] = [n for n in unexpected if not (n.startswith("generator.") and ".weight." in n)]
         super()._issue_warnings_after_load(load_result)

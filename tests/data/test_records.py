@@ -25,7 +25,7 @@ def write_lines(path: Path, *lines: object) -> Path:
     return path
 
 
-def test_records_are_normalised(tmp_path):
+def test_records_are_normalized(tmp_path):
     full = {
         **RECORD,
         "answer": ["Ada", "Ada Lovelace"],

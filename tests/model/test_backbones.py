@@ -75,7 +75,7 @@ def test_model_is_ready_to_use_and_to_train(kind, backbones):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_backbones_hold_the_weights_of_their_checkpoints(kind, backbones):
-    """Bit for bit: initialising what is new touches nothing that was loaded."""
+    """Bit for bit: initializing what is new touches nothing that was loaded."""
     generator, compressor = backbones[kind]
     model = from_backbones(backbones[kind], lora_config={"r": 2, "target_modules": "all-linear"})
     model.merge_lora()
@@ -249,12 +249,12 @@ def test_only_safetensors_are_read(tmp_path, backbones):
         build(backbones["n_layers"][0], encoder, compressor_type="modernbert")
 
 
-def test_n_layers_refuses_a_quantised_generator(tmp_path):
+def test_n_layers_refuses_a_quantized_generator(tmp_path):
     generator = save_generator(tmp_path)
     config = json.loads((generator / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (generator / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"is quantised; .* needs\s+them unquantised. Name the original checkpoint"):
+    with pytest.raises(ValueError, match=r"is quantized; .* needs\s+them unquantized. Name the original checkpoint"):
         build(generator)
 
 

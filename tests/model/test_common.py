@@ -1,4 +1,4 @@
-"""What transformers' own tests check of any model: attention kinds, precision, initialisation, embeddings, outputs."""
+"""What transformers' own tests check of any model: attention kinds, precision, initialization, embeddings, outputs."""
 
 import copy
 import inspect
@@ -196,11 +196,11 @@ def test_a_device_map_is_followed(saved, device_map):
     assert loaded.answer(QUESTIONS, DOCUMENTS, **asked) == model.answer(QUESTIONS, DOCUMENTS, **asked)
 
 
-# -- initialisation and modes -----------------------------------------------------------------------------------------
+# -- initialization and modes -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_initialisation_follows_the_seed_and_covers_every_parameter(kind):
+def test_initialization_follows_the_seed_and_covers_every_parameter(kind):
     first, second, other = build_model(kind, seed=3), build_model(kind, seed=3), build_model(kind, seed=4)
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
@@ -218,7 +218,7 @@ def test_initialisation_follows_the_seed_and_covers_every_parameter(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_checkpoint_lacks_is_initialised(kind, tmp_path):
+def test_what_a_checkpoint_lacks_is_initialized(kind, tmp_path):
     """Memory that never was written would come back as whatever lay in memory before."""
     model = build_model(kind)
     lacking = ("memory_embeddings", "rerank_embedding", "reranking_head", "projector")

@@ -232,9 +232,9 @@ def test_a_repetition_penalty_counts_prompt_and_answer(model):
         logits[:, 1] = -torch.inf
         ids = torch.cat([ids, penalty(ids, logits).argmax(dim=-1, keepdim=True)], dim=1)
         mask, slots = torch.cat([mask, mask[:, :1]], dim=1), torch.cat([slots, slots[:, :1]], dim=1)
-    penalised = new_tokens(model, batch, **GREEDY, **NO_END, repetition_penalty=1.8)
-    assert torch.equal(penalised, ids[:, -NEW_TOKENS:])
-    assert not torch.equal(penalised, new_tokens(model, batch, **GREEDY, **NO_END))
+    penalized = new_tokens(model, batch, **GREEDY, **NO_END, repetition_penalty=1.8)
+    assert torch.equal(penalized, ids[:, -NEW_TOKENS:])
+    assert not torch.equal(penalized, new_tokens(model, batch, **GREEDY, **NO_END))
 
 
 def test_generation_stops_where_it_is_told(model):

@@ -156,7 +156,7 @@ def test_what_cannot_be_read_says_what_to_do(folder, plain, tmp_path, monkeypatc
     for place in (folder, folder / NAME):
         with pytest.raises(ScaleDownError, match="from_backbones"):
             ScaleDownModel.from_pretrained(str(place))
-    with pytest.raises(ScaleDownError, match="cannot be quantised"):
+    with pytest.raises(ScaleDownError, match="cannot be quantized"):
         build(folder / NAME, load_in_4bit=True)
     monkeypatch.setattr("gguf_scaledown.is_gguf_available", lambda: False)
     with pytest.raises(ImportError, match="pip install gguf"):

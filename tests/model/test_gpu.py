@@ -1,4 +1,4 @@
-"""What only a GPU shows: mixed precision, quantisation, kernels, placement, compiled decoding.
+"""What only a GPU shows: mixed precision, quantization, kernels, placement, compiled decoding.
 
     python -m pytest -m gpu tests/model/test_gpu.py
 
@@ -184,13 +184,13 @@ def test_a_saved_model_loads_by_automodel_onto_the_device(backbones, tmp_path):
     assert loaded.answer(QUESTIONS, DOCUMENTS, **WRITING) == model.answer(QUESTIONS, DOCUMENTS, **WRITING)
 
 
-# -- quantisation ------------------------------------------------------------------------------------------------------
+# -- quantization ------------------------------------------------------------------------------------------------------
 
 
 @needs_cuda
 @needs_bitsandbytes
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_generator_answers_saves_and_loads(bits, backbones, tmp_path):
+def test_a_quantized_generator_answers_saves_and_loads(bits, backbones, tmp_path):
     quantized = {"device_map": {"": 0}, f"load_in_{bits}bit": True}
     model = from_backbones(backbones["n_layers"], dtype=torch.bfloat16, **quantized)
     model.add_lora(r=4)

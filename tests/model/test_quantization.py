@@ -1,4 +1,4 @@
-"""The generator in 4 or 8 bits: what is quantised and what never is, through training, saving and loading."""
+"""The generator in 4 or 8 bits: what is quantized and what never is, through training, saving and loading."""
 
 import json
 
@@ -137,19 +137,19 @@ def test_from_pretrained(weights_format, lora, bits, generator, tmp_path):
     assert isinstance(model.answer(QUESTIONS[0], DOCUMENTS[0], max_new_tokens=3), str)
 
 
-def test_other_quantisations_leave_the_compressor_out_too():
+def test_other_quantizations_leave_the_compressor_out_too():
     settings = FineGrainedFP8Config(modules_to_not_convert=["o_proj"])
     spared = quantization_scaledown.spare_compressor(settings).modules_to_not_convert
     assert {"o_proj", "compressor", "lm_head"} < set(spared)
     assert settings.modules_to_not_convert == ["o_proj"]
 
 
-def test_a_name_is_no_quantisation(tmp_path):
-    with pytest.raises(ValueError, match="quantization_config='4bit' must be settings of a quantisation"):
+def test_a_name_is_no_quantization(tmp_path):
+    with pytest.raises(ValueError, match="quantization_config='4bit' must be settings of a quantization"):
         ScaleDownModel.from_backbones("org/name", quantization_config="4bit")
 
 
-def test_a_quantisation_that_cannot_leave_the_compressor_out_is_refused(generator, tmp_path):
+def test_a_quantization_that_cannot_leave_the_compressor_out_is_refused(generator, tmp_path):
     built(generator).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="AqlmConfig cannot leave the compressor out"):
         ScaleDownModel.from_pretrained(tmp_path, quantization_config=AqlmConfig())
@@ -243,7 +243,7 @@ def test_a_quantized_model_is_saved_as_it_is(source, lora, bits, generator, tmp_
             assert torch.equal(state[name].to(tensor.dtype), tensor), name
         found = outputs(loaded)
         assert torch.equal(found["memory_embeddings"], expected["memory_embeddings"])
-        if not lora:  # PEFT computes in other steps around layers that were quantised after it had wrapped them
+        if not lora:  # PEFT computes in other steps around layers that were quantized after it had wrapped them
             assert torch.equal(found["logits"], expected["logits"])
 
 
@@ -291,7 +291,7 @@ def test_four_bits_are_multiplied_in_the_type_asked_for(name, generator, tmp_pat
     assert model.config.quantization_config.bnb_4bit_compute_dtype == torch.float16
 
 
-def test_backbones_are_quantised_by_a_configuration_too(generator, bits, tmp_path):
+def test_backbones_are_quantized_by_a_configuration_too(generator, bits, tmp_path):
     config = BitsAndBytesConfig(**quantized(bits))
     model = from_backbones((generator, None), quantization_config=config)
     assert_quantized(model, bits)

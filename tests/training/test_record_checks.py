@@ -61,7 +61,7 @@ def test_records_that_do_not_fit_are_found_before_the_first_step_or_skipped(
     assert f"2 of 4 records of {split}_file" in caplog.text
 
 
-def test_only_doubtful_records_are_tokenised():
+def test_only_doubtful_records_are_tokenized():
     processor = build_model().processor
     doubtful = doubtful_records(processor, 128)
     record = {"query": "Who?", "documents": ["A heron."] * 3, "answer": ["a bird"]}

@@ -143,8 +143,8 @@ def read_layout(config: dict[str, Any], name: str, reads_question: bool | None, 
         compressor, base = "separate", said["compr_model_name"]
     if said["quantization"] != "no":
         logger.warning(
-            "%s was trained with quantization=%s. The published class quantises the decoder again where there is a "
-            "GPU; the converted model has it unquantised, and differs by that.",
+            "%s was trained with quantization=%s. The published class quantizes the decoder again where there is a "
+            "GPU; the converted model has it unquantized, and differs by that.",
             name,
             said["quantization"],
         )

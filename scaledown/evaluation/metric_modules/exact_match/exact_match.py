@@ -1,4 +1,4 @@
-"""Share of predictions that are one of the gold answers, normalised as SQuAD does."""
+"""Share of predictions that are one of the gold answers, normalized as SQuAD does."""
 
 import evaluate
 
@@ -7,7 +7,7 @@ from scaledown.evaluation.metrics import answer_metric_info, summarize
 
 
 class ExactMatch(evaluate.Metric):
-    """Share of predictions that are one of the gold answers, normalised as SQuAD does."""
+    """Share of predictions that are one of the gold answers, normalized as SQuAD does."""
 
     def _info(self) -> evaluate.MetricInfo:
         return answer_metric_info(__doc__)

@@ -1,4 +1,4 @@
-"""Words shared with the gold answer that fits best, each as often as it occurs, normalised as SQuAD does."""
+"""Words shared with the gold answer that fits best, each as often as it occurs, normalized as SQuAD does."""
 
 import evaluate
 
@@ -7,7 +7,7 @@ from scaledown.evaluation.metrics import answer_metric_info, summarize
 
 
 class F1(evaluate.Metric):
-    """Words shared with the gold answer that fits best, each as often as it occurs, normalised as SQuAD does."""
+    """Words shared with the gold answer that fits best, each as often as it occurs, normalized as SQuAD does."""
 
     def _info(self) -> evaluate.MetricInfo:
         return answer_metric_info(__doc__)
