@@ -61,7 +61,8 @@ $(LOWER_RATES:%=$(S)/results/squad-5-rate-%/metrics.json): $(S)/results/squad-5-
 
 $(S)/results/hotpotqa/metrics.json: OPTIONS = $(HOTPOT) --limit 300 --baselines full_text,no_documents
 
-# The checked-in model, its reader and the generator alone, on six questions of SQuAD's test half.
+# The model of experiments/publish_smollm2.py, its reader and the generator alone, on six questions of SQuAD's test half.
 demo-smollm2: $(PACKAGES)/.installed
+	@test -d $(MODEL) || { echo "$(MODEL) is not there; make smollm2 and experiments/publish_smollm2.py make it"; exit 2; }
 	$(BIN)/python -m scaledown.tools.demo --model $(MODEL) --reader $(MODEL)/reader $(GENERATOR) \
 		--data $(MODEL)/questions.jsonl --num_questions 6
