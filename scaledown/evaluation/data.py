@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ def load_data(
     dropped["no_answer"] = dropped.get("no_answer", 0) + len(examples) - len(answered)
     dropped = {reason: count for reason, count in dropped.items() if count}
     if not answered:
-        reasons = ", ".join(f"{count} for {reason}" for reason, count in dropped.items()) or "none"
+        reasons = list_counts(dropped) or "none"
         remedy = "add `answer` or `gold_answers`"
         if MANY_POSITIVES in dropped:
             remedy = "raise --num_documents, which must hold all right documents of a question, or " + remedy
@@ -135,6 +135,18 @@ def load_data(
         **describe_asked(answered),
     }
     return EvaluationData(answered, description)
+
+
+def list_counts(counts: Mapping[str, int]) -> str:
+    """Words for how many questions were left out, by reason.
+
+    Args:
+        counts: Questions by reason.
+
+    Returns:
+        The counts; an empty text where there are none.
+    """
+    return ", ".join(f"{count} for {reason}" for reason, count in counts.items())
 
 
 def describe_asked(examples: list[Example]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from .arguments import EvaluationArguments, parse_arguments
 from .bootstrap import Bootstrap
 from .card import check_card, update_card
 from .contestants import Contestants, build_systems, check_lengths, load_contestants
-from .data import Example, describe_asked, load_data
+from .data import Example, describe_asked, list_counts, load_data
 from .judge import Judge, agreement, compare_answers, grade_answers
 from .plots import plot_comparison
 from .report import COMPARISON_NAME, REPORT_NAME, write_comparison
@@ -146,10 +146,9 @@ def ask(arguments: EvaluationArguments) -> EvaluationRun | None:
     reranking, note = rank_documents(examples, scores, bootstrap)
     notes = [*found.notes, *([note] if note else [])]
     if dropped := data.description["dropped"]:
-        counts = ", ".join(f"{count} for {reason}" for reason, count in dropped.items())
-        notes.append(f"Questions of the data that were left out: {counts}.")
+        notes.append(f"Questions of the data that were left out: {list_counts(dropped)}.")
     if too_long:
-        counts = ", ".join(f"{count} for {name}" for name, count in too_long.items())
+        counts = list_counts(too_long)
         notes.append(f"Questions whose prompt exceeds the generator's context were left out everywhere: {counts}.")
     run = EvaluationRun(
         examples=examples,
@@ -163,7 +162,7 @@ def ask(arguments: EvaluationArguments) -> EvaluationRun | None:
             },
             "data": {
                 **data.description,
-                **describe_asked(examples),
+                **(describe_asked(examples) if too_long else {}),
                 "num_asked": len(examples),
                 "too_long": too_long,
             },

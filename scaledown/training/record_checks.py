@@ -112,6 +112,11 @@ def _wrong_rows(
     return {}
 
 
+def has_scores(records: datasets.Dataset) -> bool:
+    """Whether a record has a teacher's scores."""
+    return any(scores is not None for scores in records["reranking_scores"])
+
+
 def learns_from_positives(data: Mapping[str, datasets.Dataset], config: Any) -> bool:
     """Decide what the reranking head learns from, and report it.
 
@@ -126,7 +131,7 @@ def learns_from_positives(data: Mapping[str, datasets.Dataset], config: Any) -> 
     if not config.enable_reranking or config.reranking_loss_weight == 0:
         return False
     records = data["train"]
-    if any(scores is not None for scores in records["reranking_scores"]):
+    if has_scores(records):
         return False
     told = sum(positives is not None for positives in records["positives"])
     if config.reranking_trained is False and told:

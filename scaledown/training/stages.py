@@ -23,6 +23,7 @@ from .record_checks import (
     check_documents,
     doubtful_passages,
     doubtful_records,
+    has_scores,
     keep_fitting,
     learns_from_positives,
     with_documents,
@@ -77,7 +78,7 @@ def prepare_stage(
     if args.stage != "reader":
         whole.scores_from_positives = learns_from_positives(data, model.config)
         if model.config.slot_pooling == "pointer" and model.config.pointer_loss_weight > 0:
-            scored = whole.scores_from_positives or any(row is not None for row in data["train"]["reranking_scores"])
+            scored = whole.scores_from_positives or has_scores(data["train"])
             learns_scores = model.config.enable_reranking and model.config.reranking_loss_weight > 0 and scored
             needed = args.stage == "pointer" and not learns_scores
             check_answers_stand_in_documents(data["train"], data_args, needed)

@@ -134,9 +134,8 @@ class ScaleDownTrainer(SamplesByLength, Trainer):
         self._counts = dict(zip(COUNTED, counts, strict=True))
         if num_items is None and self.args.stage == "pointer":  # no answers, whose tokens the Trainer counts
             num_items = torch.tensor(sum(counts), device=device)
-        if (
-            self._counts["num_scored_examples"] and self.model.config.reranking_loss_weight > 0
-        ):  # also where another process saw them
+        # Also where another process saw them.
+        if self._counts["num_scored_examples"] and self.model.config.reranking_loss_weight > 0:
             self.model.config.reranking_trained = True
         self._sums["train"]["count"] += 1
         return batches, num_items
