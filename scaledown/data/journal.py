@@ -114,6 +114,11 @@ class WorkFolder:
                 f"{shorten(value)}. {self._remedy}"
             )
 
+    @property
+    def has_results(self) -> bool:
+        """Whether any journal holds something."""
+        return any(path.stat().st_size for path in self.path.glob("*.jsonl"))
+
     def remove(self) -> None:
         """Delete the folder after the run has succeeded."""
         shutil.rmtree(self.path)

@@ -84,8 +84,7 @@ def prepare(arguments: PreparationArguments) -> dict[str, Any]:
                 report = _Preparation(arguments, work).run()
             except (ValueError, OSError):
                 # A run that is refused before it has done anything leaves no files.
-                journals = work.path.glob("*.jsonl")
-                if not any(path.stat().st_size for path in journals) and not (work.path / "corpus").exists():
+                if not work.has_results and not (work.path / "corpus").exists():
                     work.remove()
                 raise
         if not arguments.dry_run:

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from errors_scaledown import ScaleDownError
 
 from .data import Example
+from .resuming import KeptAnswers
 from .systems import Answer, System, timed
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,12 @@ START_ON_DEVICE = 32
 
 
 def answer_all(
-    systems: Sequence[System], examples: Sequence[Example], batch_size: str, device: torch.device, state: PartialState
+    systems: Sequence[System],
+    examples: Sequence[Example],
+    batch_size: str,
+    device: torch.device,
+    state: PartialState,
+    kept: KeptAnswers,
 ) -> tuple[dict[str, list[Answer]], list[int]]:
     """Answer all questions with all systems; processes share the questions out among them.
 
@@ -34,6 +40,7 @@ def answer_all(
         batch_size: A number, or `auto`: halved, for all systems alike, whenever memory runs out.
         device: Where the systems compute.
         state: The processes.
+        kept: Where this process's answers go; questions that it has answers of are not asked again.
 
     Returns:
         Each system's answers in the order of the questions, the same in all processes, and the smallest batch size of
@@ -47,23 +54,29 @@ def answer_all(
     own = [examples[i] for i in order[state.process_index :: state.num_processes]]
     start = START_ON_CPU if device.type == "cpu" else START_ON_DEVICE
     size = start if batch_size == "auto" else int(batch_size)
-    rows: list[tuple[int, str, Answer]] = []
+    answers = {example.index: kept[example.index] for example in own if example.index in kept}
+    batches = [answer.batch for by_system in answers.values() for answer in by_system.values()]
+    number = max(batches, default=-1) // state.num_processes + 1
+    hidden = not state.is_main_process or None
+    settings = {"total": len(own), "initial": len(answers), "unit": "question"}
+    own = [example for example in own if example.index not in answers]
     warm = False
-    with tqdm(total=len(own), desc="Answering", unit="question", disable=not state.is_main_process or None) as bar:
-        number = 0
+    with tqdm(**settings, desc="Answering", disable=hidden) as bar:
         while own:
             batch = own[:size]
             try:
-                answers = _answer_batch(systems, batch, device, warm, reverse=number % 2 == 1)
+                found = _answer_batch(systems, batch, device, warm, reverse=number % 2 == 1)
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
                 message = str(error).splitlines()[0]
             else:
                 warm = True
-                for _, _, answer in answers:
-                    answer.batch = number * state.num_processes + state.process_index
-                rows += answers
+                for by_system in found.values():
+                    for answer in by_system.values():
+                        answer.batch = number * state.num_processes + state.process_index
+                kept.add(found)
+                answers |= found
                 own = own[len(batch) :]
                 number += 1
                 bar.update(len(batch))
@@ -75,28 +88,27 @@ def answer_all(
             size = len(batch) // 2
             logger.info("Memory ran out; going on with %d questions at a time.", size)
             clear_device_cache(garbage_collection=True)
-    return _gathered(systems, examples, rows), gather_object([size])
+    return _gathered(systems, examples, answers), gather_object([size])
 
 
 def _answer_batch(
     systems: Sequence[System], batch: Sequence[Example], device: torch.device, warm: bool, reverse: bool
-) -> list[tuple[int, str, Answer]]:
+) -> dict[int, dict[str, Answer]]:
     if not warm:
         for system in systems:
             system.answer(batch)
-    answers = []
+    answers: dict[int, dict[str, Answer]] = {example.index: {} for example in batch}
     for system in reversed(systems) if reverse else systems:
-        found = timed(system, batch, device)
-        answers += [(example.index, system.name, answer) for example, answer in zip(batch, found, strict=True)]
+        for example, answer in zip(batch, timed(system, batch, device), strict=True):
+            answers[example.index][system.name] = answer
     return answers
 
 
 def _gathered(
-    systems: Sequence[System], examples: Sequence[Example], rows: list[tuple[int, str, Answer]]
+    systems: Sequence[System], examples: Sequence[Example], answers: dict[int, dict[str, Answer]]
 ) -> dict[str, list[Answer]]:
-    by_place = {(name, index): answer for index, name, answer in gather_object(rows)}
-    names = [system.name for system in systems]
-    return {name: [by_place[name, example.index] for example in examples] for name in names}
+    by_index = dict(gather_object(list(answers.items())))
+    return {system.name: [by_index[example.index][system.name] for example in examples] for system in systems}
 
 
 def _length(example: Example) -> int:

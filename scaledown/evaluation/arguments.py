@@ -228,6 +228,19 @@ class EvaluationArguments:
         return split_names(self.judge_against)
 
 
+def default_name(arguments: EvaluationArguments) -> str:
+    """Where a run is written that names no folder, without what tells it from others of its kind.
+
+    Args:
+        arguments: The model and the data, or what is judged again.
+
+    Returns:
+        The beginning of a path.
+    """
+    sources = [arguments.model, arguments.data] if arguments.model else [arguments.rejudge or "comparison"]
+    return "runs/evaluation/" + "-".join(Path(source).resolve().name.split(".")[0] for source in sources)
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> EvaluationArguments:
     """Parse the command line.
 

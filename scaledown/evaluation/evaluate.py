@@ -23,7 +23,7 @@ from ..common.devices import check_processes, find_device, must_use_cpu
 from ..common.environment import describe_environment
 from ..data.teachers.answers import TeacherError
 from .answering import answer_all
-from .arguments import EvaluationArguments, parse_arguments
+from .arguments import EvaluationArguments, default_name, parse_arguments
 from .bootstrap import Bootstrap
 from .card import check_card, update_card
 from .contestants import Contestants, build_systems, check_lengths, load_contestants
@@ -40,6 +40,7 @@ from .results import (
     score_answers,
     summarize_systems,
 )
+from .resuming import deciding_settings, keep_answers
 from .run_folder import EvaluationRun, read_metrics
 from .systems import MODEL, System
 
@@ -134,7 +135,11 @@ def ask(arguments: EvaluationArguments) -> EvaluationRun | None:
     check_fields(data.examples, arguments.group_fields)
     found = load_contestants(arguments, device)
     examples, systems, too_long = _fitting(found, arguments, data.examples)
-    answers, batch_sizes = answer_all(systems, examples, arguments.batch_size, device, state)
+    environment = describe_environment(PACKAGES, device, state.num_processes)
+    asked = {**data.description, **(describe_asked(examples) if too_long else {})}
+    settings = deciding_settings(arguments, found, asked["sha256"], environment)
+    with keep_answers(arguments, settings, state) as (kept_in, kept):
+        answers, batch_sizes = answer_all(systems, examples, arguments.batch_size, device, state, kept)
     # The other processes are done, and the first must not wait for them, nor they for it: a judge may take its time.
     state.wait_for_everyone()
     state.destroy_process_group()
@@ -147,6 +152,8 @@ def ask(arguments: EvaluationArguments) -> EvaluationRun | None:
     notes = [*found.notes, *([note] if note else [])]
     if dropped := data.description["dropped"]:
         notes.append(f"Questions of the data that were left out: {list_counts(dropped)}.")
+    if kept.num_earlier:
+        notes.append("The run was stopped and resumed; wall_seconds is of its last part.")
     if too_long:
         counts = list_counts(too_long)
         notes.append(f"Questions whose prompt exceeds the generator's context were left out everywhere: {counts}.")
@@ -160,21 +167,17 @@ def ask(arguments: EvaluationArguments) -> EvaluationRun | None:
                 **found.description,
                 "measured_compression": asdict(measured_compression(answers[MODEL], bootstrap)),
             },
-            "data": {
-                **data.description,
-                **(describe_asked(examples) if too_long else {}),
-                "num_asked": len(examples),
-                "too_long": too_long,
-            },
+            "data": {**asked, "num_asked": len(examples), "too_long": too_long},
             "reranking": reranking,
             "notes": notes,
             "settings": {name: value for name, value in asdict(arguments).items() if name not in PRIVATE},
             "batch_sizes": batch_sizes,
-            **describe_environment(PACKAGES, device, state.num_processes),
+            **environment,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "wall_seconds": time.perf_counter() - started,
         },
         num_documents=[len(example.documents) for example in examples],
+        kept_in=kept_in,
     )
     _summarize(run, bootstrap, arguments.group_fields)
     return run
@@ -257,9 +260,7 @@ def _new_folder(arguments: EvaluationArguments) -> Path:
         folder = Path(arguments.output_dir)
     else:
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        sources = [arguments.model, arguments.data] if arguments.model else [arguments.rejudge or "comparison"]
-        names = [Path(source).resolve().name.split(".")[0] for source in sources]
-        folder = Path("runs/evaluation") / "-".join([*names, now])
+        folder = Path(f"{default_name(arguments)}-{now}")
     folder.mkdir(parents=True)
     return folder
 

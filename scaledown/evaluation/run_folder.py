@@ -7,6 +7,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class EvaluationRun:
         columns: Each system's values per question.
         metrics: What metrics.json holds.
         num_documents: Documents of each question.
+        kept_in: Folder of the answers as they came, which is of no use once the run is written.
     """
 
     examples: list[Example]
@@ -45,6 +47,7 @@ class EvaluationRun:
     columns: Measurements
     metrics: dict[str, Any]
     num_documents: list[int]
+    kept_in: Path | None = None
 
     def write(self, folder: Path) -> None:
         """Write the folder; what an earlier call wrote is replaced.
@@ -58,6 +61,8 @@ class EvaluationRun:
         text = json.dumps(self.metrics, indent=1, ensure_ascii=False, allow_nan=False)
         (folder / METRICS_NAME).write_text(text + "\n", encoding="utf-8")
         write_report(folder, self.metrics, plot_answers(folder, self.metrics))
+        if self.kept_in is not None:
+            shutil.rmtree(self.kept_in, ignore_errors=True)
 
     @classmethod
     def read(cls, folder: str | Path) -> "EvaluationRun":

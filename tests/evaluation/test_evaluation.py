@@ -17,11 +17,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from folders import SETTINGS, save_generator
 from scaledown import ScaleDownModel
 from scaledown.common.choices import BASELINES
+from scaledown.data.journal import Journal, WorkFolderError
 from scaledown.evaluation.answering import answer_all
 from scaledown.evaluation.arguments import EvaluationArguments
 from scaledown.evaluation.contestants import build_systems, check_lengths, load_contestants
 from scaledown.evaluation.data import Example
 from scaledown.evaluation.evaluate import PRIVATE, _fitting, evaluate, main
+from scaledown.evaluation.resuming import KeptAnswers
 from scaledown.evaluation.run_folder import EvaluationRun
 from scaledown.evaluation.systems import Answer, choose_donors, greedy
 from tiny import ANSWERS, DOCUMENTS, QUESTIONS, build_tokenizer, randomize_lora
@@ -294,27 +296,33 @@ class Small:
         return [Answer(f"{self.name} {example.id}", 1, 1) for example in batch]
 
 
-def test_batches_are_halved_until_they_fit():
+@pytest.fixture
+def kept(tmp_path):
+    return KeptAnswers(Journal(tmp_path / "answers.jsonl"))
+
+
+def test_batches_are_halved_until_they_fit(kept, tmp_path):
     systems = [Small("a", 5), Small("b", 2)]
-    answers, sizes = answer_all(systems, examples(), "auto", CPU, PartialState(cpu=True))
+    answers, sizes = answer_all(systems, examples(), "auto", CPU, PartialState(cpu=True), kept)
     assert sizes == [1]
     for name in ("a", "b"):
         assert [answer.text for answer in answers[name]] == [f"{name} q{i}" for i in range(NUM_QUESTIONS)]
     # Every question is answered by both in the same batch.
     assert [answer.batch for answer in answers["a"]] == [answer.batch for answer in answers["b"]]
     systems = [Small("a", 4)]
-    assert answer_all(systems, examples(), "auto", CPU, PartialState(cpu=True))[1] == [3]
+    kept = KeptAnswers(Journal(tmp_path / "others.jsonl"))
+    assert answer_all(systems, examples(), "auto", CPU, PartialState(cpu=True), kept)[1] == [3]
     assert systems[0].sizes == [7, 3, 3, 3, 1]  # the first that fits is answered twice
 
 
-def test_a_batch_size_that_was_asked_for_is_kept():
+def test_a_batch_size_that_was_asked_for_is_kept(kept):
     with pytest.raises(ValueError, match=r"hold 3 questions .*lower --batch_size"):
-        answer_all([Small("a", 2)], examples(), "3", CPU, PartialState(cpu=True))
+        answer_all([Small("a", 2)], examples(), "3", CPU, PartialState(cpu=True), kept)
     with pytest.raises(ValueError, match=r"hold 1 questions .*num_documents"):
-        answer_all([Small("a", 0)], examples(), "auto", CPU, PartialState(cpu=True))
+        answer_all([Small("a", 0)], examples(), "auto", CPU, PartialState(cpu=True), kept)
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory():
+def test_other_errors_are_not_taken_for_a_lack_of_memory(kept):
     class Broken:
         name = "a"
 
@@ -322,7 +330,87 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
             raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        answer_all([Broken()], examples(), "auto", CPU, PartialState(cpu=True))
+        answer_all([Broken()], examples(), "auto", CPU, PartialState(cpu=True), kept)
+
+
+def test_a_score_that_is_no_number_stops_the_run(kept):
+    class Overflowing:
+        name = "a"
+
+        def answer(self, batch):
+            return [Answer("", 1, 1, scores=[1.0, math.nan]) for _ in batch]
+
+    with pytest.raises(ValueError, match=r"scores a document with nan \(a\).*--dtype float32"):
+        answer_all([Overflowing()], examples(), "auto", CPU, PartialState(cpu=True), kept)
+
+
+# -- a run that was stopped --------------------------------------------------------------------------------------------
+
+
+def stopped(folder, output, monkeypatch, after=2, **changes):
+    """Begin a run that dies after some batches; how to go on with it."""
+    count = 0
+
+    def timed_until(system, batch, device):
+        nonlocal count
+        count += 1
+        if count > 2 * after:  # two systems
+            raise KeyboardInterrupt
+        return [Answer(f"kept {example.id}", 1, 1, batch=0, scores=None) for example in batch]
+
+    arguments = {"output_dir": output and str(output), "batch_size": "2", "baselines": "no_documents", **changes}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("scaledown.evaluation.answering.timed", timed_until)
+        evaluate(settings(folder, **arguments))
+    return arguments
+
+
+def test_a_stopped_run_goes_on_after_its_last_batch(folder, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    arguments = stopped(folder, output, monkeypatch)
+    assert not output.exists() and (tmp_path / "run.work").is_dir()
+    evaluate(settings(folder, **arguments))
+    assert not (tmp_path / "run.work").exists()
+    rows = [json.loads(line) for line in (output / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    kept = [row["id"] for row in rows if row["systems"]["compressed"]["prediction"] == f"kept {row['id']}"]
+    assert len(rows) == NUM_QUESTIONS and len(kept) == 4
+    assert sorted({row["systems"]["compressed"]["batch"] for row in rows}) == [0, 1, 2, 3]
+    metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    assert any("stopped and resumed" in note for note in metrics["notes"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"max_new_tokens": NEW_TOKENS + 1}, "max_new_tokens"),
+        ({"limit": 6}, "questions was"),
+        ({"model": "trained on"}, "weights was"),
+    ],
+)
+def test_answers_of_another_run_are_not_mixed_in(folder, tmp_path, monkeypatch, changes, named):
+    arguments = stopped(folder, tmp_path / "run", monkeypatch)
+    if "model" in changes:
+        changes = {"model": str(tmp_path / "trained-on")}
+        randomize_lora(ScaleDownModel.from_pretrained(folder / "lora")).save_pretrained(changes["model"])
+    with pytest.raises(WorkFolderError, match=named):
+        evaluate(settings(folder, **{**arguments, **changes}))
+    evaluate(settings(folder, **arguments))  # what is kept has not suffered
+
+
+def test_a_run_without_a_name_goes_on_too(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = stopped(folder, None, monkeypatch)
+    (work,) = tmp_path.glob("runs/evaluation/*.work")
+    output = evaluate(settings(folder, **{**arguments, "max_new_tokens": NEW_TOKENS + 1}))  # another run
+    assert "stopped" not in (output / "report.md").read_text(encoding="utf-8") and work.exists()
+    shutil.rmtree(output)  # may be called by the same second
+    output = evaluate(settings(folder, **arguments))
+    assert "stopped and resumed" in (output / "report.md").read_text(encoding="utf-8") and not work.exists()
+
+
+def test_a_run_that_fails_at_once_leaves_nothing(folder, tmp_path, monkeypatch):
+    stopped(folder, tmp_path / "run", monkeypatch, after=0)
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------
