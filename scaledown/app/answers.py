@@ -5,13 +5,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from queue import Queue
-from threading import Event, Thread
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.generation import BaseStreamer
 
 from errors_scaledown import ScaleDownError
 from filling_scaledown import FilledPrompts, PromptSettings, fill_prompts
@@ -20,13 +16,13 @@ from generation_scaledown import DEFAULT_MAX_NEW_TOKENS
 from ..common.adapters import adapters_off
 from ..common.devices import wait_for
 from ..common.prompts import encode_texts, text_prompts
+from ..common.streaming import REPLACEMENT, stream_tokens
 from ..evaluation.contestants import Contestants
 from ..evaluation.systems import greedy
 
 MAX_PASSAGES = 100
 MAX_QUESTION_CHARACTERS = 2_000
 MAX_CHARACTERS = 100_000
-REPLACEMENT = "�"  # what the bytes of half a character decode to
 
 
 @dataclass(frozen=True)
@@ -225,7 +221,7 @@ class Answerer:
 
     def _write(self, reading: Reading, started: float, generate: Callable[..., None]) -> Iterator[None]:
         ids: list[int] = []
-        for moment, token in stream_tokens(generate):
+        for moment, token in stream_tokens(torch.inference_mode()(generate)):
             if token is None:
                 reading.whole = moment - started
             else:
@@ -241,68 +237,3 @@ def _passages(request: Request, filled: FilledPrompts) -> list[Passage]:
     return [
         Passage(number, text, report.score, report.slots, report.read) for number, (text, report) in enumerate(rows, 1)
     ]
-
-
-class _TokenQueue(BaseStreamer):
-    """Takes tokens out of `generate()` with the moment each was written."""
-
-    def __init__(self):
-        self.queue: Queue[tuple[float, int | None] | Exception] = Queue()
-        self._has_prompt = False
-
-    def put(self, value: torch.LongTensor) -> None:
-        """See `BaseStreamer`; the first call brings the prompt."""
-        if self._has_prompt:
-            self.queue.put((time.perf_counter(), int(value[0])))
-        self._has_prompt = True
-
-    def end(self) -> None:
-        """See `BaseStreamer`."""
-        self.queue.put((time.perf_counter(), None))
-
-
-class _Stopped(StoppingCriteria):
-    """Ends an answer that nobody waits for any more."""
-
-    def __init__(self, event: Event):
-        self._event = event
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
-        """See `StoppingCriteria`; returns `(batch,)`."""
-        return torch.full((input_ids.shape[0],), self._event.is_set(), device=input_ids.device)
-
-
-def stream_tokens(generate: Callable[..., None]) -> Iterator[tuple[float, int | None]]:
-    """Run a `generate()` for one prompt in a thread, and hand over its tokens as they are written.
-
-    Args:
-        generate: Takes `streamer` and `stopping_criteria`.
-
-    Yields:
-        The moment on `time.perf_counter` and the token; at the end the moment and None.
-
-    Raises:
-        Exception: What `generate` raised.
-    """
-    streamer, stopped = _TokenQueue(), Event()
-
-    @torch.inference_mode()
-    def run() -> None:
-        try:
-            generate(streamer=streamer, stopping_criteria=StoppingCriteriaList([_Stopped(stopped)]))
-        except Exception as error:
-            streamer.queue.put(error)
-
-    thread = Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item = streamer.queue.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
-            if item[1] is None:
-                return
-    finally:
-        stopped.set()
-        thread.join()

@@ -4,7 +4,6 @@ import contextlib
 import http.client
 import json
 import math
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+import torch
+
 from errors_scaledown import ScaleDownError
+
+from ..common.streaming import REPLACEMENT, stream_tokens
 
 
 @dataclass(frozen=True)
@@ -154,43 +157,34 @@ class LocalBackend:
         self, question: str, documents: Sequence[str], reading: Reading, ids: Sequence[str | None] | None = None
     ) -> Iterator[str | Answer]:
         """See `Backend.stream`."""
-        from transformers import TextIteratorStreamer
-
-        streamer = TextIteratorStreamer(self._model.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        settings = _arguments(reading)
+        settings = {**_arguments(reading), "return_reranking_scores": self._model.config.enable_reranking}
         whole: list[Any] = []
 
-        def work() -> None:
-            try:
-                with_scores = self._model.config.enable_reranking
-                whole.append(
-                    self._model.answer(
-                        question, list(documents), return_reranking_scores=with_scores, streamer=streamer, **settings
-                    )
-                )
-            except Exception as error:
-                whole.append(error)
-            finally:
-                streamer.on_finalized_text("", stream_end=True)
+        def write(**streaming: Any) -> None:
+            whole.append(self._model.answer(question, list(documents), **settings, **streaming))
 
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        text = written = ""
-        for piece in streamer:
-            text += piece
-            so_far = text.strip()  # as the whole answer is
-            if len(so_far) > len(written):
-                yield so_far[len(written) :]
-                written = so_far
-        thread.join()
+        tokens: list[int] = []
+        written = ""
+        with contextlib.closing(stream_tokens(write)) as moments:  # where nobody reads on, nothing more is written
+            for _, token in moments:
+                if token is None:
+                    break
+                tokens.append(token)
+                # All of them, as the whole answer is decoded: a part may lose the blank it begins with.
+                (text,) = self._model.processor.decode_answers(torch.tensor([tokens]))
+                text = text.rstrip(REPLACEMENT)
+                if len(text) > len(written) and text.startswith(written):
+                    yield text[len(written) :]
+                    written = text
         (found,) = whole
-        if isinstance(found, Exception):
-            raise found
         names = ids or [None] * len(documents)
         if isinstance(found, str):
-            yield Answer(found, _unscored(names))
+            answer = Answer(found, _unscored(names))
         else:
-            yield Answer(found.answers, _sources(found.reranking_scores, found.documents_read, names))
+            answer = Answer(found.answers, _sources(found.reranking_scores, found.documents_read, names))
+        if len(answer.text) > len(written) and answer.text.startswith(written):
+            yield answer.text[len(written) :]
+        yield answer
 
 
 class EndpointBackend:

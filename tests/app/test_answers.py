@@ -8,11 +8,12 @@ import torch
 
 from folders import ROOT
 from scaledown import ScaleDownError
-from scaledown.app.answers import MAX_PASSAGES, Answerer, Reading, Request, read_request, stream_tokens
+from scaledown.app.answers import MAX_PASSAGES, Answerer, Reading, Request, read_request
 from scaledown.app.arguments import AppArguments
 from scaledown.app.examples import draw_examples, right_answer
 from scaledown.app.model import describe, load
 from scaledown.app.panels import answer_panel, notice, ranking_panel
+from scaledown.common.streaming import stream_tokens
 from scaledown.evaluation.contestants import Contestants
 from scaledown.evaluation.data import Example
 from scaledown.evaluation.systems import TextSystem

@@ -3,10 +3,12 @@ import socket
 import threading
 
 import pytest
+import torch
 
 from errors_scaledown import ScaleDownError
 from scaledown.integrations.backend import EndpointBackend, LocalBackend, Reading
 from tiny import DOCUMENTS, QUESTIONS, build_model
+from tiny_tokenizers import build_unigram
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 EVENT = b'data: {"choices": [{"delta": {"content": "half an"}}], "documents": []}\n\n'
@@ -40,6 +42,41 @@ def test_pieces_add_up_to_the_answer():
     for question, documents in zip(QUESTIONS, DOCUMENTS, strict=True):
         *pieces, answer = backend.stream(question, documents, Reading(max_new_tokens=30))
         assert "".join(pieces) == answer.text and len(pieces) > 1
+
+
+def test_pieces_after_a_line_end_keep_the_blanks_they_begin_with():
+    """Tokenizers like Llama 2's leave out the first blank of whatever they decode."""
+    model = build_model("n_layers", seed=2)
+    tokenizer = build_unigram()
+    say(model, [tokenizer.convert_tokens_to_ids(token) for token in ("a", "\n", "▁", "▁", "-", "▁Question")])
+    model.processor.tokenizer = tokenizer
+    *pieces, answer = LocalBackend(model).stream("Who?", ["A heron."], Reading(max_new_tokens=6))
+    assert "".join(pieces) == answer.text == "a\n  - Question"
+
+
+def test_an_answer_that_nobody_reads_on_ends():
+    """A client that has gone must not keep the model busy with the rest of the answer."""
+    model, before = build_model("n_layers", seed=2), threading.active_count()
+    written = []
+    generate = model.generate
+    model.generate = lambda *args, **settings: written.append(generate(*args, **settings)) or written[-1]
+    pieces = LocalBackend(model).stream("Who?", ["A heron."], Reading(max_new_tokens=300))
+    next(pieces)
+    pieces.close()
+    assert threading.active_count() == before
+    assert written[0].shape[1] < 200
+
+
+def say(model, tokens: list[int]) -> None:
+    """Let a model write these tokens, whatever it reads."""
+    generate, chosen = model.generate, iter(tokens)
+
+    def choose(ids, scores):
+        only = torch.full_like(scores, -torch.inf)
+        only[:, next(chosen)] = 0
+        return only
+
+    model.generate = lambda *args, **settings: generate(*args, logits_processor=[choose], **settings)
 
 
 def test_half_an_answer_is_not_taken_for_a_whole_one():
