@@ -6,9 +6,9 @@ import json
 import math
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +25,7 @@ class Source:
     Args:
         index: Its place among the question's documents.
         id: The framework's name of it, where it has one.
-        score: Reranking score; None where the model has none.
+        score: Reranking score; None where the model has none, and for a document without text.
         read: Whether the generator read it.
     """
 
@@ -73,7 +73,7 @@ class Backend(Protocol):
     """Ranks and answers."""
 
     def rank(self, question: str, documents: Sequence[str], batch_size: int = 64) -> list[float]:
-        """Reranking score of each document, higher is more relevant; so many chunks are scored at a time."""
+        """Reranking score of each document, higher is more relevant, −inf without text; so many chunks at a time."""
 
     def answer(
         self, questions: Sequence[str], documents: Sequence[Sequence[str]], reading: Reading, ids: Any = None
@@ -112,7 +112,47 @@ def open_backend(
         ScaleDownError: Neither or both are given.
     """
     check_place(model, url)
-    return EndpointBackend(url, api_key) if url is not None else LocalBackend(model, revision)
+    return WithoutBlanks(EndpointBackend(url, api_key) if url is not None else LocalBackend(model, revision))
+
+
+class WithoutBlanks:
+    """A backend that is not shown documents without text, which models and services refuse and stores may hold.
+
+    Args:
+        backend: Ranks and answers.
+    """
+
+    def __init__(self, backend: Backend):
+        self._backend = backend
+
+    def rank(self, question: str, documents: Sequence[str], batch_size: int = 64) -> list[float]:
+        """See `Backend.rank`."""
+        places = _with_text(documents)
+        scores = [-math.inf] * len(documents)
+        found = self._backend.rank(question, _at(documents, places), batch_size)
+        for place, score in zip(places, found, strict=True):
+            scores[place] = score
+        return scores
+
+    def answer(
+        self, questions: Sequence[str], documents: Sequence[Sequence[str]], reading: Reading, ids: Any = None
+    ) -> list[Answer]:
+        """See `Backend.answer`."""
+        places = [_with_text(row) for row in documents]
+        names = ids or [[None] * len(row) for row in documents]
+        texts, kept = ([_at(*row) for row in zip(rows, places, strict=True)] for rows in (documents, names))
+        found = self._backend.answer(questions, texts, reading, kept)
+        return [_of_all(*row) for row in zip(found, places, names, strict=True)]
+
+    def stream(
+        self, question: str, documents: Sequence[str], reading: Reading, ids: Sequence[str | None] | None = None
+    ) -> Iterator[str | Answer]:
+        """See `Backend.stream`."""
+        places, names = _with_text(documents), ids or [None] * len(documents)
+        found = self._backend.stream(question, _at(documents, places), reading, _at(names, places))
+        with contextlib.closing(found) as pieces:
+            for piece in pieces:
+                yield piece if isinstance(piece, str) else _of_all(piece, places, names)
 
 
 class LocalBackend:
@@ -278,14 +318,42 @@ class EndpointBackend:
 
 
 def best_first(scores: Sequence[float], top_n: int | None) -> list[int]:
-    """Places in the order of their scores, at most `top_n` of them; equal scores keep their order."""
-    return sorted(range(len(scores)), key=lambda place: -scores[place])[:top_n]
+    """Places in the order of their scores, at most `top_n`, none without text; equal scores keep their order."""
+    places = [place for place, score in enumerate(scores) if score != -math.inf]
+    return sorted(places, key=lambda place: -scores[place])[:top_n]
+
+
+def check_listed(documents: Any) -> None:
+    """Refuse documents that were joined into one text, of which each letter would be taken for a document."""
+    if isinstance(documents, str | bytes) or not isinstance(documents, Iterable):
+        raise ScaleDownError(
+            f"documents is {str(documents)[:80]!r}, expected a list of documents; do not join them: each is read by "
+            "itself."
+        )
 
 
 def check_top_n(top_n: int | None, name: str = "top_n") -> None:
     """Refuse a number of documents below 1."""
     if top_n is not None and top_n < 1:
         raise ScaleDownError(f"{name} is {top_n}, expected at least 1, or None for all.")
+
+
+def _with_text(documents: Sequence[str]) -> list[int]:
+    """Places of the documents that have text; what is no text at all is for the model to refuse."""
+    check_listed(documents)
+    return [place for place, text in enumerate(documents) if not isinstance(text, str) or text.strip()]
+
+
+def _at(values: Sequence[Any], places: Sequence[int]) -> list[Any]:
+    return [values[place] for place in places]
+
+
+def _of_all(answer: Answer, places: Sequence[int], names: Sequence[str | None]) -> Answer:
+    """An answer from the documents at some places, with a source for every document."""
+    sources = [Source(place, name, None, False) for place, name in enumerate(names)]
+    for place, source in zip(places, answer.sources, strict=True):
+        sources[place] = replace(source, index=place)
+    return Answer(answer.text, sources)
 
 
 def _arguments(reading: Reading) -> dict[str, Any]:

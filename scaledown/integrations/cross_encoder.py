@@ -49,7 +49,7 @@ class ScaleDownCrossEncoder:
             convert_to_tensor: Whether to return a tensor, whatever `convert_to_numpy` says.
 
         Returns:
-            Reranking scores `(len(pairs),)`; one number for one pair.
+            Reranking scores `(len(pairs),)`, −inf for a document without text; one number for one pair.
 
         Raises:
             ScaleDownError: Something is not a pair of texts.
@@ -92,7 +92,7 @@ class ScaleDownCrossEncoder:
             show_progress_bar: Taken for the sake of calls that name it; one question needs no bar.
 
         Returns:
-            `{"corpus_id": int, "score": float}` (and `"text"`) of each, best first.
+            `{"corpus_id": int, "score": float}` (and `"text"`) of each that has text, best first.
         """
         check_top_n(top_k, "top_k")
         scores = self._backend.rank(query, documents, batch_size)

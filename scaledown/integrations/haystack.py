@@ -79,7 +79,7 @@ class ScaleDownRanker(_Component):
             top_k: In place of the component's own.
 
         Returns:
-            `documents`: the best, best first, with their reranking score.
+            `documents`: the best, best first, with their reranking score; none without text.
         """
         self.warm_up()
         check_top_n(top_k, "top_k")

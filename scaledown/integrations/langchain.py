@@ -22,7 +22,7 @@ from pydantic import ConfigDict, PrivateAttr
 
 from errors_scaledown import ScaleDownError
 
-from .backend import Answer, Backend, Reading, best_first, check_top_n, open_backend
+from .backend import Answer, Backend, Reading, best_first, check_listed, check_top_n, open_backend
 
 
 class ScaleDownReranker(BaseDocumentCompressor):
@@ -61,7 +61,7 @@ class ScaleDownReranker(BaseDocumentCompressor):
             callbacks: Unused.
 
         Returns:
-            Copies of the best, best first, with `relevance_score` in their metadata.
+            Copies of the best, best first, with `relevance_score` in their metadata; none without text.
         """
         scores = self._backend.rank(query, [document.page_content for document in documents])
         return [
@@ -170,6 +170,7 @@ def _read(asked: Any) -> tuple[str, list[Any], list[str], list[str | None]]:
         raise ScaleDownError(
             f"the input is {str(asked)[:80]!r}, expected a dictionary with `question` and `documents`."
         )
+    check_listed(asked["documents"])
     documents = list(asked["documents"])
     texts = [document if isinstance(document, str) else document.page_content for document in documents]
     return asked["question"], documents, texts, [getattr(document, "id", None) for document in documents]

@@ -1,4 +1,5 @@
 import contextlib
+import math
 import socket
 import threading
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from errors_scaledown import ScaleDownError
-from scaledown.integrations.backend import EndpointBackend, LocalBackend, Reading
+from scaledown.integrations.backend import EndpointBackend, LocalBackend, Reading, best_first, open_backend
 from tiny import DOCUMENTS, QUESTIONS, build_model
 from tiny_tokenizers import build_unigram
 
@@ -65,6 +66,37 @@ def test_an_answer_that_nobody_reads_on_ends():
     pieces.close()
     assert threading.active_count() == before
     assert written[0].shape[1] < 200
+
+
+def test_documents_without_text_are_passed_over(place, records):
+    """One blank passage in a store must not cost the questions it is retrieved for their answers."""
+    backend, record, reading = open_backend(**place), records[0], Reading(max_documents=2, max_new_tokens=8)
+    question, texts = record["query"], record["documents"]
+    documents, ids = ["", texts[0], " \n", *texts[1:]], list("abcde")
+    scores = backend.rank(question, documents)
+    assert [scores[place] for place in (1, 3, 4)] == pytest.approx(backend.rank(question, texts), abs=1e-4)
+    assert sorted(best_first(scores, None)) == [1, 3, 4]
+    (expected,) = backend.answer([question], [texts], reading)
+    (answer,) = backend.answer([question], [documents], reading, [ids])
+    *pieces, streamed = backend.stream(question, documents, reading, ids)
+    assert answer.text == streamed.text == "".join(pieces) == expected.text
+    read = [source.read for source in expected.sources]
+    for found in (answer, streamed):
+        assert [source.id for source in found.sources] == ids
+        assert [source.index for source in found.sources] == list(range(5))
+        assert [source.read for source in found.sources] == [False, read[0], False, *read[1:]]
+        assert [found.sources[place].score for place in (0, 2)] == [None, None]
+    assert backend.rank(question, [" "]) == [-math.inf]
+    assert backend.answer([question], [[""]], Reading(max_new_tokens=2))[0].sources[0].read is False
+
+
+def test_documents_that_were_joined_are_refused():
+    """Each letter would be taken for a document."""
+    backend = open_backend(build_model("n_layers"))
+    with pytest.raises(ScaleDownError, match="documents is 'A heron', expected a list"):
+        backend.rank("Who?", "A heron")
+    with pytest.raises(ScaleDownError, match="do not join them"):
+        backend.answer(["Who?"], ["A heron"], Reading())
 
 
 def say(model, tokens: list[int]) -> None:

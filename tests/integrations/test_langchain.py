@@ -77,6 +77,8 @@ def _rounded(found: list[dict]) -> list[dict]:
 
 
 def test_wrong_input_is_told(world_model):
+    with pytest.raises(ScaleDownError, match="do not join them"):
+        ScaleDownAnswerer(world_model).invoke({"question": "Who?", "documents": "A heron.\n\nA walrus."})
     with pytest.raises(ScaleDownError, match="expected a dictionary with `question` and `documents`"):
         ScaleDownAnswerer(world_model).invoke("Who?")
     with pytest.raises(ValueError, match="top_n is 0"):
