@@ -126,10 +126,12 @@ class ScaleDownAnswerer(Runnable[dict[str, Any], dict[str, Any]]):
             for asked in inputs:
                 question, documents, texts, ids = _read(asked)
                 for piece in self._backend.stream(question, texts, self._reading, ids):
-                    if isinstance(piece, Answer):
-                        yield AddableDict(_sources(piece, documents))
-                    else:
+                    if isinstance(piece, str):
                         yield AddableDict(answer=piece)
+                        continue
+                    if not piece.text:  # no piece of it has come
+                        yield AddableDict(answer="")
+                    yield AddableDict(_sources(piece, documents))
 
         yield from self._transform_stream_with_config(iter([input]), pieces, config)
 

@@ -76,6 +76,17 @@ def _rounded(found: list[dict]) -> list[dict]:
     ]
 
 
+def test_a_stream_without_a_word_has_an_answer_too(world_model, records, monkeypatch):
+    """A model may end its answer at once; the sum of the pieces is that of `invoke` all the same."""
+    ends = world_model.generation_config.eos_token_id
+    settings = {"begin_suppress_tokens": [i for i in range(world_model.config.vocab_size) if i not in ends]}
+    generate = world_model.generate
+    monkeypatch.setattr(world_model, "generate", lambda *args, **more: generate(*args, **more, **settings))
+    answerer, asked = ScaleDownAnswerer(world_model), {"question": "Who?", "documents": records[0]["documents"]}
+    assert answerer.invoke(asked)["answer"] == ""
+    assert _rounded([reduce(lambda a, b: a + b, answerer.stream(asked))]) == _rounded([answerer.invoke(asked)])
+
+
 def test_wrong_input_is_told(world_model):
     with pytest.raises(ScaleDownError, match="do not join them"):
         ScaleDownAnswerer(world_model).invoke({"question": "Who?", "documents": "A heron.\n\nA walrus."})
