@@ -251,8 +251,8 @@ class EndpointBackend:
             return []
         with self._post("/v1/rerank", {"query": question, "documents": list(documents)}) as reply:
             results = json.load(reply)["results"]
-        scores = {result["index"]: result["relevance_score"] for result in results}
-        return [scores[place] for place in range(len(documents))]
+            scores = {result["index"]: result["relevance_score"] for result in results}
+            return [scores[place] for place in range(len(documents))]
 
     def answer(
         self, questions: Sequence[str], documents: Sequence[Sequence[str]], reading: Reading, ids: Any = None
@@ -271,7 +271,7 @@ class EndpointBackend:
     ) -> Iterator[str | Answer]:
         """See `Backend.stream`."""
         names = ids or [None] * len(documents)
-        text, sources, is_whole = "", [], False
+        text, sources, is_whole = "", None, False
         with self._post("/v1/chat/completions", {**_body(question, documents, reading), "stream": True}) as reply:
             for line in reply:
                 data = line.decode().removeprefix("data: ").strip()
@@ -284,17 +284,19 @@ class EndpointBackend:
                 if "documents" in event:
                     sources = _reported(event["documents"], names)
                 piece = event["choices"][0]["delta"].get("content") if event["choices"] else None
+                if piece and sources is None:  # other servers answer too, without a look at the documents
+                    raise KeyError("documents")
                 if piece:
                     text += piece
                     yield piece
         if not is_whole:  # where a connection breaks between two events, its end looks like that of the answer
             raise ScaleDownError(f"{self._url} broke off in the middle of an answer; ask again.")
-        yield Answer(text, sources)
+        yield Answer(text, sources or [])
 
     def _answer(self, question: str, documents: Sequence[str], names: Sequence[str | None], reading: Reading) -> Answer:
         with self._post("/v1/chat/completions", _body(question, documents, reading)) as reply:
             found = json.load(reply)
-        return Answer(found["choices"][0]["message"]["content"], _reported(found["documents"], names))
+            return Answer(found["choices"][0]["message"]["content"], _reported(found["documents"], names))
 
     @contextlib.contextmanager
     def _post(self, path: str, body: dict[str, Any]) -> Iterator[Any]:
@@ -310,7 +312,14 @@ class EndpointBackend:
             except (ValueError, KeyError, TypeError):
                 message = text[:200]
             raise ScaleDownError(f"{self._url} answered with status {error.code}: {message}") from error
-        except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
+        except ScaleDownError:
+            raise
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ScaleDownError(
+                f"{self._url} does not answer as a service of ScaleDown does ({type(error).__name__}: {error}); "
+                "another server may listen there: correct url."
+            ) from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
             raise ScaleDownError(
                 f"{self._url} does not answer as a service should ({error}); start it with "
                 "`python -m scaledown.serving`, or correct url."

@@ -1,4 +1,5 @@
 import contextlib
+import json
 import math
 import socket
 import threading
@@ -130,6 +131,32 @@ def test_a_reply_that_fails_while_it_is_read_is_told(reply, holds):
         backend = EndpointBackend(url, timeout=0.5)
         with pytest.raises(ScaleDownError, match="does not answer as a service should"):
             backend.rank("Who?", ["a"]) if reply[-1:] != b"\n" else list(backend.stream("Who?", [], Reading()))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"choices": [{"message": {"content": "From nowhere."}}]},
+        {"choices": [{"message": {"content": "From nowhere."}}], "documents": None},
+        {"results": [{"index": 0, "relevance_score": 1.0}]},
+        [],
+    ],
+)
+def test_another_server_is_not_taken_for_the_service(body):
+    """Servers of language models leave out fields that they do not know, such as the documents, and answer."""
+    text = json.dumps(body).encode()
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(text)
+    with replying(head + text) as url, pytest.raises(ScaleDownError, match="another server may listen there"):
+        EndpointBackend(url).answer(["Who?"], [["a"]], Reading())
+    with replying(head + text) as url, pytest.raises(ScaleDownError, match="another server may listen there"):
+        EndpointBackend(url).rank("Who?", ["a", "b"])
+
+
+def test_another_servers_stream_is_not_taken_for_an_answer_from_documents():
+    event = b'data: {"choices": [{"delta": {"content": "From nowhere."}}]}\n\ndata: [DONE]\n\n'
+    reply = HEAD + b"%x\r\n%s\r\n0\r\n\r\n" % (len(event), event)
+    with replying(reply) as url, pytest.raises(ScaleDownError, match="another server may listen there"):
+        next(EndpointBackend(url).stream("Who?", ["a"], Reading()))
 
 
 def test_an_address_without_its_scheme_is_refused():
