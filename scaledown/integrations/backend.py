@@ -15,6 +15,7 @@ import torch
 
 from errors_scaledown import ScaleDownError
 
+from ..common.devices import pick_device
 from ..common.streaming import REPLACEMENT, stream_tokens
 
 
@@ -159,7 +160,8 @@ class LocalBackend:
     """A model in this process.
 
     Args:
-        model: A loaded `ScaleDownModel`, or its folder or name on the Hub.
+        model: A loaded `ScaleDownModel`, which stays where it is, or its folder or name on the Hub, which goes to the
+            accelerator where there is one.
         revision: Branch, tag or commit, where it is a name.
     """
 
@@ -167,7 +169,10 @@ class LocalBackend:
         if isinstance(model, str) or hasattr(model, "__fspath__"):
             from modeling_scaledown import ScaleDownModel
 
-            model = ScaleDownModel.from_pretrained(str(model), revision=revision).optimize_for_inference()
+            model, device = ScaleDownModel.from_pretrained(str(model), revision=revision), pick_device()
+            if model.device.type != device:  # a quantized one is there already, and cannot be moved
+                model = model.to(device)
+            model = model.optimize_for_inference()
         self._model = model
 
     def rank(self, question: str, documents: Sequence[str], batch_size: int = 64) -> list[float]:

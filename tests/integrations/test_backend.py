@@ -38,6 +38,13 @@ def replying(reply: bytes, holds: bool = False):
         thread.join(10)
 
 
+def test_a_model_that_is_named_goes_to_the_accelerator(monkeypatch, tmp_path):
+    """On the CPU beside a GPU nobody was told of it, and a model of 7 billion parameters took minutes."""
+    build_model("n_layers").save_pretrained(tmp_path)
+    monkeypatch.setattr("scaledown.integrations.backend.pick_device", lambda: "meta")
+    assert LocalBackend(tmp_path)._model.device.type == "meta"
+
+
 def test_pieces_add_up_to_the_answer():
     """This model begins some answers with white space, which the whole answer does not have."""
     backend = LocalBackend(build_model("n_layers", seed=2))
