@@ -18,7 +18,7 @@ from langchain_core.documents.compressor import BaseDocumentCompressor
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import run_in_executor
 from langchain_core.runnables.utils import AddableDict
-from pydantic import ConfigDict, PrivateAttr
+from pydantic import ConfigDict, Field, PrivateAttr
 
 from errors_scaledown import ScaleDownError
 
@@ -39,7 +39,7 @@ class ScaleDownReranker(BaseDocumentCompressor):
     model: Any = None
     url: str | None = None
     revision: str | None = None
-    api_key: str | None = None
+    api_key: str | None = Field(default=None, exclude=True, repr=False)  # logs and traces write a component out
     top_n: int | None = None
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")

@@ -38,7 +38,7 @@ class ScaleDownRerank(BaseNodePostprocessor):
     model: Any = Field(default=None, exclude=True)
     url: str | None = None
     revision: str | None = None
-    api_key: str | None = Field(default=None, exclude=True)
+    api_key: str | None = Field(default=None, exclude=True, repr=False)
     top_n: int | None = None
 
     _backend: Backend = PrivateAttr()

@@ -87,6 +87,12 @@ def test_a_stream_without_a_word_has_an_answer_too(world_model, records, monkeyp
     assert _rounded([reduce(lambda a, b: a + b, answerer.stream(asked))]) == _rounded([answerer.invoke(asked)])
 
 
+def test_the_services_key_is_not_written_out():
+    """Components stand in logs and traces."""
+    component = ScaleDownReranker(url="http://127.0.0.1:8000", api_key="SECRET")
+    assert "SECRET" not in f"{component!r} {component} {component.model_dump()}"
+
+
 def test_wrong_input_is_told(world_model):
     with pytest.raises(ScaleDownError, match="do not join them"):
         ScaleDownAnswerer(world_model).invoke({"question": "Who?", "documents": "A heron.\n\nA walrus."})

@@ -56,6 +56,12 @@ def test_fewer_nodes_are_read_than_found(world_model, retriever, records):
     assert len(sources) == 5 and sum(source["read"] for source in sources) == 2
 
 
+def test_the_services_key_is_not_written_out():
+    """Components stand in logs and traces."""
+    component = ScaleDownRerank(url="http://127.0.0.1:8000", api_key="SECRET")
+    assert "SECRET" not in f"{component!r} {component} {component.model_dump()}"
+
+
 def test_nodes_without_a_query_are_refused(world_model):
     with pytest.raises(ScaleDownError, match="ranked by a query"):
         ScaleDownRerank(model=world_model).postprocess_nodes([])
