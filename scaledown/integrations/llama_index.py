@@ -69,7 +69,7 @@ class ScaleDownSynthesizer(BaseSynthesizer):
     """Answers from nodes that are read compressed.
 
     The response's metadata has `sources` besides the nodes': index, id and reranking score of each node, and whether
-    it was read.
+    it was read. Where the response streams, they come with its last piece.
 
     Args:
         model, url, revision, api_key: As in `ScaleDownRerank`.
@@ -99,50 +99,53 @@ class ScaleDownSynthesizer(BaseSynthesizer):
     def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> Any:
         """Answer from texts; a generator of pieces where the synthesizer streams."""
         if self._streaming:
-            return self._pieces(query_str, text_chunks)
-        return self._answer(query_str, text_chunks).text
+            return self._pieces(query_str, text_chunks, **response_kwargs)
+        return self._answer(query_str, text_chunks, **response_kwargs)
 
     async def aget_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> Any:
         """Answer from texts, in a thread."""
         if self._streaming:
-            return self._apieces(query_str, text_chunks)
-        return (await asyncio.to_thread(self._answer, query_str, text_chunks)).text
+            return self._apieces(query_str, text_chunks, **response_kwargs)
+        return await asyncio.to_thread(self._answer, query_str, text_chunks, **response_kwargs)
 
     def synthesize(self, query: Any, nodes: list[NodeWithScore], *args: Any, **kwargs: Any) -> Any:
         """Answer from nodes, and say what became of each."""
-        if self._streaming or not nodes:
-            return super().synthesize(query, nodes, *args, **kwargs)
-        answer = self._answer(_text_of(query), _texts_of(nodes))
-        return self._respond(answer, nodes, *args, **kwargs)
+        ids, sources = _ids_of(nodes), []
+        return _with(sources, super().synthesize(query, nodes, *args, ids=ids, sources=sources, **kwargs))
 
     async def asynthesize(self, query: Any, nodes: list[NodeWithScore], *args: Any, **kwargs: Any) -> Any:
         """Answer from nodes, in a thread."""
-        if self._streaming or not nodes:
-            return await super().asynthesize(query, nodes, *args, **kwargs)
-        answer = await asyncio.to_thread(self._answer, _text_of(query), _texts_of(nodes))
-        return self._respond(answer, nodes, *args, **kwargs)
+        ids, sources = _ids_of(nodes), []
+        return _with(sources, await super().asynthesize(query, nodes, *args, ids=ids, sources=sources, **kwargs))
 
-    def _respond(
-        self, answer: Answer, nodes: list[NodeWithScore], additional_source_nodes: Any = None, **_: Any
-    ) -> Any:
-        response = self._prepare_response_output(answer.text, [*nodes, *(additional_source_nodes or [])])
-        names = [node.node.node_id for node in nodes]
-        response.metadata = {
-            **(response.metadata or {}),
-            "sources": [{**source.as_dict(), "id": names[source.index]} for source in answer.sources],
-        }
-        return response
+    def _answer(
+        self,
+        question: str,
+        texts: Sequence[str],
+        ids: list[str] | None = None,
+        sources: list[Any] | None = None,
+        **_: Any,
+    ) -> str:
+        (answer,) = self._backend.answer([question], [texts], self._reading, None if ids is None else [ids])
+        _report(answer, sources)
+        return answer.text
 
-    def _answer(self, question: str, texts: Sequence[str]) -> Answer:
-        return self._backend.answer([question], [texts], self._reading)[0]
-
-    def _pieces(self, question: str, texts: Sequence[str]) -> Generator[str, None, None]:
-        for piece in self._backend.stream(question, texts, self._reading):
+    def _pieces(
+        self,
+        question: str,
+        texts: Sequence[str],
+        ids: list[str] | None = None,
+        sources: list[Any] | None = None,
+        **_: Any,
+    ) -> Generator[str, None, None]:
+        for piece in self._backend.stream(question, texts, self._reading, ids):
             if isinstance(piece, str):
                 yield piece
+            else:
+                _report(piece, sources)
 
-    async def _apieces(self, question: str, texts: Sequence[str]) -> Any:
-        pieces, done = self._pieces(question, texts), object()
+    async def _apieces(self, question: str, texts: Sequence[str], **reported: Any) -> Any:
+        pieces, done = self._pieces(question, texts, **reported), object()
         while (piece := await asyncio.to_thread(next, pieces, done)) is not done:
             yield piece
 
@@ -153,9 +156,16 @@ class ScaleDownSynthesizer(BaseSynthesizer):
         """Nothing: the prompt is what the model was trained with."""
 
 
-def _text_of(query: Any) -> str:
-    return query if isinstance(query, str) else query.query_str
+def _ids_of(nodes: Sequence[NodeWithScore]) -> list[str]:
+    return [node.node.node_id for node in nodes]
 
 
-def _texts_of(nodes: Sequence[NodeWithScore]) -> list[str]:
-    return [node.node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes]
+def _report(answer: Answer, sources: list[dict[str, Any]] | None) -> None:
+    if sources is not None:
+        sources += [source.as_dict() for source in answer.sources]
+
+
+def _with(sources: list[dict[str, Any]], response: Any) -> Any:
+    """A response that tells its sources, which come with the last piece where it streams."""
+    response.metadata = {**(response.metadata or {}), "sources": sources}
+    return response

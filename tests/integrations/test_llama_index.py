@@ -5,8 +5,10 @@ import pytest
 pytest.importorskip("llama_index.core", reason="make test-integrations installs it")
 pytest.importorskip("llama_index.retrievers.bm25")
 
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.schema import TextNode
+from llama_index.core.schema import NodeWithScore, TextNode
 from llama_index.retrievers.bm25 import BM25Retriever
 
 from errors_scaledown import ScaleDownError
@@ -44,8 +46,41 @@ def test_responses_stream(place, retriever, records):
         retriever, response_synthesizer=ScaleDownSynthesizer(max_new_tokens=8, streaming=True, **place)
     )
     for record in records[:2]:
-        written = "".join(streaming.query(record["query"]).response_gen)
-        assert written.strip() == plain.query(record["query"]).response
+        expected, response = plain.query(record["query"]), streaming.query(record["query"])
+        assert "".join(response.response_gen).strip() == expected.response
+        assert _rounded(response) == _rounded(expected)
+
+    async def later(question: str):
+        response = await streaming.aquery(question)
+        return "".join([piece async for piece in response.async_response_gen()]), response
+
+    written, response = asyncio.run(later(records[0]["query"]))
+    expected = plain.query(records[0]["query"])
+    assert written.strip() == expected.response
+    assert _rounded(response) == _rounded(expected)
+
+
+def _rounded(response) -> list[dict]:
+    """Sources without the digits in which batches differ."""
+    return [{**source, "score": round(source["score"], 3)} for source in response.metadata["sources"]]
+
+
+def test_what_listens_hears_of_answers(world_model):
+    """Tracers and evaluations hang on these events."""
+    heard = []
+
+    class Listener(BaseEventHandler):
+        def handle(self, event, **kwargs):
+            heard.append(type(event).__name__)
+
+    dispatcher = get_dispatcher()
+    dispatcher.add_event_handler(Listener())
+    try:
+        node = NodeWithScore(node=TextNode(text="A heron."))
+        ScaleDownSynthesizer(world_model, max_new_tokens=2).synthesize("Who?", [node])
+    finally:
+        dispatcher.event_handlers.pop()
+    assert heard == ["SynthesizeStartEvent", "SynthesizeEndEvent"]
 
 
 def test_fewer_nodes_are_read_than_found(world_model, retriever, records):
