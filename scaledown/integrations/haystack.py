@@ -6,6 +6,7 @@ pipeline.connect("retriever.documents", "ranker.documents")
 pipeline.connect("ranker.documents", "answerer.documents")
 """
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ class _Component:
 
     def _set_up(self, model: Any, url: str | None, revision: str | None, api_key: Secret | None) -> None:
         check_place(model, url)
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model  # as it stands in YAML
         self.model, self.url, self.revision, self.api_key = model, url, revision, api_key
         self._backend: Backend | None = None
 

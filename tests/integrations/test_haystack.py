@@ -61,6 +61,23 @@ def test_a_pipeline_goes_through_yaml(settings, store):
     assert {name: getattr(ranker, name) for name in settings} == settings
 
 
+def test_a_folder_may_be_a_path():
+    again = ScaleDownRanker.from_dict(ScaleDownRanker(ROOT).to_dict())
+    assert again.model == str(ROOT)
+
+
+def test_a_pipeline_passes_over_what_has_no_text(world_model, records):
+    """Pictures have none, and are retrieved beside texts."""
+    record = records[0]
+    documents = [Document(content=None, meta={"picture": "heron.png"})]
+    documents += [Document(content=text) for text in record["documents"]]
+    ranked = ScaleDownRanker(world_model).run(record["query"], documents)["documents"]
+    assert len(ranked) == len(record["documents"])
+    (answer,) = ScaleDownAnswerer(world_model, max_new_tokens=8).run(record["query"], documents)["answers"]
+    assert answer.documents[0].content == record["documents"][0]
+    assert [source["read"] for source in answer.meta["sources"]] == [False, True, True, True]
+
+
 def test_a_loaded_model_is_not_saved(world_model, store):
     with pytest.raises(ScaleDownError, match="names its model by a folder"):
         build({"model": world_model}, store).dumps()
