@@ -38,6 +38,7 @@ def main() -> None:
 
     from scaledown.training import run as training
     from scaledown.training.arguments import parse_arguments
+    from scaledown.training.reader import ReaderTrainer
     from scaledown.training.trainer import ScaleDownTrainer
 
     class Meter(TrainerCallback):
@@ -47,8 +48,9 @@ def main() -> None:
         def on_train_end(self, args, state, control, **kwargs):
             peaks["train"] = resident("VmHWM")
 
-    build = ScaleDownTrainer.__init__
-    ScaleDownTrainer.__init__ = lambda self, *a, **k: build(self, *a, **{**k, "callbacks": [Meter()]})
+    for kind in (ScaleDownTrainer, ReaderTrainer):
+        build = kind.__init__
+        kind.__init__ = lambda self, *a, build=build, **k: build(self, *a, **{**k, "callbacks": [Meter()]})
     compress = training.compress
 
     def measured(*arguments):

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -28,11 +29,9 @@ def start_lora_from(model: ScaleDownModel, folder: str) -> None:
     Raises:
         ScaleDownError: The folder holds no LoRA adapter, or one of another generator or with other settings.
     """
-    _check_is_adapter(folder)
-    saved = LoraConfig.from_pretrained(folder)
-    shape = {"r": saved.r, "lora_alpha": saved.lora_alpha, "target_modules": sorted(saved.target_modules)}
+    settings = adapter_settings(folder)
     if model.config.lora_config is None:
-        model.add_lora(**shape, lora_dropout=saved.lora_dropout)
+        model.add_lora(**settings)
     own = {name: parameter for name, parameter in model.generator.named_parameters() if "lora_" in name}
     found = {}
     for name, tensor in load_peft_weights(folder, device="cpu").items():
@@ -44,11 +43,33 @@ def start_lora_from(model: ScaleDownModel, folder: str) -> None:
         raise ScaleDownError(
             f"The adapter in {folder} does not fit the model's LoRA: {len(wrong)} of its weights are missing, left "
             f"over or of another shape ({sorted(wrong)[0]}, …). Use the generator it was trained on, and its lora_r "
-            f"({saved.r}) and lora_target_modules."
+            f"({settings['r']}) and lora_target_modules."
         )
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(found[name])
+
+
+def adapter_settings(folder: str) -> dict[str, Any]:
+    """Read the settings of an adapter's LoRA.
+
+    Args:
+        folder: Folder of a PEFT adapter.
+
+    Returns:
+        Arguments of `peft.LoraConfig`.
+
+    Raises:
+        ScaleDownError: The folder holds no LoRA adapter.
+    """
+    _check_is_adapter(folder)
+    saved = LoraConfig.from_pretrained(folder)
+    return {
+        "r": saved.r,
+        "lora_alpha": saved.lora_alpha,
+        "lora_dropout": saved.lora_dropout,
+        "target_modules": sorted(saved.target_modules),
+    }
 
 
 def merge_adapter(generator: PreTrainedModel, folder: str) -> PreTrainedModel:

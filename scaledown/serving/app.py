@@ -70,7 +70,8 @@ def create_app(engine: Engine, arguments: ServingArguments, metrics: Metrics, mo
     app.add_exception_handler(RequestValidationError, lambda request, error: _reply(as_field_error(error)))
     app.add_exception_handler(HTTPException, _reply_http)
     app.middleware("http")(service.count)
-    app.add_middleware(BodyLimit, max_bytes=arguments.max_body_bytes)
+    refused = metrics.requests.labels("none", "413")  # which no route sees
+    app.add_middleware(BodyLimit, max_bytes=arguments.max_body_bytes, on_refusal=refused.inc)
     if arguments.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=arguments.cors_origins, allow_methods=["*"], allow_headers=["*"]

@@ -1,6 +1,7 @@
 """What keeps a request from harming the service: the size of its body, a key, and its time."""
 
 import hmac
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import Request
@@ -18,10 +19,11 @@ class BodyLimit:
     Args:
         app: The application behind it.
         max_bytes: Size of a body at most.
+        on_refusal: Called for each body that is refused.
     """
 
-    def __init__(self, app: Any, max_bytes: int):
-        self._app, self._max_bytes = app, max_bytes
+    def __init__(self, app: Any, max_bytes: int, on_refusal: Callable[[], None]):
+        self._app, self._max_bytes, self._on_refusal = app, max_bytes, on_refusal
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """See ASGI."""
@@ -41,6 +43,7 @@ class BodyLimit:
                 413, f"the body is larger than {self._max_bytes} bytes; send fewer or shorter documents"
             )
             reply = JSONResponse(error.body(), error.status, {"Connection": "close"})
+            self._on_refusal()
             await reply(scope, receive, send)
             return
 

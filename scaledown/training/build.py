@@ -36,6 +36,8 @@ CHANGEABLE = (
     *("compression_rate", "max_query_length", "reranking_loss_weight", "pointer_loss_weight", "system_prompt"),
     "weights_format",
 )
+# A reader gets an adapter of its own, and nothing reads what the stage pointer's compressor writes.
+STAGES_WITHOUT_LORA = ("reader", "pointer")
 LORA_ARGUMENTS = {
     "lora_r": "r",
     "lora_alpha": "lora_alpha",
@@ -75,9 +77,7 @@ def build_model(
         loading["device_map"] = {"": args.device.index or 0} if args.device.type == "cuda" else None
     settings = {name: getattr(model_args, name) for name in CONFIG_ARGUMENTS}
     settings = {name: value for name, value in settings.items() if value is not None}
-    if args.stage == "reader":  # which has no compressor; any generator has a first layer
-        settings = {name: value for name, value in settings.items() if name == "system_prompt"}
-        settings["num_compressor_layers"] = 1
+    settings = fit_to_stage(settings, args.stage)
     check_exist(model_args)
     unset_hf_deepspeed_config()  # so that weights are spread when all are there: LoRA and memory embeddings read them
     if model_args.model_name_or_path is not None:
@@ -97,8 +97,9 @@ def build_model(
     else:
         settings["slot_pooling"] = choose_slot_pooling(model_args, args)
         model = _from_backbones(model_args, {**settings, **loading})
+    check_stage(model.config, args.stage)
     keep_token_embeddings(model, model_args)
-    if with_generator and args.stage not in ("reader", "pointer"):  # an adapter of its own, and none
+    if with_generator and args.stage not in STAGES_WITHOUT_LORA:
         add_lora(model, model_args)
     if args.deepspeed_plugin is not None:
         args.deepspeed_plugin.set_deepspeed_weakref()
@@ -125,6 +126,40 @@ def _from_backbones(model_args: ModelArguments, settings: dict[str, Any]) -> Sca
             f"{named} cannot be loaded ({type(error).__name__}: {error}). Expected folders or names on the Hub; check "
             "the names, their kind and the connection."
         ) from error
+
+
+def fit_to_stage(settings: dict[str, Any], stage: str) -> dict[str, Any]:
+    """Leave out settings of what a stage does not have.
+
+    Args:
+        settings: Fields of the configuration.
+        stage: The stage.
+
+    Returns:
+        Those of the model the stage builds.
+    """
+    if stage != "reader":
+        return settings
+    # A reader has no compressor; the smallest stands in for it.
+    of_generator = {name: value for name, value in settings.items() if name == "system_prompt"}
+    return {**of_generator, "num_compressor_layers": 1}
+
+
+def check_stage(config: Any, stage: str) -> None:
+    """Check that a model is one that a stage can teach.
+
+    Args:
+        config: The model's configuration.
+        stage: The stage.
+
+    Raises:
+        ScaleDownError: The stage pointer is to teach slots that do not point.
+    """
+    if stage == "pointer" and config.slot_pooling != "pointer":
+        raise ScaleDownError(
+            f"stage=pointer teaches where to point, and slot_pooling={config.slot_pooling} does not; set "
+            "slot_pooling=pointer, or choose another stage."
+        )
 
 
 def keep_token_embeddings(model: ScaleDownModel, model_args: ModelArguments) -> None:

@@ -1,6 +1,7 @@
 """The order in which a run reads its rows, where those of like length come together."""
 
 from collections.abc import Callable
+from typing import Any
 
 import datasets
 import torch
@@ -9,6 +10,21 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
 
 from .cache import CachedDataset
+
+
+def record_length(record: dict[str, Any], stage: str) -> int:
+    """Say how long a record is compared with others; characters tell, without a tokenizer.
+
+    Args:
+        record: A question with its documents.
+        stage: The stage that reads it.
+
+    Returns:
+        Characters of question and documents; in the stage `pointer` of question and longest document, since the
+        compressor runs alone there and all chunks of a batch are padded to the longest of them.
+    """
+    lengths = list(map(len, record["documents"]))
+    return len(record["query"]) + (max(lengths, default=0) if stage == "pointer" else sum(lengths))
 
 
 class EpochLengthGroupedSampler(LengthGroupedSampler):

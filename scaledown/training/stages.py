@@ -6,7 +6,6 @@ from typing import Any
 
 import datasets
 
-from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 from weights_scaledown import weights_fingerprint
 
@@ -28,6 +27,7 @@ from .record_checks import (
     learns_from_positives,
     with_documents,
 )
+from .sampling import record_length
 
 
 def prepare_stage(
@@ -64,11 +64,6 @@ def prepare_stage(
         return data["train"], data.get("eval"), collator, model
     data = read_data(data_args)
     model = build_model(model_args, args, with_backbone=args.stage in ("joint", "pointer"))
-    if args.stage == "pointer" and model.config.slot_pooling != "pointer":
-        raise ScaleDownError(
-            f"stage=pointer teaches where to point, and slot_pooling={model.config.slot_pooling} does not; set "
-            "slot_pooling=pointer, or choose another stage."
-        )
     if args.stage == "pointer":
         data = with_documents(data, data_args)
     builders = {"reader": ReaderCollator, "pointer": PointerCollator}
@@ -84,8 +79,8 @@ def prepare_stage(
             check_answers_stand_in_documents(data["train"], data_args, needed)
     if args.stage in ("joint", "pointer", "reader"):
         if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
-            measure = _longest if args.stage == "pointer" else _length
-            data["train"] = data["train"].map(measure, desc="Measuring lengths")
+            lengths = [record_length(record, args.stage) for record in data["train"]]
+            data["train"] = data["train"].add_column("length", lengths)
         return data["train"], data.get("eval"), whole, model
     for name, records in data.items():
         folder = cache_folder(data_args, args) / name
@@ -118,16 +113,6 @@ def read_data(data_args: DataArguments) -> dict[str, datasets.Dataset]:
         data["eval"] = _limit(load_records(data_args.eval_file), data_args.max_eval_examples)
     check_documents(data, data_args)
     return data
-
-
-def _length(record: dict[str, Any]) -> dict[str, int]:
-    """Characters show which records are of similar length, without a tokenizer."""
-    return {"length": len(record["query"]) + sum(map(len, record["documents"]))}
-
-
-def _longest(record: dict[str, Any]) -> dict[str, int]:
-    """Where the compressor runs alone, all chunks of a batch are padded to the longest of them."""
-    return {"length": len(record["query"]) + max(map(len, record["documents"]), default=0)}
 
 
 def _limit(rows, limit: int | None):

@@ -322,6 +322,8 @@ def test_the_body_has_a_limit(model):
         status, reply, _ = service.send("/v1/chat/completions", {**ASKED, "documents": ["a" * 2000]})
         assert status == 413 and "larger than 1000 bytes" in reply["error"]["message"]
         assert service.send("/v1/chat/completions", ASKED)[0] == 200
+        counted = service.send("/metrics")[1]
+    assert 'scaledown_requests_total{route="none",status="413"} 1.0' in counted
 
 
 def test_a_key_is_asked_for(model):

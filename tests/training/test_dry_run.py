@@ -24,11 +24,12 @@ from transformers import (
 from folders import ROOT, TRAINING_SETTINGS, from_backbones, save_backbones, write_rows
 from scaledown.common.tracing import MemoryTracker, storage_bytes, training_peak
 from scaledown.training.arguments import DataArguments, ModelArguments, parse_arguments
-from scaledown.training.build import build_model
+from scaledown.training.build import build_model, lora_settings
 from scaledown.training.collators import JointCollator
 from scaledown.training.dry_run.estimate import Memory, estimate_stage
 from scaledown.training.dry_run.report import dry_run
 from scaledown.training.dry_run.skeleton import build_skeleton
+from scaledown.training.reader import add_reader_lora
 from scaledown.training.run import main, run
 from scaledown.training.trainer import ScaleDownTrainer
 from tiny import DOCUMENTS, SHAPE, build_tokenizer
@@ -183,6 +184,41 @@ def test_mistakes_are_told(without_weights, tmp_path, change, message):
         dry_run(arguments, DataArguments(train_file="nowhere"), training_arguments(tmp_path))
 
 
+def test_a_pointer_stage_is_that_of_a_compressor_alone(backbones, without_weights, tmp_path, untraced):
+    args = training_arguments(tmp_path, stage="pointer", train_sampling_strategy="group_by_length")
+    settings = {"slot_pooling": "pointer"}
+    found = estimate_stage(
+        model_arguments(without_weights, "modernbert", **settings), DataArguments(train_file="nowhere"), args
+    )
+    model = build_model(model_arguments(backbones, "modernbert", **settings), args)
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(trained for trained, _ in found.parameters.values()) == learned and "LoRA" not in found.parameters
+    assert found.needed.weights == storage_bytes(model)
+    assert found.reading.generator_tokens == 0 and found.reading.compressor_tokens > 0
+    with pytest.raises(ValueError, match="stage=pointer teaches where to point"):
+        dry_run(model_arguments(without_weights, "modernbert"), DataArguments(train_file="nowhere"), args)
+
+
+def test_a_reader_has_no_compressor_and_reads_whole_documents(
+    backbones, without_weights, train_file, tmp_path, untraced
+):
+    args = training_arguments(tmp_path, stage="reader")
+    data = DataArguments(train_file=str(train_file))
+    found = estimate_stage(model_arguments(without_weights, "n_layers"), data, args)
+    reader = add_reader_lora(
+        build_model(model_arguments(backbones, "n_layers"), args), lora_settings(model_arguments(backbones, "n_layers"))
+    )
+    learned = sum(p.numel() for p in reader.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in reader.parameters()) - learned
+    assert found.parameters == {"generator": (0, frozen), "LoRA": (learned, 0)} and found.kind is None
+    assert found.needed.weights == storage_bytes(reader)
+    assert found.reading.compressor_tokens == 0
+    assert found.reading.generator_tokens > 5 * found.reading.largest["logits_to_keep"]
+    reader.save_pretrained(tmp_path / "adapter")
+    going_on = model_arguments(without_weights, "n_layers", lora_name_or_path=str(tmp_path / "adapter"), lora_r=None)
+    assert estimate_stage(going_on, data, args).parameters == found.parameters
+
+
 def test_a_model_too_large_is_said_to_be(monkeypatch, without_weights, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(
@@ -300,15 +336,19 @@ def middling(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs the memory figures of Linux")
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("case", ["n_layers", "modernbert", "generate"])
+@pytest.mark.parametrize("case", ["n_layers", "modernbert", "generate", "reader", "pointer"])
 def test_the_estimate_is_within_15_percent_of_a_run(middling, case, checkpointing, tmp_path):
     argv = ["--generator_name_or_path", str(middling / "generator"), "--train_file", str(middling / "train.jsonl")]
     argv += ["--num_compressor_layers", "4", "--projector_hidden_size", "2048", "--chunk_length", "64"]
     argv += ["--num_memory_tokens", "4", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
     argv += ["--max_steps", "2", "--gradient_checkpointing", str(checkpointing), "--cache_dtype", "float32"]
     argv += ["--use_cpu", "true", "--save_strategy", "no", "--disable_tqdm", "true", "--output_dir", str(tmp_path)]
-    if case != "n_layers":
+    if case in ("modernbert", "generate", "pointer"):
         argv += ["--compressor_type", "modernbert", "--compressor_name_or_path", str(middling / "encoder")]
+    if case in ("reader", "pointer"):
+        argv += ["--stage", case]
+    if case == "pointer":
+        argv += ["--slot_pooling", "pointer", "--pointer_window", "4"]
     if case == "generate":
         argv += ["--two_stage", "true", "--per_device_train_batch_size", "4"]
     command = [sys.executable, str(ROOT / "tests" / "peak_memory.py"), *argv]
@@ -317,7 +357,7 @@ def test_the_estimate_is_within_15_percent_of_a_run(middling, case, checkpointin
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("PEAKS "))
     peaks = json.loads(line.removeprefix("PEAKS "))
     model_args, data_args, args = parse_arguments(argv)
-    args.stage = "generate" if case == "generate" else "joint"
+    args.stage = "generate" if args.two_stage else args.stage
     needed = estimate_stage(model_args, data_args, args).needed
     measured = peaks["train"] - peaks["before"]
     print(

@@ -12,13 +12,12 @@ from functools import partial
 import torch
 from torch import nn
 
-from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 
 from ...common.tracing import inference_peak, storage_bytes, training_peak
 from ..arguments import DataArguments, ModelArguments, ScaleDownTrainingArguments
 from .reading import Reading, read_sample
-from .skeleton import build_skeleton
+from .skeleton import build_reader, build_skeleton
 
 PARTS = ("compressor backbone", "memory embeddings", "projector", "reranking head", "generator", "LoRA")
 # Of a GPU's memory, what the driver, the libraries' work spaces and the allocator's gaps take: an allowance, not
@@ -54,7 +53,7 @@ class StageEstimate:
 
     Args:
         stage: The stage.
-        kind: Kind of compressor.
+        kind: Kind of compressor; `None` where there is none.
         parameters: Parameters trained and frozen, by part.
         memory: Memory by whether gradient checkpointing is on; one entry under `False` where nothing is trained.
         checkpointing: Whether the run has it on.
@@ -66,7 +65,7 @@ class StageEstimate:
     """
 
     stage: str
-    kind: str
+    kind: str | None
     parameters: dict[str, tuple[int, int]]
     memory: dict[bool, Memory]
     checkpointing: bool
@@ -128,12 +127,13 @@ def estimate_stage(
         OSError: There is no such model.
         ValueError: Arguments that contradict each other, or data that breaks the format.
     """
-    if args.stage in ("reader", "pointer"):
-        raise ScaleDownError(f"dry_run does not estimate the stage {args.stage}; estimate joint, which needs more.")
     dtype, notes = _dtype(args)
     compressing = args.stage == "compress"
     model = build_skeleton(model_args, args, dtype, not compressing, args.stage != "generate")
     reading = read_sample(model.processor, model.config, data_args, args)
+    kind = model.config.compressor_type
+    if args.stage == "reader":
+        model, kind = build_reader(model, model_args), None
     if compressing:
         memory, checkpointing = {False: _inference_memory(model, reading)}, False
         examples, steps = reading.batch_size, None
@@ -149,7 +149,7 @@ def estimate_stage(
         notes.append(f"each of {args.world_size} devices is taken to hold {share}")
     return StageEstimate(
         args.stage,
-        model.config.compressor_type,
+        kind,
         _count_parameters(model, trained=not compressing),
         memory,
         checkpointing,
@@ -186,7 +186,7 @@ def _dtype(args: ScaleDownTrainingArguments) -> tuple[torch.dtype, list[str]]:
     return torch.bfloat16, ["there is no GPU here; the figures are those of mixed precision on one"]
 
 
-def _count_parameters(model: ScaleDownModel, trained: bool) -> dict[str, tuple[int, int]]:
+def _count_parameters(model: nn.Module, trained: bool) -> dict[str, tuple[int, int]]:
     counts = dict.fromkeys(PARTS, (0, 0))
     for name, parameter in model.named_parameters():
         part, learns = _part_of(name), trained and parameter.requires_grad
@@ -196,7 +196,7 @@ def _count_parameters(model: ScaleDownModel, trained: bool) -> dict[str, tuple[i
 
 
 def _part_of(name: str) -> str:
-    if name.startswith("generator."):
+    if name.startswith(("generator.", "base_model.")):  # the latter in a reader
         return "LoRA" if "lora_" in name else "generator"
     if name.startswith("compressor.backbone."):
         return "compressor backbone"
@@ -216,7 +216,7 @@ def _inference_memory(model: ScaleDownModel, reading: Reading) -> Memory:
 
 
 def _training_memory(
-    model: ScaleDownModel, reading: Reading, args: ScaleDownTrainingArguments, dtype: torch.dtype, checkpointing: bool
+    model: nn.Module, reading: Reading, args: ScaleDownTrainingArguments, dtype: torch.dtype, checkpointing: bool
 ) -> Memory:
     learned = [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in learned)

@@ -17,8 +17,10 @@ from reranking_scaledown import slots_by_document
 from ...data.records import load_records
 from ..arguments import DataArguments, ScaleDownTrainingArguments
 from ..cache import STATE_DTYPES, make_plan
-from ..collators import CompressionCollator, GenerationCollator, JointCollator, PretrainingCollator
+from ..collators import CompressionCollator, GenerationCollator, JointCollator, PointerCollator, PretrainingCollator
 from ..pretraining import AUTOENCODING, load_pretraining_data
+from ..reader import ReaderCollator
+from ..sampling import record_length
 
 # Records looked at; the others are taken to be like them.
 SAMPLE = 256
@@ -80,16 +82,21 @@ def read_sample(
     collators: dict[str, Callable] = {
         "joint": JointCollator(processor, data_args.max_answer_length),
         "pretrain": PretrainingCollator(processor),
+        "pointer": PointerCollator(processor, data_args.max_answer_length),
         "generate": GenerationCollator(processor, data_args.max_answer_length),
+        "reader": ReaderCollator(processor, data_args.max_answer_length),
     }
     collate = collators[args.stage]
     random.Random(0).shuffle(rows)
-    if args.stage == "joint" and args.train_sampling_strategy != "random":  # the longest may meet in one batch
-        rows.sort(key=lambda row: -sum(map(len, row["documents"])))
-    batches = [collate(rows[i : i + size]) for i in range(0, max(len(rows) - size + 1, 1), size)]
+    by_length = args.stage in ("joint", "pointer", "reader") and args.train_sampling_strategy != "random"
+    if by_length:  # the longest may meet in one batch
+        rows.sort(key=lambda row: record_length(row, args.stage), reverse=True)
+    parts = [rows[i : i + size] for i in range(0, max(len(rows) - size + 1, 1), size)]
+    batches = list(map(collate, parts))
     reading.largest = max(batches, key=lambda batch: _cost(batch, config))
-    counted = sum(batch["input_ids"].shape[0] for batch in batches)
-    reading.generator_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches) / counted
+    counted = sum(map(len, parts))
+    read = [batch["attention_mask"] for batch in batches if "attention_mask" in batch]
+    reading.generator_tokens = sum(int(mask.sum()) for mask in read) / counted
     reading.compressor_tokens = sum(_compressor_tokens(batch, config) for batch in batches) / counted
     return reading
 
@@ -204,4 +211,6 @@ def _cost(batch: dict[str, Any], config: Any) -> int:
     """What a batch keeps alive, to compare batches by."""
     sides = [("input_ids", config.generator_config), ("compressor_input_ids", config.compressor_config)]
     cost = sum(batch[name].numel() * c.hidden_size * c.num_hidden_layers for name, c in sides if name in batch)
+    if "logits_to_keep" not in batch:
+        return cost
     return cost + batch["input_ids"].shape[0] * batch["logits_to_keep"] * config.generator_config.vocab_size

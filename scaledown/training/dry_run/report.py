@@ -37,7 +37,8 @@ def render(found: StageEstimate) -> str:
     Returns:
         Tables and sentences.
     """
-    lines = [f"Stage {found.stage}, compressor {found.kind}, {str(found.dtype).removeprefix('torch.')}"]
+    compressor = "no compressor" if found.kind is None else f"compressor {found.kind}"
+    lines = [f"Stage {found.stage}, {compressor}, {str(found.dtype).removeprefix('torch.')}"]
     lines += [f"Read: {found.reading.source}", ""]
     lines.append(f"{'parameters':<26}{'trained':>18}{'frozen':>18}")
     rows = [*found.parameters.items(), ("all", tuple(map(sum, zip(*found.parameters.values(), strict=True))))]
@@ -79,11 +80,10 @@ def _render_reading(found: StageEstimate) -> list[str]:
         known = f"{count:,} examples: {format_size(round(count * reading.cache_bytes))}" if count else ""
         known = known or f"{format_size(round(1000 * reading.cache_bytes))} per 1,000 examples"
         return [*lines, f"The cache takes {known}."]
-    compressor = f"compressor {examples * reading.compressor_tokens:,.0f} tokens, "
-    compressor = compressor if reading.compressor_tokens else ""
+    sides = (("compressor", reading.compressor_tokens), ("generator", reading.generator_tokens))
+    tokens = ", ".join(f"{side} {examples * count:,.0f} tokens" for side, count in sides if count)
     steps = f"{found.steps:,}" if found.steps is not None else "unknown without the data"
-    generator = f"generator {examples * reading.generator_tokens:,.0f} tokens"
     return [
-        f"A step reads {examples:,} examples: {compressor}{generator} (padding aside).",
+        f"A step reads {examples:,} examples: {tokens} (padding aside).",
         f"Steps in the run: {steps}.",
     ]

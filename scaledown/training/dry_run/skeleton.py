@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -15,18 +16,24 @@ from gguf_scaledown import read_config
 from modeling_scaledown import ScaleDownModel
 from processing_scaledown import PROCESSOR_FIELDS, ScaleDownProcessor
 
+from ...common.adapters import adapter_settings
 from ...common.loading import load_model
 from ...common.tracing import QUANTIZED_BYTES, build_on_meta
 from ..arguments import ModelArguments, ScaleDownTrainingArguments
 from ..build import (
     CHANGEABLE,
     CONFIG_ARGUMENTS,
+    STAGES_WITHOUT_LORA,
     add_lora,
     check_exist,
     check_settings,
+    check_stage,
     choose_slot_pooling,
+    fit_to_stage,
     keep_token_embeddings,
+    lora_settings,
 )
+from ..reader import add_reader_lora
 
 READ = "configuration and tokenizer are all that a dry run reads"
 
@@ -57,6 +64,7 @@ def build_skeleton(
     check_exist(model_args)
     settings = {name: getattr(model_args, name) for name in CONFIG_ARGUMENTS}
     settings = {name: value for name, value in settings.items() if value is not None}
+    settings = fit_to_stage(settings, args.stage)
     if model_args.model_name_or_path is not None:
         config, processor = _trained(model_args, settings)
     else:
@@ -64,10 +72,11 @@ def build_skeleton(
         config, processor = _from_backbones(model_args, settings)
     # Other kernels keep what sdpa keeps.
     attention = "eager" if model_args.attn_implementation == "eager" else "sdpa"
+    check_stage(config, args.stage)
     model = build_on_meta(config, attention, with_generator=with_generator, with_backbone=with_backbone)
     with torch.device("meta"):
         keep_token_embeddings(model, model_args)
-        if with_generator:
+        if with_generator and args.stage not in STAGES_WITHOUT_LORA:
             add_lora(model, model_args)
     for parameter in model.parameters():
         trained = parameter.requires_grad and args.stage != "compress"  # as ScaleDownTrainer holds what it trains
@@ -76,6 +85,29 @@ def build_skeleton(
         _mark_quantized(model.generator, model_args.load_in_4bit)
     model.processor = processor
     return model.train()
+
+
+def build_reader(model: ScaleDownModel, model_args: ModelArguments) -> PeftModel:
+    """Put a reader's LoRA around the generator of a skeleton.
+
+    Args:
+        model: What `build_skeleton` returned for the stage reader.
+        model_args: The settings of LoRA, or the adapter to go on with.
+
+    Returns:
+        What the stage reader trains, on `meta`, in training mode.
+
+    Raises:
+        ScaleDownError: The adapter to go on with is none.
+    """
+    adapter = model_args.lora_name_or_path
+    settings = lora_settings(model_args) if adapter is None else adapter_settings(adapter)
+    with torch.device("meta"):
+        reader = add_reader_lora(model, settings)
+    for parameter in reader.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return reader.train()
 
 
 def _trained(model_args: ModelArguments, settings: dict[str, Any]) -> tuple[Any, ScaleDownProcessor]:
