@@ -247,7 +247,8 @@ class TimedModels:
         Returns:
             A function that answers once.
         """
-        static = {"cache_implementation": "static"} if self.arguments.compile else {}  # generate() compiles with those
+        compiles = all(model.compiles_decoding for model in self.models.values())  # on a CPU neither side does
+        static = {"cache_implementation": "static"} if compiles else {}  # generate() compiles with those
         settings = {**(settings or {}), **static, "attention_mask": torch.ones_like(ids)}
 
         def write(_: Any, timed: dict[str, Any]) -> None:

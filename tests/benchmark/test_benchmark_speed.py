@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import GenerationMixin
 
 from scaledown import ScaleDownModel
 from scaledown.benchmark.arguments import BenchmarkArguments
@@ -108,6 +109,21 @@ def test_a_cached_prefix_gives_the_same_tokens(monkeypatch):
     ids = answers[0][:, : workload.text_length]
     models.text_run(ids, workload.new_tokens)()
     assert answers[0].tolist() == answers[1].tolist() == answers[2].tolist()
+
+
+def test_without_compiling_both_sides_decode_alike(monkeypatch):
+    """On a CPU nothing is compiled; a static cache on one side alone would make its times those of another thing."""
+    models, caches = TimedModels(arguments(compile=True, compressors="2")), []
+    generate = GenerationMixin.generate
+
+    def watched(self, *args, **settings):
+        caches.append(settings.get("cache_implementation"))
+        return generate(self, *args, **settings)
+
+    monkeypatch.setattr(GenerationMixin, "generate", watched)
+    for run in models.runs(models.arguments.workload, 1).values():
+        run()
+    assert caches == [None] * 3
 
 
 def test_what_a_rival_reads():
