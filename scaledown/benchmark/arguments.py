@@ -102,7 +102,10 @@ class BenchmarkArguments:
     )
     compile: bool = field(
         default=False,
-        metadata={"help": "Both sides decode with a static cache, which transformers compiles on a GPU."},
+        metadata={
+            "help": "On a GPU: both sides decode with a static cache, which transformers compiles, and compressors are "
+            "compiled."
+        },
     )
     rivals: bool = field(
         default=False,
@@ -136,7 +139,8 @@ class BenchmarkArguments:
     )
 
     def __post_init__(self):
-        check_least(self, {**dict.fromkeys((*SWEPT, "prompt_length", "repeats"), 1), "query_length": 0})
+        check_least(self, dict.fromkeys((*SWEPT, "prompt_length", "repeats", "threads"), 1))
+        check_least(self, {"query_length": 0, "seed": 0})
         if self.mode != "flops" and self.generator is None:
             raise ScaleDownError(f"mode {self.mode} needs a generator; pass --generator, such as qwen2.5-0.5b.")
         refuse_existing(self.output_dir)
@@ -149,6 +153,15 @@ class BenchmarkArguments:
             raise ScaleDownError(
                 "rivals are timed on documents of one length, and mixed_lengths draws others for the models they are "
                 "compared with; leave out --mixed_lengths or --rivals."
+            )
+        if self.rivals and self.compile:
+            raise ScaleDownError(
+                "compile compiles the compressors and not the models of rivals, so that their times would not be "
+                "comparable; leave out --compile or --rivals."
+            )
+        if self.rivals and self.prompt_length < 2:
+            raise ScaleDownError(
+                "rivals include a cached prefix, half of the prompt, and prompt_length is 1; pass at least 2."
             )
         if self.mode == "serving" and not (self.service_url and self.text_url):
             raise ScaleDownError("mode serving measures running servers; pass --service_url and --text_url.")

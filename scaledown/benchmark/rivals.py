@@ -138,9 +138,7 @@ class RivalModels:
         Returns:
             Functions that answer once.
         """
-        found = {}
-        if not self.models.arguments.compile:  # compiled, the cache is a static one of generate()'s own
-            found[CACHED_PREFIX] = self._cached_run(workload, batch_size)
+        found = {CACHED_PREFIX: self._cached_run(workload, batch_size)}
         for rival in RIVALS:
             ids = self._ids(self.models.generator, batch_size, rival.tokens_read(workload))
             encode = self._encoding(rival, workload, batch_size)

@@ -147,6 +147,8 @@ SPEED = ["--mode", "speed", "--generator", "qwen2.5-0.5b"]
     [
         (["--new_tokens", "0"], "new_tokens is 0, expected at least 1"),
         (["--query_length", "-1"], "query_length is -1"),
+        (["--seed", "-1"], "seed is -1"),
+        ([*SPEED, "--threads", "0"], "threads is 0, expected at least 1"),
         (["--mode", "speed"], "mode speed needs a generator"),
         ([*SPEED, "--sweep", "layers=1"], "sweep holds 'layers=1'"),
         ([*SPEED, "--sweep", "batch_size=0"], "sweep holds 'batch_size=0'"),
@@ -154,6 +156,8 @@ SPEED = ["--mode", "speed", "--generator", "qwen2.5-0.5b"]
         (["--compressors", "3"], "mode flops without a generator does not read compressors=3"),
         (["--batch_size", "8"], "does not read batch_size=8"),
         ([*SPEED, "--rivals", "true", "--mixed_lengths", "true"], "rivals are timed on documents of one length"),
+        ([*SPEED, "--rivals", "true", "--compile", "true"], "not the models of rivals"),
+        ([*SPEED, "--rivals", "true", "--prompt_length", "1"], "prompt_length is 1; pass at least 2"),
         ([*SPEED, "--output_dir", f"{__file__}/out"], "cannot be made in"),
         (["--mode", "train", "--generator", "x", "--sweep", "batch_size=4"], "mode train does not read sweep"),
     ],
