@@ -12,6 +12,7 @@ import torch
 from errors_scaledown import ScaleDownError
 from filling_scaledown import FilledPrompts, PromptSettings, fill_prompts
 from generation_scaledown import DEFAULT_MAX_NEW_TOKENS
+from text_scaledown import check_encodable
 
 from ..common.adapters import adapters_off
 from ..common.devices import wait_for
@@ -132,6 +133,8 @@ def read_request(question: str, passages: str, compression_rate: int | None, max
             f"{'s' if len(parts) > 1 else ''}. This page reads at most {MAX_PASSAGES} passages and {MAX_CHARACTERS:,} "
             "characters."
         )
+    for name, text in (("The question", question), *((f"Passage {i}", part) for i, part in enumerate(parts, 1))):
+        check_encodable(text, name)
     return Request(question, parts, compression_rate, max_documents)
 
 

@@ -108,8 +108,9 @@ def test_passages_are_separated_by_blank_lines():
         ("Who?" * 1_000, "A heron.", "4,000 characters"),
         ("Who?", "A heron.\n\n" * (MAX_PASSAGES + 1), "101 passages"),
         ("Who?", "A heron. " * 20_000, "180,000 characters"),
+        ("Who?", "A heron.\n\nHalf of a bird: \ud83e", "Passage 2 has half of a surrogate pair"),
     ],
-    ids=["no question", "no passage", "long question", "many passages", "long passages"],
+    ids=["no question", "no passage", "long question", "many passages", "long passages", "half a character"],
 )
 def test_what_cannot_be_asked_is_said_in_a_line(question, passages, message):
     with pytest.raises(ScaleDownError, match=message) as caught:
