@@ -16,7 +16,7 @@ from haystack.utils import Secret, deserialize_secrets_inplace
 
 from errors_scaledown import ScaleDownError
 
-from .backend import Backend, Reading, best_first, check_place, check_top_n, open_backend
+from .backend import Backend, Reading, Source, best_first, check_place, check_top_n, open_backend
 
 
 class _Component:
@@ -139,7 +139,7 @@ class ScaleDownAnswerer(_Component):
         self.warm_up()
         texts, ids = [document.content or "" for document in documents], [document.id for document in documents]
         (answer,) = self._backend.answer([query], [texts], self._reading, [ids])
-        read = [replace(documents[source.index], score=source.score) for source in answer.sources if source.read]
+        read = [_scored(documents[source.index], source) for source in answer.sources if source.read]
         meta = {"sources": [source.as_dict() for source in answer.sources]}
         return {"answers": [GeneratedAnswer(data=answer.text, query=query, documents=read, meta=meta)]}
 
@@ -151,3 +151,8 @@ class ScaleDownAnswerer(_Component):
     def from_dict(cls, data: dict[str, Any]) -> "ScaleDownAnswerer":
         """The component of such settings."""
         return cls._from_dict(data)
+
+
+def _scored(document: Document, source: Source) -> Document:
+    """A document with its reranking score; the retriever's stays where the model has none."""
+    return document if source.score is None else replace(document, score=source.score)

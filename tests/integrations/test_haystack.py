@@ -10,6 +10,7 @@ from haystack.utils import Secret
 from errors_scaledown import ScaleDownError
 from folders import ROOT
 from scaledown.integrations.haystack import ScaleDownAnswerer, ScaleDownRanker
+from tiny import build_model
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,12 @@ def test_a_pipeline_passes_over_what_has_no_text(world_model, records):
     (answer,) = ScaleDownAnswerer(world_model, max_new_tokens=8).run(record["query"], documents)["answers"]
     assert answer.documents[0].content == record["documents"][0]
     assert [source["read"] for source in answer.meta["sources"]] == [False, True, True, True]
+
+
+def test_the_retrievers_score_stays_where_the_model_has_none():
+    answerer = ScaleDownAnswerer(build_model("n_layers", enable_reranking=False), max_new_tokens=2)
+    (answer,) = answerer.run("Who?", [Document(content="A heron.", score=0.7)])["answers"]
+    assert [document.score for document in answer.documents] == [0.7]
 
 
 def test_a_loaded_model_is_not_saved(world_model, store):
