@@ -238,7 +238,7 @@ class EndpointBackend:
     Args:
         url: Its address, with or without `/v1`.
         api_key: Its key.
-        timeout: Seconds that a reply may take.
+        timeout: Seconds that the service may be silent.
     """
 
     def __init__(self, url: str, api_key: str | None = None, timeout: float = 120.0):
@@ -319,6 +319,11 @@ class EndpointBackend:
             raise ScaleDownError(f"{self._url} answered with status {error.code}: {message}") from error
         except ScaleDownError:
             raise
+        except TimeoutError as error:
+            raise ScaleDownError(
+                f"{self._url} sent nothing for {self._timeout:g} seconds; ask for fewer tokens or of fewer documents, "
+                "ask less at once, or try later."
+            ) from error
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ScaleDownError(
                 f"{self._url} does not answer as a service of ScaleDown does ({type(error).__name__}: {error}); "

@@ -136,7 +136,8 @@ def test_half_an_answer_is_not_taken_for_a_whole_one():
 def test_a_reply_that_fails_while_it_is_read_is_told(reply, holds):
     with replying(reply, holds) as url:
         backend = EndpointBackend(url, timeout=0.5)
-        with pytest.raises(ScaleDownError, match="does not answer as a service should"):
+        message = "sent nothing for 0.5 seconds" if holds else "does not answer as a service should"
+        with pytest.raises(ScaleDownError, match=message):
             backend.rank("Who?", ["a"]) if reply[-1:] != b"\n" else list(backend.stream("Who?", [], Reading()))
 
 
