@@ -21,7 +21,8 @@ FORMATS = (
     "records",
 )
 # What an evaluation sets beside the model; see `evaluation/systems.py`.
-TEXT_BASELINES = ("full_text", "no_documents", "truncated")
+SELECTED_TEXT = "selected_text"
+TEXT_BASELINES = ("full_text", SELECTED_TEXT, "no_documents", "truncated")
 MEMORY_BASELINES = ("random_memory", "shuffled_documents")
 BASELINES = (*TEXT_BASELINES, *MEMORY_BASELINES)
 # What searches a corpus; see `data/indexes/index.py`.

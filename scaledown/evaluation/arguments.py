@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from errors_scaledown import ScaleDownError
 
-from ..common.choices import BASELINES, DTYPES, FORMATS
+from ..common.choices import BASELINES, DTYPES, FORMATS, SELECTED_TEXT
 from ..common.command_line import check_least, parse_object, parse_options, refuse_existing, refuse_options, split_names
 
 DEFAULT_BASELINES = "full_text,no_documents"
@@ -191,6 +191,11 @@ class EvaluationArguments:
         if unknown:
             raise ScaleDownError(
                 f"there is no baseline {unknown[0]!r}; expected some of {', '.join(BASELINES)}, or none."
+            )
+        if SELECTED_TEXT in self.baseline_names and not self.selection:
+            raise ScaleDownError(
+                f"the baseline {SELECTED_TEXT} reads the documents that the model's scores select, and nothing says "
+                "which; pass --max_documents, --max_slots or --min_reranking_score, or leave it out."
             )
         absent = [name for name in self.judged_against if name not in self.baseline_names]
         if absent and self.rejudge is None:

@@ -15,12 +15,12 @@ from quantization_scaledown import is_quantized
 from weights_scaledown import load_complete
 
 from ..common.adapters import merge_adapter, without_lora
-from ..common.choices import MEMORY_BASELINES, TEXT_BASELINES
+from ..common.choices import MEMORY_BASELINES, SELECTED_TEXT, TEXT_BASELINES
 from ..common.devices import pick_dtype
 from ..common.loading import load_model
 from .arguments import EvaluationArguments
 from .data import Example
-from .systems import CompressedSystem, System, TextSystem, choose_donors
+from .systems import CompressedSystem, SelectedTextSystem, System, TextSystem, choose_donors
 
 # What --generator takes for the model's own, whatever was merged into it.
 OWN_GENERATOR = "own"
@@ -132,8 +132,11 @@ def build_systems(found: Contestants, arguments: EvaluationArguments, examples: 
             kind = (arguments.seed, memory, donors, name, arguments.selection)
             systems.append(CompressedSystem(model, *common, *kind))
         else:
-            text = (found.generator, model.processor, model.generation_config)
-            systems.append(TextSystem(name, *text, *common, adapters_off=found.adapters_off))
+            text = (found.generator, model.processor, model.generation_config, *common, found.adapters_off)
+            if name == SELECTED_TEXT:
+                systems.append(SelectedTextSystem(systems[0], arguments.max_documents, *text))
+            else:
+                systems.append(TextSystem(name, *text))
     return systems
 
 

@@ -4,6 +4,7 @@
 | -------------------- | ------------------------------------------------------------------------ |
 | `compressed`         | the slots: the model itself                                              |
 | `full_text`          | the documents' text, without our LoRA                                    |
+| `selected_text`      | the text of the documents that the model's scores select, without our LoRA |
 | `no_documents`       | the question alone, without our LoRA                                     |
 | `truncated`          | of each document as many tokens of text as it has slots, without our LoRA |
 | `random_memory`      | slots of random embeddings as long as the model's own                    |
@@ -15,7 +16,7 @@ import random
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -25,12 +26,14 @@ from compression_scaledown import chunk_inputs
 from compressor_scaledown import own_tokens
 from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
+from outputs_scaledown import CompressedDocuments
 from processing_scaledown import ScaleDownProcessor
 from prompt_scaledown import pad
-from reranking_scaledown import scores_by_example, select_chunks, slots_by_document
+from reranking_scaledown import scores_by_example, select_chunks, select_documents, slots_by_document
 from text_scaledown import encode_as_text, encode_continuations, padding_id
 
 from ..common.adapters import adapters_off
+from ..common.choices import SELECTED_TEXT
 from ..common.devices import wait_for
 from ..common.prompts import encode_texts, text_prompts
 from ..data.choice import stable_hash
@@ -142,14 +145,10 @@ class CompressedSystem:
     @torch.inference_mode()
     def answer(self, examples: Sequence[Example]) -> list[Answer]:
         """See `System.answer`."""
-        chunks, documents, slots = self._encode(examples)
-        compressed, scores, stays = {}, [None] * len(examples), None
-        if chunks:
-            inputs = chunk_inputs(chunks)
-            found = self._model.get_memory_embeddings(**inputs, batch_size=self._model.chunks_per_pass)
+        chunks, slots, found, scores = self._compress(examples)
+        compressed, stays = {}, None
+        if found is not None:
             memory, mask = found.memory_embeddings, found.memory_mask
-            if found.reranking_scores is not None:
-                scores = scores_by_example(found.reranking_scores.cpu(), chunks, documents)
             if self._memory == "random":
                 memory = self._randomized(memory, mask, chunks, examples)
             if self._selection:
@@ -171,6 +170,41 @@ class CompressedSystem:
                 texts, lengths, written, counts, slots, scores, strict=True
             )
         ]
+
+    @torch.inference_mode()
+    def select(self, examples: Sequence[Example]) -> tuple[list[Example], list[int]]:
+        """Leave each question the documents that the scores select.
+
+        Args:
+            examples: Questions.
+
+        Returns:
+            The questions with those documents, and the tokens the compressor read for each.
+        """
+        chunks, slots, _, scores = self._compress(examples)
+        kept: list[list[bool]] = [[] for _ in examples]  # of no documents
+        if chunks:
+            kept = [select_documents(*row, **self._selection) for row in zip(scores, slots, strict=True)]
+        counts = _chunk_counts(chunks, len(examples), self._model.config, None)
+        chosen = [
+            replace(example, documents=[text for text, stays in zip(example.documents, flags, strict=True) if stays])
+            for example, flags in zip(examples, kept, strict=True)
+        ]
+        return chosen, [read for read, _ in counts]
+
+    def _compress(
+        self, examples: Sequence[Example]
+    ) -> tuple[dict[str, torch.Tensor], list[list[int]], CompressedDocuments | None, list[Any]]:
+        """Chunks, each question's slots by document, what became of the chunks, and each question's scores."""
+        chunks, documents, slots = self._encode(examples)
+        scores: list[Any] = [None] * len(examples)
+        if not chunks:
+            return chunks, slots, None, scores
+        inputs = chunk_inputs(chunks)
+        found = self._model.get_memory_embeddings(**inputs, batch_size=self._model.chunks_per_pass)
+        if found.reranking_scores is not None:
+            scores = scores_by_example(found.reranking_scores.cpu(), chunks, documents)
+        return chunks, slots, found, scores
 
     def _encode(self, examples: Sequence[Example]) -> tuple[dict[str, torch.Tensor], list[list[str]], list[list[int]]]:
         """Chunks for the compressor, each question's documents, and their slots."""
@@ -263,7 +297,7 @@ class TextSystem:
     def _bodies(self, examples: Sequence[Example]) -> list[list[int] | None]:
         """Token ids of each question's documents; None where it has none."""
         tokenizer, separator = self.processor.tokenizer, self.processor.document_separator
-        if self.name == "full_text":
+        if self.name != "truncated":
             return encode_texts(self.processor, [example.documents for example in examples])
         between = encode_continuations(tokenizer, [separator])[0]
         bodies: list[list[int] | None] = []
@@ -278,6 +312,35 @@ class TextSystem:
                 body += [*(between if place else []), *ids[: slots[place]]]
             bodies.append(body)
         return bodies
+
+
+class SelectedTextSystem(TextSystem):
+    """The generator without compression, on the documents that the model's scores select.
+
+    Args:
+        ranker: The model, with what decides which documents are read.
+        max_documents: Documents at most; None for no such limit.
+        args, kwargs: As in `TextSystem`.
+    """
+
+    def __init__(self, ranker: CompressedSystem, max_documents: int | None, *args, **kwargs):
+        super().__init__(SELECTED_TEXT, *args, **kwargs)
+        self._ranker, self._max_documents = ranker, max_documents
+
+    def prompt_lengths(self, examples: Sequence[Example]) -> list[int]:
+        """See `System.prompt_lengths`; what the selection could come to."""
+        longest = []
+        for example in examples:
+            lengths = [len(ids) for ids in encode_as_text(self.processor.tokenizer, example.documents)]
+            order = sorted(range(len(lengths)), key=lambda i: -lengths[i])[: self._max_documents]
+            longest.append(replace(example, documents=[example.documents[i] for i in order]))
+        return super().prompt_lengths(longest)
+
+    def answer(self, examples: Sequence[Example]) -> list[Answer]:
+        """See `System.answer`."""
+        selected, tokens = self._ranker.select(examples)
+        answers = super().answer(selected)
+        return [replace(answer, compressor_tokens=count) for answer, count in zip(answers, tokens, strict=True)]
 
 
 def choose_donors(examples: Sequence[Example], seed: int) -> dict[int, list[str]]:

@@ -218,7 +218,6 @@ def _train_reader(model_args, args, train_data, eval_data, collator, model, chec
     """Train the generator's LoRA on whole documents, and leave it as a PEFT adapter beside its tokenizer."""
     with settings_checked_by_libraries("The training cannot be set up"):
         reader = add_reader_lora(model, lora_settings(model_args), model_args.lora_name_or_path)
-        model.compressor = None  # nobody uses it, and it takes memory
         trainer = ReaderTrainer(
             model=reader,
             args=args,

@@ -5,7 +5,7 @@ import datetime
 import json
 import math
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,6 +31,7 @@ from tiny import ANSWERS, DOCUMENTS, QUESTIONS, build_tokenizer, randomize_lora
 NEW_TOKENS = 4
 NUM_QUESTIONS = 7
 CPU = torch.device("cpu")
+EVERY = tuple(name for name in BASELINES if name != "selected_text")  # which needs a selection
 NO_MODEL = {"model": None, "data": None, "max_new_tokens": 128, "device": "auto", "resamples": 1000}
 
 
@@ -69,7 +70,7 @@ def settings(folder, **changes):
 def run(folder, tmp_path_factory):
     """A run with everything."""
     output = tmp_path_factory.mktemp("runs") / "all"
-    changes = {"baselines": ",".join(BASELINES), "group_by": "answer_kind,hops", "batch_size": "3"}
+    changes = {"baselines": ",".join(EVERY), "group_by": "answer_kind,hops", "batch_size": "3"}
     assert evaluate(settings(folder, output_dir=str(output), **changes)) == output
     return output
 
@@ -135,6 +136,26 @@ def test_prompts_are_as_long_as_a_selection_lets_them_be(folder):
         read = [answer.tokens_in for answer in system.answer(examples(3))]
         assert all(some <= bound <= all_of for some, bound, all_of in zip(read, lengths, every, strict=True))
         assert sum(lengths) < sum(every)
+
+
+def test_text_of_selected_documents_is_what_full_text_reads_of_them(folder):
+    systems = systems_of(folder, "full_text", "selected_text", max_documents=1)[0]
+    for example, answer in zip(examples(), systems["selected_text"].answer(examples()), strict=True):
+        (whole,) = systems["compressed"].answer([example])
+        best = max(range(len(example.documents)), key=whole.scores.__getitem__)
+        alone = replace(example, documents=[example.documents[best]])
+        (expected,) = systems["full_text"].answer([alone])
+        assert (answer.text, answer.tokens_in) == (expected.text, expected.tokens_in)
+        assert answer.compressor_tokens == whole.compressor_tokens and answer.slots == 0
+    bounds = systems["selected_text"].prompt_lengths(examples())
+    read = [answer.tokens_in for answer in systems["selected_text"].answer(examples())]
+    all_of = systems["full_text"].prompt_lengths(examples())
+    assert all(some <= bound <= every for some, bound, every in zip(read, bounds, all_of, strict=True))
+    assert sum(bounds) < sum(all_of)
+    none = replace(examples(1)[0], documents=[])
+    assert systems["selected_text"].answer([none])[0].text == systems["full_text"].answer([none])[0].text
+    with pytest.raises(ValueError, match="nothing says which; pass --max_documents"):
+        settings(folder, baselines="selected_text")
 
 
 def test_slots_that_hold_something_else_are_selected_too(folder):
@@ -417,7 +438,7 @@ def test_a_run_that_fails_at_once_leaves_nothing(folder, tmp_path, monkeypatch):
 
 
 def test_metrics_are_the_means_of_the_predictions(metrics, rows):
-    assert list(metrics["systems"]) == ["compressed", *BASELINES]
+    assert list(metrics["systems"]) == ["compressed", *EVERY]
     for system, values in metrics["systems"].items():
         for name, found in values.items():
             mean = sum(row["systems"][system][name] for row in rows) / len(rows)
