@@ -11,9 +11,9 @@ HOTPOT := --data $(DATA)/hotpotqa/dev.jsonl
 SMOLLM2_PY := OMP_NUM_THREADS=1 $(BIN)/python
 READER_RECIPE = $(SMOLLM2_PY) train.py recipes/smollm2-reader.yaml $(GENERATOR) --output_dir $(@D)
 EVALUATE = $(BIN)/python evaluate.py --model $(S)/joint --reader $(S)/reader-2 --max_new_tokens 24 --output_dir $(@D)
-PASSAGES := 1 3 5 10
-LOWER_RATES := 4 8
-SMOLLM2_RESULTS := $(PASSAGES:%=squad-%) $(LOWER_RATES:%=squad-5-rate-%) hotpotqa
+# What the generator reads: the passage that scores best, or all of them (-all); HotpotQA's questions need two passages.
+SMOLLM2_RESULTS := squad-1 squad-3 squad-5 squad-10 squad-5-rate-4 squad-5-rate-8 \
+	squad-5-all squad-5-all-rate-4 squad-5-all-rate-8 hotpotqa hotpotqa-all
 
 MODEL := models/smollm2-135m-16x
 
@@ -45,18 +45,25 @@ $(S)/joint/$(RESULT): $(S)/pointer/$(RESULT) $(S)/reader-1/$(RESULT)
 $(S)/reader-2/$(RESULT): $(S)/reader-1/$(RESULT)
 	$(READER_RECIPE) --lora_name_or_path $(<D) --learning_rate 5e-4 --seed 1
 
+# After a stop, the same command goes on after the last batch.
 $(S)/results/%/metrics.json: $(S)/joint/$(RESULT) $(S)/reader-2/$(RESULT)
 	rm -rf $(@D)
 	$(EVALUATE) $(OPTIONS)
 
+BEST := --max_documents 1
 $(S)/results/squad-1/metrics.json: OPTIONS = $(SQUAD) --num_documents 1 --baselines full_text
-$(S)/results/squad-3/metrics.json: OPTIONS = $(SQUAD) --num_documents 3 --baselines full_text
-$(S)/results/squad-5/metrics.json: OPTIONS = $(SQUAD) --num_documents 5 \
-	--baselines full_text,no_documents,truncated,shuffled_documents --update_card true
-$(S)/results/squad-10/metrics.json: OPTIONS = $(SQUAD) --num_documents 10 --baselines full_text
-$(S)/results/squad-5-rate-%/metrics.json: OPTIONS = $(SQUAD) --num_documents 5 --baselines none \
+$(S)/results/squad-3/metrics.json: OPTIONS = $(SQUAD) --num_documents 3 $(BEST) --baselines full_text,selected_text
+$(S)/results/squad-5/metrics.json: OPTIONS = $(SQUAD) --num_documents 5 $(BEST) --update_card true \
+	--baselines full_text,selected_text,no_documents,truncated,shuffled_documents
+$(S)/results/squad-10/metrics.json: OPTIONS = $(SQUAD) --num_documents 10 $(BEST) --baselines full_text,selected_text
+$(S)/results/squad-5-rate-%/metrics.json: OPTIONS = $(SQUAD) --num_documents 5 $(BEST) --baselines none \
 	--compression_rate $(subst $(S)/results/squad-5-rate-,,$(@D))
-$(S)/results/hotpotqa/metrics.json: OPTIONS = $(HOTPOT) --limit 300 --baselines full_text,no_documents
+$(S)/results/squad-5-all/metrics.json: OPTIONS = $(SQUAD) --num_documents 5 --baselines none
+$(S)/results/squad-5-all-rate-%/metrics.json: OPTIONS = $(SQUAD) --num_documents 5 --baselines none \
+	--compression_rate $(subst $(S)/results/squad-5-all-rate-,,$(@D))
+$(S)/results/hotpotqa/metrics.json: OPTIONS = $(HOTPOT) --limit 300 --max_documents 2 \
+	--baselines full_text,selected_text,no_documents
+$(S)/results/hotpotqa-all/metrics.json: OPTIONS = $(HOTPOT) --limit 300 --baselines none
 
 # The model of experiments/publish_smollm2.py, its reader and the generator alone, on six questions of SQuAD's test half.
 demo-smollm2: $(PACKAGES)/.installed
