@@ -104,13 +104,26 @@ def weights_fingerprint(name_or_path: str, **hub) -> str:
     for name, file in sorted(weight_map.items(), key=lambda item: (item[1], item[0])):
         if file != shard:
             shard, opened = file, _open_weights(cached_file(name_or_path, file, **hub))
-        tensor = opened.get_tensor(name)
-        step = max(1, tensor.numel() // FINGERPRINT_SAMPLES)
-        sample = tensor.reshape(-1)[::step].contiguous().view(torch.uint8)
-        entries[name] = f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode() + sample.numpy().tobytes()
+        entries[name] = fingerprint_entry(name, opened.get_tensor(name))
     for name in sorted(entries):
         digest.update(entries[name])
     return digest.hexdigest()
+
+
+def fingerprint_entry(name: str, tensor: torch.Tensor) -> bytes:
+    """
+    What a fingerprint says of one tensor.
+
+    Args:
+        name (`str`): Its name.
+        tensor (`torch.Tensor`): The tensor.
+
+    Returns:
+        `bytes`: Its name, shape and type, and a sample of its values.
+    """
+    step = max(1, tensor.numel() // FINGERPRINT_SAMPLES)
+    sample = tensor.reshape(-1)[::step].contiguous().view(torch.uint8).cpu()
+    return f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode() + sample.numpy().tobytes()
 
 
 @dataclass

@@ -17,7 +17,7 @@ from text_scaledown import check_encodable
 from ..common.adapters import adapters_off
 from ..common.devices import wait_for
 from ..common.prompts import encode_texts, text_prompts
-from ..common.streaming import REPLACEMENT, stream_tokens
+from ..common.streaming import stream_tokens, text_so_far
 from ..evaluation.contestants import Contestants
 from ..evaluation.systems import greedy
 
@@ -230,8 +230,7 @@ class Answerer:
             else:
                 reading.first_token = reading.first_token or moment - started
                 ids.append(token)
-                (text,) = self.model.processor.decode_answers(torch.tensor([ids]))
-                reading.answer = text.rstrip(REPLACEMENT)
+                reading.answer = text_so_far(self.model.processor, ids)
             yield
 
 

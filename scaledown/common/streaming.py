@@ -10,6 +10,8 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
+from processing_scaledown import ScaleDownProcessor
+
 REPLACEMENT = "�"  # what the bytes of half a character decode to
 
 
@@ -43,6 +45,20 @@ class _Stopped(StoppingCriteria):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
         """See `StoppingCriteria`; returns `(batch,)`."""
         return torch.full((input_ids.shape[0],), self._event.is_set(), device=input_ids.device)
+
+
+def text_so_far(processor: ScaleDownProcessor, ids: list[int]) -> str:
+    """Decode an answer that is being written, up to its last whole character.
+
+    Args:
+        processor: The model's.
+        ids: All its tokens: a part, decoded by itself, may lose the blank it begins with.
+
+    Returns:
+        The text, as the whole answer will begin.
+    """
+    (text,) = processor.decode_answers(torch.tensor([ids]))
+    return text.rstrip(REPLACEMENT)
 
 
 def stream_tokens(generate: Callable[..., Any]) -> Iterator[tuple[float, int | None]]:

@@ -57,11 +57,17 @@ def answer_all(
     answers = {example.index: kept[example.index] for example in own if example.index in kept}
     batches = [answer.batch for by_system in answers.values() for answer in by_system.values()]
     number = max(batches, default=-1) // state.num_processes + 1
-    hidden = not state.is_main_process or None
-    settings = {"total": len(own), "initial": len(answers), "unit": "question"}
+    total = len(own)
     own = [example for example in own if example.index not in answers]
     warm = False
-    with tqdm(**settings, desc="Answering", disable=hidden) as bar:
+    bar = tqdm(
+        total=total,
+        initial=len(answers),
+        desc="Answering",
+        unit="question",
+        disable=not state.is_main_process or None,
+    )
+    with bar:
         while own:
             batch = own[:size]
             try:

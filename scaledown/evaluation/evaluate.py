@@ -6,6 +6,7 @@ data ──► length check ──► answers of all systems, timed ──► me
 import datetime
 import logging
 import math
+import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -93,6 +94,8 @@ def evaluate(arguments: EvaluationArguments) -> Path | None:
     folder = _new_folder(arguments)
     if run is not None:
         run.write(folder)  # before the judge, who may be out
+        if run.kept_in is not None:
+            shutil.rmtree(run.kept_in, ignore_errors=True)
         if judge is not None:
             _judge(run, judge, arguments, folder)
             run.write(folder)

@@ -20,6 +20,7 @@ import torch
 from accelerate import PartialState
 
 from errors_scaledown import ScaleDownError
+from weights_scaledown import fingerprint_entry
 
 from ..data.journal import Journal, WorkFolder
 from .arguments import READ_BY_REJUDGE, EvaluationArguments, default_name
@@ -35,7 +36,6 @@ OTHER_OPTIONS = {
     *("model", "revision", "generator", "generator_revision", "reader"),
     *("data", "format", "config", "split", "data_revision", "closed_book"),
 }
-SAMPLES_PER_WEIGHT = 64
 
 
 class KeptAnswers:
@@ -43,12 +43,11 @@ class KeptAnswers:
 
     Args:
         journal: The file.
-        num_earlier: Questions that were answered before the run was stopped.
     """
 
     def __init__(self, journal: Journal):
         self._journal = journal
-        self.num_earlier = len(journal)
+        self.num_earlier = len(journal)  # answered before the run was stopped
 
     def __contains__(self, index: int) -> bool:
         return index in self._journal
@@ -150,7 +149,5 @@ def _fingerprint(model: torch.nn.Module) -> str:
     """Digest of a model's configuration and of samples of its weights."""
     digest = hashlib.sha256(model.config.to_json_string().encode("utf-8"))
     for name, tensor in model.state_dict().items():
-        values = tensor.reshape(-1)
-        some = values[:: max(1, values.numel() // SAMPLES_PER_WEIGHT)].contiguous().view(torch.uint8).cpu()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode() + some.numpy().tobytes())
+        digest.update(fingerprint_entry(name, tensor))
     return digest.hexdigest()

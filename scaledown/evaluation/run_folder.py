@@ -7,7 +7,6 @@
 
 import json
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +60,6 @@ class EvaluationRun:
         text = json.dumps(self.metrics, indent=1, ensure_ascii=False, allow_nan=False)
         (folder / METRICS_NAME).write_text(text + "\n", encoding="utf-8")
         write_report(folder, self.metrics, plot_answers(folder, self.metrics))
-        if self.kept_in is not None:
-            shutil.rmtree(self.kept_in, ignore_errors=True)
 
     @classmethod
     def read(cls, folder: str | Path) -> "EvaluationRun":

@@ -11,12 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-import torch
-
 from errors_scaledown import ScaleDownError
 
 from ..common.devices import pick_device
-from ..common.streaming import REPLACEMENT, stream_tokens
+from ..common.streaming import stream_tokens, text_so_far
 
 
 @dataclass(frozen=True)
@@ -215,9 +213,7 @@ class LocalBackend:
                 if token is None:
                     break
                 tokens.append(token)
-                # All of them, as the whole answer is decoded: a part may lose the blank it begins with.
-                (text,) = self._model.processor.decode_answers(torch.tensor([tokens]))
-                text = text.rstrip(REPLACEMENT)
+                text = text_so_far(self._model.processor, tokens)
                 if len(text) > len(written) and text.startswith(written):
                     yield text[len(written) :]
                     written = text

@@ -9,9 +9,9 @@ from transformers.generation import BaseStreamer, TemperatureLogitsWarper, TopPL
 
 from modeling_scaledown import ScaleDownModel
 
+from ..common.streaming import REPLACEMENT
 from .jobs import AnswerJob, End, Piece, Sampling
 
-REPLACEMENT = "�"  # what the bytes of half a character decode to
 # Of a long answer, tokens at the end whose text is made anew with each further token; the text before them stays.
 TAIL = 64
 

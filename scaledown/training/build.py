@@ -75,9 +75,7 @@ def build_model(
         loading.update(quantization)
         # A quantized generator cannot be moved afterwards, so it is loaded where it will run.
         loading["device_map"] = {"": args.device.index or 0} if args.device.type == "cuda" else None
-    settings = {name: getattr(model_args, name) for name in CONFIG_ARGUMENTS}
-    settings = {name: value for name, value in settings.items() if value is not None}
-    settings = fit_to_stage(settings, args.stage)
+    settings = config_settings(model_args, args.stage)
     check_exist(model_args)
     unset_hf_deepspeed_config()  # so that weights are spread when all are there: LoRA and memory embeddings read them
     if model_args.model_name_or_path is not None:
@@ -128,16 +126,18 @@ def _from_backbones(model_args: ModelArguments, settings: dict[str, Any]) -> Sca
         ) from error
 
 
-def fit_to_stage(settings: dict[str, Any], stage: str) -> dict[str, Any]:
-    """Leave out settings of what a stage does not have.
+def config_settings(model_args: ModelArguments, stage: str) -> dict[str, Any]:
+    """The fields of the configuration that were asked for, but for those of what a stage does not have.
 
     Args:
-        settings: Fields of the configuration.
+        model_args: Holds them.
         stage: The stage.
 
     Returns:
-        Those of the model the stage builds.
+        Those that are set.
     """
+    settings = {name: getattr(model_args, name) for name in CONFIG_ARGUMENTS}
+    settings = {name: value for name, value in settings.items() if value is not None}
     if stage != "reader":
         return settings
     # A reader has no compressor; the smallest stands in for it.

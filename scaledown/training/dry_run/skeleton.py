@@ -22,14 +22,13 @@ from ...common.tracing import QUANTIZED_BYTES, build_on_meta
 from ..arguments import ModelArguments, ScaleDownTrainingArguments
 from ..build import (
     CHANGEABLE,
-    CONFIG_ARGUMENTS,
     STAGES_WITHOUT_LORA,
     add_lora,
     check_exist,
     check_settings,
     check_stage,
     choose_slot_pooling,
-    fit_to_stage,
+    config_settings,
     keep_token_embeddings,
     lora_settings,
 )
@@ -62,9 +61,7 @@ def build_skeleton(
         ValueError: Settings that contradict each other.
     """
     check_exist(model_args)
-    settings = {name: getattr(model_args, name) for name in CONFIG_ARGUMENTS}
-    settings = {name: value for name, value in settings.items() if value is not None}
-    settings = fit_to_stage(settings, args.stage)
+    settings = config_settings(model_args, args.stage)
     if model_args.model_name_or_path is not None:
         config, processor = _trained(model_args, settings)
     else:
