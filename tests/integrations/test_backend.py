@@ -25,8 +25,11 @@ def replying(reply: bytes, holds: bool = False):
     def work(listener: socket.socket) -> None:
         with contextlib.suppress(OSError):
             connection, _ = listener.accept()
-            with connection:
-                connection.recv(65_536)
+            with connection, connection.makefile("rb") as request:
+                # To its end: a connection that closes on what was not read is reset, and the reply lost.
+                head = iter(request.readline, b"\r\n")
+                lengths = [int(line.split(b":")[1]) for line in head if line.lower().startswith(b"content-length:")]
+                request.read(sum(lengths))
                 connection.sendall(reply)
                 done.wait(10 if holds else 0)
 
