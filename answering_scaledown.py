@@ -165,7 +165,9 @@ class AnsweringMixin:
             min_reranking_score (`float`, *optional*):
                 Leave out documents that score lower, before the generator reads them. With this and the next two, a
                 question none of whose documents is left is asked without any.
-            max_documents (`int`, *optional*): Keep so many of the best documents, in the order they were given.
+            max_documents (`int`, *optional*):
+                Keep so many of the best documents, in the order they were given; those of the configuration, or all,
+                when left out.
             max_slots (`int`, *optional*):
                 Keep the best documents that fit into so many memory embeddings; documents that do not fit are skipped.
             system_prompt (`str`, *optional*): In place of the model's own, for this call.

@@ -150,6 +150,9 @@ class ScaleDownConfig(PreTrainedConfig):
             Whether the compressor has a projector; left out, all types but `n_layers` have one.
         enable_reranking (`bool`, defaults to `True`):
             Whether the compressor also scores every chunk's relevance.
+        max_documents (`int`, *optional*):
+            Documents of a question that the generator reads, the best by their scores, where a call to `answer` names
+            no other number; all when left out.
         reranking_loss_weight (`float`, defaults to 0.05):
             λ in `generation loss + λ · reranking loss` (OSCAR, arXiv 2504.07109).
         projector_hidden_size (`int`, defaults to 8096):
@@ -216,6 +219,7 @@ class ScaleDownConfig(PreTrainedConfig):
     use_projector: bool | None = None
     enable_reranking: bool = True
     reranking_trained: bool | None = None
+    max_documents: int | None = None
     reranking_loss_weight: float = 0.05
     projector_hidden_size: int = 8096
     system_prompt: str = DEFAULT_SYSTEM_PROMPT
@@ -343,6 +347,14 @@ class ScaleDownConfig(PreTrainedConfig):
             raise ScaleDownError(
                 f"compressor_padding_side={side!r} counts positions up to memory embeddings behind the row; set "
                 'compressor_max_length, and slot_pooling="memory_tokens".'
+            )
+        best = self.max_documents
+        if best is not None and (isinstance(best, bool) or not isinstance(best, int) or best < 1):
+            raise ScaleDownError(f"max_documents={best!r} must be a whole number of at least 1, or None for all.")
+        if best is not None and not self.enable_reranking:
+            raise ScaleDownError(
+                f"max_documents={best} chooses documents by their reranking scores, and "
+                "enable_reranking=False leaves these out; choose one of the two."
             )
         if self.lora_config is not None and not isinstance(self.lora_config, dict):
             raise ScaleDownError(

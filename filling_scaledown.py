@@ -45,7 +45,9 @@ class PromptSettings:
 
     Args:
         compression_rate, num_memory_tokens (`int`, *optional*): As in `answer`.
-        limits (`tuple`): `min_reranking_score`, `max_documents` and `max_slots`, as in `answer`.
+        limits (`tuple`):
+            `min_reranking_score`, `max_documents` and `max_slots`, as in `answer`; the second is the configuration's
+            where it is `None`.
         max_new_tokens (`int`, *optional*): Positions that must be left for the answer; `None` checks nothing.
         with_scores (`bool`, defaults to `False`): Whether scores are wanted where nothing is selected by them.
     """
@@ -123,7 +125,9 @@ def fill_prompts(
     Raises:
         ScaleDownError: a prompt that leaves no room for the answer, or scores of a model without reranking.
     """
-    selects = any(limit is not None for limit in settings.limits)
+    least, most, room = settings.limits
+    limits = (least, model.config.max_documents if most is None else most, room)
+    selects = any(limit is not None for limit in limits)
     if settings.with_scores or selects:
         require_reranking(model)
     chunks = model.processor.encode_documents(
@@ -141,7 +145,7 @@ def fill_prompts(
         if settings.with_scores or selects:
             scores = scores_by_example(memory.reranking_scores, chunks, documents)
     if selects:
-        slots, stays = select_chunks(scores, slots, chunks, *settings.limits)
+        slots, stays = select_chunks(scores, slots, chunks, *limits)
         if chunks:
             compressed["memory_mask"] = memory.memory_mask & stays.to(memory.memory_mask.device).unsqueeze(1)
             kept, places = set(chunks["chunk_to_document"][stays].tolist()), itertools.count()

@@ -11,7 +11,6 @@ HOTPOT := --data $(DATA)/hotpotqa/dev.jsonl
 SMOLLM2_PY := OMP_NUM_THREADS=1 $(BIN)/python
 READER_RECIPE = $(SMOLLM2_PY) train.py recipes/smollm2-reader.yaml $(GENERATOR) --output_dir $(@D)
 EVALUATE = $(BIN)/python evaluate.py --model $(S)/joint --reader $(S)/reader-2 --max_new_tokens 24 --output_dir $(@D)
-# What the generator reads: the passage that scores best, or all of them (-all); HotpotQA's questions need two passages.
 SMOLLM2_RESULTS := squad-1 squad-3 squad-5 squad-10 squad-5-rate-4 squad-5-rate-8 \
 	squad-5-all squad-5-all-rate-4 squad-5-all-rate-8 hotpotqa hotpotqa-all
 
@@ -50,20 +49,21 @@ $(S)/results/%/metrics.json: $(S)/joint/$(RESULT) $(S)/reader-2/$(RESULT)
 	rm -rf $(@D)
 	$(EVALUATE) $(OPTIONS)
 
-BEST := --max_documents 1
+# What the generator reads: the passage that scores best, as the model's configuration says, or all of them (-all);
+# HotpotQA's questions need two passages.
 $(S)/results/squad-1/metrics.json: OPTIONS = $(SQUAD) --num_documents 1 --baselines full_text
-$(S)/results/squad-3/metrics.json: OPTIONS = $(SQUAD) --num_documents 3 $(BEST) --baselines full_text,selected_text
-$(S)/results/squad-5/metrics.json: OPTIONS = $(SQUAD) --num_documents 5 $(BEST) --update_card true \
+$(S)/results/squad-3/metrics.json: OPTIONS = $(SQUAD) --num_documents 3 --baselines full_text,selected_text
+$(S)/results/squad-5/metrics.json: OPTIONS = $(SQUAD) --num_documents 5 --update_card true \
 	--baselines full_text,selected_text,no_documents,truncated,shuffled_documents
-$(S)/results/squad-10/metrics.json: OPTIONS = $(SQUAD) --num_documents 10 $(BEST) --baselines full_text,selected_text
-$(S)/results/squad-5-rate-%/metrics.json: OPTIONS = $(SQUAD) --num_documents 5 $(BEST) --baselines none \
+$(S)/results/squad-10/metrics.json: OPTIONS = $(SQUAD) --num_documents 10 --baselines full_text,selected_text
+$(S)/results/squad-5-rate-%/metrics.json: OPTIONS = $(SQUAD) --num_documents 5 --baselines none \
 	--compression_rate $(subst $(S)/results/squad-5-rate-,,$(@D))
-$(S)/results/squad-5-all/metrics.json: OPTIONS = $(SQUAD) --num_documents 5 --baselines none
-$(S)/results/squad-5-all-rate-%/metrics.json: OPTIONS = $(SQUAD) --num_documents 5 --baselines none \
+$(S)/results/squad-5-all/metrics.json: OPTIONS = $(SQUAD) --num_documents 5 --max_documents 5 --baselines none
+$(S)/results/squad-5-all-rate-%/metrics.json: OPTIONS = $(SQUAD) --num_documents 5 --max_documents 5 --baselines none \
 	--compression_rate $(subst $(S)/results/squad-5-all-rate-,,$(@D))
 $(S)/results/hotpotqa/metrics.json: OPTIONS = $(HOTPOT) --limit 300 --max_documents 2 \
 	--baselines full_text,selected_text,no_documents
-$(S)/results/hotpotqa-all/metrics.json: OPTIONS = $(HOTPOT) --limit 300 --baselines none
+$(S)/results/hotpotqa-all/metrics.json: OPTIONS = $(HOTPOT) --limit 300 --max_documents 10 --baselines none
 
 # The model of experiments/publish_smollm2.py, its reader and the generator alone, on six questions of SQuAD's test half.
 demo-smollm2: $(PACKAGES)/.installed

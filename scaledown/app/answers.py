@@ -209,7 +209,8 @@ class Answerer:
     def _fill(self, request: Request) -> FilledPrompts:
         processor = self.model.processor
         questions, documents = processor.check_texts(request.question, request.passages)
-        limits = (None, request.max_documents if self.ranks else None, None)
+        most = request.max_documents or len(request.passages)  # whatever the configuration says
+        limits = (None, most if self.ranks else None, None)
         # The length is checked here, in words for the page.
         settings = PromptSettings(request.compression_rate, None, limits, None, with_scores=self.ranks)
         return fill_prompts(self.model, questions, documents, processor.conversations(questions), settings)

@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from configuration_scaledown import ScaleDownConfig
 from errors_scaledown import ScaleDownError
 
 from .answers import Answerer, Answers, read_request
@@ -75,7 +76,7 @@ def build_page(answerer: Answerer, examples: list[Example], about: str) -> gr.Bl
             limit = gr.Slider(
                 1,
                 ALL,
-                value=_slider(first),
+                value=_slider(first, config),
                 step=1,
                 label="Passages read from slots",
                 info=f"The best by score; {ALL} means all." if answerer.ranks else "This model has no scores.",
@@ -99,7 +100,7 @@ def build_page(answerer: Answerer, examples: list[Example], about: str) -> gr.Bl
 
         def pick(number: int) -> tuple[Any, ...]:
             picked = examples[number]  # what was answered before is not about it
-            return picked.question, "\n\n".join(picked.passages), _slider(picked), "", *_panels(Answers())
+            return picked.question, "\n\n".join(picked.passages), _slider(picked, config), "", *_panels(Answers())
 
         gr.on(
             [button.click, question.submit],
@@ -180,5 +181,5 @@ def _panels(answers: Answers) -> tuple[str, str, str]:
     )
 
 
-def _slider(example: Example) -> int:
-    return ALL if example.max_documents is None else example.max_documents
+def _slider(example: Example, config: ScaleDownConfig) -> int:
+    return min(example.max_documents or config.max_documents or ALL, ALL)

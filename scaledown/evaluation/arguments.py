@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from errors_scaledown import ScaleDownError
 
-from ..common.choices import BASELINES, DTYPES, FORMATS, SELECTED_TEXT
+from ..common.choices import BASELINES, DTYPES, FORMATS
 from ..common.command_line import check_least, parse_object, parse_options, refuse_existing, refuse_options, split_names
 
 DEFAULT_BASELINES = "full_text,no_documents"
@@ -95,7 +95,10 @@ class EvaluationArguments:
     )
     max_documents: int | None = field(
         default=None,
-        metadata={"help": "The generator reads only the N documents that the model ranks best."},
+        metadata={
+            "help": "The generator reads only the N documents that the model ranks best; by default as many as the "
+            "model's configuration says, or all."
+        },
     )
     max_slots: int | None = field(
         default=None, metadata={"help": "The generator reads the best documents that fit into N slots together."}
@@ -192,11 +195,6 @@ class EvaluationArguments:
             raise ScaleDownError(
                 f"there is no baseline {unknown[0]!r}; expected some of {', '.join(BASELINES)}, or none."
             )
-        if SELECTED_TEXT in self.baseline_names and not self.selection:
-            raise ScaleDownError(
-                f"the baseline {SELECTED_TEXT} reads the documents that the model's scores select, and nothing says "
-                "which; pass --max_documents, --max_slots or --min_reranking_score, or leave it out."
-            )
         absent = [name for name in self.judged_against if name not in self.baseline_names]
         if absent and self.rejudge is None:
             raise ScaleDownError(
@@ -213,7 +211,7 @@ class EvaluationArguments:
 
     @property
     def selection(self) -> dict[str, float]:
-        """Which of its documents the model's generator reads; empty for all."""
+        """Which of its documents the model's generator reads; empty for what the model's configuration says."""
         names = ("min_reranking_score", "max_documents", "max_slots")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 

@@ -20,7 +20,7 @@ from ..common.devices import pick_dtype
 from ..common.loading import load_model
 from .arguments import EvaluationArguments
 from .data import Example
-from .systems import CompressedSystem, SelectedTextSystem, System, TextSystem, choose_donors
+from .systems import CompressedSystem, SelectedTextSystem, System, TextSystem, choose_donors, selection_of
 
 # What --generator takes for the model's own, whatever was merged into it.
 OWN_GENERATOR = "own"
@@ -59,8 +59,8 @@ def load_contestants(arguments: EvaluationArguments, device: torch.device) -> Co
         Both.
 
     Raises:
-        ValueError: One of them cannot be loaded, the generator has another vocabulary than the model, or documents are
-            to be selected by a model that does not rank.
+        ValueError: One of them cannot be loaded, the generator has another vocabulary than the model, documents are to
+            be selected by a model that does not rank, or nothing says which for a baseline that reads them.
     """
     dtype = torch.float32 if arguments.dtype == "auto" and device.type == "cpu" else pick_dtype(arguments.dtype)
     settings: dict[str, Any] = {"dtype": dtype}
@@ -78,6 +78,12 @@ def load_contestants(arguments: EvaluationArguments, device: torch.device) -> Co
             f"{arguments.model} was built without reranking and cannot select documents; leave out "
             f"{', '.join(f'--{name}' for name in arguments.selection)}."
         )
+    selection = selection_of(config, arguments.selection)
+    if SELECTED_TEXT in arguments.baseline_names and not selection:
+        raise ScaleDownError(
+            f"the baseline {SELECTED_TEXT} reads the documents that the model's scores select, and neither the model "
+            "nor an option says which; pass --max_documents, --max_slots or --min_reranking_score, or leave it out."
+        )
     found = Contestants(model)
     if config.enable_reranking and config.reranking_trained is False:
         found.notes.append("The model's reranking head is untrained; its scores order documents at random.")
@@ -88,12 +94,12 @@ def load_contestants(arguments: EvaluationArguments, device: torch.device) -> Co
         "num_memory_tokens": config.num_memory_tokens,
         "compression_rate": arguments.compression_rate or config.compression_rate,
         "num_parameters": model.num_parameters(),
-        "selection": arguments.selection,
+        "selection": selection,
         "lora": config.lora_config is not None,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    if arguments.selection:
-        limits = ", ".join(f"{name}={value}" for name, value in arguments.selection.items())
+    if selection:
+        limits = ", ".join(f"{name}={value}" for name, value in selection.items())
         found.notes.append(f"From slots, the generator read the documents the model's scores select: {limits}.")
     if set(arguments.baseline_names) & set(TEXT_BASELINES):
         _find_generator(found, arguments, device, dtype)
@@ -134,7 +140,7 @@ def build_systems(found: Contestants, arguments: EvaluationArguments, examples: 
         else:
             text = (found.generator, model.processor, model.generation_config, *common, found.adapters_off)
             if name == SELECTED_TEXT:
-                systems.append(SelectedTextSystem(systems[0], arguments.max_documents, *text))
+                systems.append(SelectedTextSystem(systems[0], *text))
             else:
                 systems.append(TextSystem(name, *text))
     return systems

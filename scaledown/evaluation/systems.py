@@ -24,6 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from compression_scaledown import chunk_inputs
 from compressor_scaledown import own_tokens
+from configuration_scaledown import ScaleDownConfig
 from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 from outputs_scaledown import CompressedDocuments
@@ -110,7 +111,8 @@ class CompressedSystem:
         memory: `own`, or `random`: random directions, each as long as the embedding it replaces.
         donors: Documents to compress in place of a question's own, by the question's index.
         name: Its name in results.
-        selection: What decides which documents the generator reads, as for `ScaleDownModel.answer`; all by default.
+        selection: What decides which documents the generator reads, as for `ScaleDownModel.answer`; what the model's
+            configuration says by default.
     """
 
     def __init__(
@@ -132,14 +134,14 @@ class CompressedSystem:
         self._seed = seed
         self._memory = memory
         self._donors = donors
-        self._selection = selection or {}
+        self.selection = selection_of(model.config, selection or {})
 
     def prompt_lengths(self, examples: Sequence[Example]) -> list[int]:
         """See `System.prompt_lengths`; with a selection, what it could come to."""
         slots = self._encode(examples)[-1]
         lengths = self._prompts(examples, slots)["attention_mask"].sum(dim=1).tolist()
-        most = [sum(sorted(numbers, reverse=True)[: self._selection.get("max_documents")]) for numbers in slots]
-        most = [min(number, self._selection.get("max_slots", number)) for number in most]
+        most = [sum(sorted(numbers, reverse=True)[: self.selection.get("max_documents")]) for numbers in slots]
+        most = [min(number, self.selection.get("max_slots", number)) for number in most]
         return [all_of - sum(row) + kept for all_of, row, kept in zip(lengths, slots, most, strict=True)]
 
     @torch.inference_mode()
@@ -151,8 +153,8 @@ class CompressedSystem:
             memory, mask = found.memory_embeddings, found.memory_mask
             if self._memory == "random":
                 memory = self._randomized(memory, mask, chunks, examples)
-            if self._selection:
-                slots, stays = select_chunks(scores, slots, chunks, **self._selection)
+            if self.selection:
+                slots, stays = select_chunks(scores, slots, chunks, **self.selection)
                 mask = mask & stays.to(mask.device).unsqueeze(1)
             compressed = {"memory_embeddings": memory, "memory_mask": mask}
         counts = _chunk_counts(chunks, len(examples), self._model.config, stays)
@@ -184,7 +186,7 @@ class CompressedSystem:
         chunks, slots, _, scores = self._compress(examples)
         kept: list[list[bool]] = [[] for _ in examples]  # of no documents
         if chunks:
-            kept = [select_documents(*row, **self._selection) for row in zip(scores, slots, strict=True)]
+            kept = [select_documents(*row, **self.selection) for row in zip(scores, slots, strict=True)]
         counts = _chunk_counts(chunks, len(examples), self._model.config, None)
         chosen = [
             replace(example, documents=[text for text, stays in zip(example.documents, flags, strict=True) if stays])
@@ -319,20 +321,19 @@ class SelectedTextSystem(TextSystem):
 
     Args:
         ranker: The model, with what decides which documents are read.
-        max_documents: Documents at most; None for no such limit.
         args, kwargs: As in `TextSystem`.
     """
 
-    def __init__(self, ranker: CompressedSystem, max_documents: int | None, *args, **kwargs):
+    def __init__(self, ranker: CompressedSystem, *args, **kwargs):
         super().__init__(SELECTED_TEXT, *args, **kwargs)
-        self._ranker, self._max_documents = ranker, max_documents
+        self._ranker = ranker
 
     def prompt_lengths(self, examples: Sequence[Example]) -> list[int]:
         """See `System.prompt_lengths`; what the selection could come to."""
-        longest = []
+        longest, most = [], self._ranker.selection.get("max_documents")
         for example in examples:
             lengths = [len(ids) for ids in encode_as_text(self.processor.tokenizer, example.documents)]
-            order = sorted(range(len(lengths)), key=lambda i: -lengths[i])[: self._max_documents]
+            order = sorted(range(len(lengths)), key=lambda i: -lengths[i])[:most]
             longest.append(replace(example, documents=[example.documents[i] for i in order]))
         return super().prompt_lengths(longest)
 
@@ -341,6 +342,20 @@ class SelectedTextSystem(TextSystem):
         selected, tokens = self._ranker.select(examples)
         answers = super().answer(selected)
         return [replace(answer, compressor_tokens=count) for answer, count in zip(answers, tokens, strict=True)]
+
+
+def selection_of(config: ScaleDownConfig, selection: dict[str, float]) -> dict[str, float]:
+    """Tell what decides which documents the generator reads.
+
+    Args:
+        config: The model's, which may say how many.
+        selection: What was asked for.
+
+    Returns:
+        Both, what was asked for first; empty for all documents.
+    """
+    own = {} if config.max_documents is None else {"max_documents": config.max_documents}
+    return {**own, **selection}
 
 
 def choose_donors(examples: Sequence[Example], seed: int) -> dict[int, list[str]]:

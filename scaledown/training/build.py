@@ -26,6 +26,7 @@ CONFIG_ARGUMENTS = (
     "chunk_length",
     "max_query_length",
     "enable_reranking",
+    "max_documents",
     "reranking_loss_weight",
     "projector_hidden_size",
     "system_prompt",
@@ -33,8 +34,8 @@ CONFIG_ARGUMENTS = (
 )
 # What may change when a trained model is trained further; the others are built into its weights.
 CHANGEABLE = (
-    *("compression_rate", "max_query_length", "reranking_loss_weight", "pointer_loss_weight", "system_prompt"),
-    "weights_format",
+    *("compression_rate", "max_query_length", "max_documents", "reranking_loss_weight", "pointer_loss_weight"),
+    *("system_prompt", "weights_format"),
 )
 # A reader gets an adapter of its own, and nothing reads what the stage pointer's compressor writes.
 STAGES_WITHOUT_LORA = ("reader", "pointer")

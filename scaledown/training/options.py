@@ -81,6 +81,13 @@ class ModelArguments:
     enable_reranking: bool | None = field(
         default=None, metadata={"help": "Whether the compressor also scores relevance; true by default."}
     )
+    max_documents: int | None = field(
+        default=None,
+        metadata={
+            "help": "Documents that the saved model reads where a call names no number, the best by their scores; all "
+            "by default. Training reads all."
+        },
+    )
     reranking_loss_weight: float | None = field(
         default=None, metadata={"help": "Weight of the reranking loss; 0.05 by default."}
     )

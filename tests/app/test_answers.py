@@ -156,6 +156,12 @@ def test_examples_survive_the_page_and_one_leaves_passages_out(answerer, example
     assert ranking_panel(answers.passages).count("left out") == len(out)
 
 
+def test_a_page_set_to_all_passages_reads_all_whatever_the_model_says(answerer, contestants, examples, monkeypatch):
+    monkeypatch.setattr(contestants.model.config, "max_documents", 1)
+    answers = last(answerer, Request(examples[0].question, examples[0].passages))
+    assert all(passage.read for passage in answers.passages)
+
+
 def test_texts_of_others_are_escaped(answerer):
     answers = last(answerer, Request("Who?", [INJECTION, "A heron."]))
     panels = [

@@ -154,8 +154,20 @@ def test_text_of_selected_documents_is_what_full_text_reads_of_them(folder):
     assert sum(bounds) < sum(all_of)
     none = replace(examples(1)[0], documents=[])
     assert systems["selected_text"].answer([none])[0].text == systems["full_text"].answer([none])[0].text
-    with pytest.raises(ValueError, match="nothing says which; pass --max_documents"):
-        settings(folder, baselines="selected_text")
+    with pytest.raises(ValueError, match="neither the model nor an option says which; pass --max_documents"):
+        systems_of(folder, "selected_text")
+
+
+def test_a_model_says_how_many_documents_it_reads(folder, tmp_path):
+    ScaleDownModel.from_pretrained(str(folder / "merged"), max_documents=1).save_pretrained(tmp_path / "one")
+    systems, found = systems_of(folder, "selected_text", model=str(tmp_path / "one"), generator="own")
+    asked = systems_of(folder, "selected_text", model=str(folder / "merged"), generator="own", max_documents=1)[0]
+    for name, system in systems.items():
+        told = [(a.text, a.tokens_in) for a in asked[name].answer(examples(3))]
+        assert [(a.text, a.tokens_in) for a in system.answer(examples(3))] == told
+    assert found.description["selection"] == {"max_documents": 1}
+    every = systems_of(folder, model=str(tmp_path / "one"), max_documents=9)[0]["compressed"].answer(examples(3))
+    assert [a.slots for a in every] == [a.slots for a in systems_of(folder)[0]["compressed"].answer(examples(3))]
 
 
 def test_slots_that_hold_something_else_are_selected_too(folder):

@@ -38,6 +38,8 @@ REFUSED = [
     ("reranking_loss_weight", "0.05", "must be a number of at least 0"),
     ("initializer_range", -0.02, "must be a number of at least 0"),
     ("enable_reranking", "no", "must be True or False"),
+    ("max_documents", 0, "must be a whole number of at least 1, or None for all"),
+    ("max_documents", 1.5, "must be a whole number of at least 1, or None for all"),
     ("lora_config", 16, "must be a dictionary of peft.LoraConfig arguments"),
     ("system_prompt", None, "must be a string"),
     ("document_separator", None, "must be a string"),
@@ -54,6 +56,11 @@ def test_a_wrong_value_is_refused_with_its_name_and_the_remedy(name, value, mess
     with pytest.raises(ValueError, match=message) as caught:
         build_config(**{"compressor_type": "n_layers", name: value})
     assert f"{name}={value}" in str(caught.value) or f"{name}={value!r}" in str(caught.value)
+
+
+def test_documents_are_chosen_by_a_model_that_ranks():
+    with pytest.raises(ValueError, match="max_documents=1 chooses documents by their reranking scores"):
+        build_config(compressor_type="n_layers", max_documents=1, enable_reranking=False)
 
 
 @pytest.mark.parametrize("kind", ["modernbert", "llm"])

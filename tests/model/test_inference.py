@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 import compressor_scaledown
 from compression_scaledown import CompressionCache, pass_sizes
 from reranking_scaledown import select_documents
+from scaledown import ScaleDownModel
 from shortcuts_scaledown import CACHE_NAME
 from tiny import DOCUMENTS, QUESTIONS, build_model, randomize_lora
 
@@ -298,6 +299,23 @@ def test_a_prompt_that_fits_after_the_choice_is_no_error():
     with pytest.raises(ValueError, match="the generator reads 512"):
         model.answer(QUESTIONS[2], documents, **WRITING)
     assert isinstance(model.answer(QUESTIONS[2], documents, max_documents=3, **WRITING), str)
+
+
+def test_a_configuration_says_how_many_documents_are_read(tmp_path):
+    question, documents = QUESTIONS[2], [*DOCUMENTS[2], *DOCUMENTS[0]]
+    whole = build_model("n_layers")
+    whole.save_pretrained(tmp_path / "whole")
+    ScaleDownModel.from_pretrained(tmp_path / "whole", max_documents=2).save_pretrained(tmp_path / "two")
+    model = ScaleDownModel.from_pretrained(tmp_path / "two")
+    found = model.answer(question, documents, return_reranking_scores=True, **WRITING)
+    expected = whole.answer(question, documents, return_reranking_scores=True, max_documents=2, **WRITING)
+    assert found.documents_read == expected.documents_read and len(found.documents_read) == 2
+    assert found.answers == expected.answers
+    embeddings, _ = model.prompt_embeddings(question, documents)
+    assert embeddings.shape == whole.prompt_embeddings(question, documents, max_documents=2)[0].shape
+    for number in (1, len(documents)):  # a call's own number counts
+        output = model.answer(question, documents, max_documents=number, return_reranking_scores=True, **WRITING)
+        assert len(output.documents_read) == number
 
 
 def test_choosing_documents_needs_reranking_and_a_number():
