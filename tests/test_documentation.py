@@ -66,7 +66,7 @@ def test_the_script_in_the_page_on_training(tmp_path, monkeypatch):
 
 def test_python_in_the_page_on_use(folder, tmp_path, monkeypatch, capsys):
     blocks = blocks_of("docs/use.md")
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     generator = save_generator(tmp_path / "generator")
     monkeypatch.chdir(tmp_path)
     model = from_backbones((generator, None))
