@@ -81,7 +81,8 @@ class ScaleDownAnswerer(Runnable[dict[str, Any], dict[str, Any]]):
     Args:
         model, url, revision, api_key: As in `ScaleDownReranker`.
         compression_rate: Tokens per slot; the model's own where None.
-        max_documents: Documents that are read, the best of them; as many as the model's configuration says, or all, where None.
+        max_documents: Documents that are read, the best of them; where None, as many as the model's configuration says,
+            or all.
         min_reranking_score: Documents that score lower are not read.
         max_new_tokens: Tokens of an answer; the model's own limit where None.
     """

@@ -74,7 +74,8 @@ class ScaleDownSynthesizer(BaseSynthesizer):
     Args:
         model, url, revision, api_key: As in `ScaleDownRerank`.
         compression_rate: Tokens per slot; the model's own where None.
-        max_documents: Nodes that are read, the best of them; as many as the model's configuration says, or all, where None.
+        max_documents: Nodes that are read, the best of them; where None, as many as the model's configuration says,
+            or all.
         min_reranking_score: Nodes that score lower are not read.
         max_new_tokens: Tokens of an answer; the model's own limit where None.
         streaming: Whether a response is written piece by piece.
