@@ -690,6 +690,24 @@ def test_card_says_what_is_known(tmp_path):
     assert not re.search(r"\{\{|\{%|None|Undefined", card.text)
 
 
+def test_card_of_a_folder_without_code_loads_by_the_package(tmp_path, capsys):
+    model = build_model("modernbert", slot_pooling="pointer", max_documents=2)
+    model.config.reranking_trained = True
+    model.card_fields = {"without_code": True, "attribution": "Learned from a file."}
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    for line in (
+        "The method is OSCAR ([arXiv 2504.07109](https://arxiv.org/abs/2504.07109)), with slots that point at text.",
+        "| Documents read | a question's 2 best by score, unless `answer(…, max_documents=N)` names another number |",
+        "Learned from a file.",
+    ):
+        assert line in card.text.splitlines(), line
+    (snippet,) = snippets(card)
+    assert snippet.startswith("from scaledown import ScaleDownModel\n")
+    exec(snippet.replace("path/to/this/folder", str(tmp_path)), {})
+    assert "corpus_id" in capsys.readouterr().out
+
+
 def test_card_says_what_is_not_known(tmp_path):
     build_model(enable_reranking=False).save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
