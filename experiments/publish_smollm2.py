@@ -22,6 +22,19 @@ GENERATOR = {
     "generator_revision": "ab810cf68114990406fdf996510dd3d3c6adbdf5",
 }
 NUM_QUESTIONS, NUM_DOCUMENTS = 6, 5
+CARD = {
+    "license": "apache-2.0",
+    "language": "en",
+    "base_model": [GENERATOR["generator_name_or_path"], "sentence-transformers/all-MiniLM-L6-v2"],
+    "without_code": True,
+    "attribution": (
+        "The questions come from SQuAD 1.1 (Rajpurkar et al., CC BY-SA 4.0), SQuADShifts (Miller et al., CC BY 4.0), QED "
+        "over Natural Questions (Lamm et al., CC BY-SA 3.0), QAMR (Michael et al., MIT), FairytaleQA (Xu et al., Apache "
+        "2.0), ROPES (Lin et al., CC BY 4.0), WikiTableQuestions (Pasupat and Liang, CC BY-SA 4.0), BoolQ (Clark et al., "
+        "CC BY-SA 3.0) and HotpotQA (Yang et al., CC BY-SA 4.0); other passages were found by BM25 among those of the "
+        "same set. `questions.jsonl` holds six questions of SQuAD 1.1 with passages of Wikipedia, under CC BY-SA 4.0."
+    ),
+}
 MAX_BYTES = 60_000_000  # every clone carries it
 
 
@@ -31,6 +44,7 @@ def publish_model(source: Path, target: Path) -> None:
     model.config.update(GENERATOR)
     for config in (model.config, model.config.generator_config, model.config.compressor_config):
         config._name_or_path = ""
+    model.card_fields = {**model.card_fields, **CARD, "repo_id": f"{target.parent.name}/{target.name}"}
     model.to(torch.bfloat16).save_pretrained(target, weights_format="delta")
     for code in target.glob("*.py"):
         code.unlink()
