@@ -390,15 +390,19 @@ def load_first_layers(name_or_path: str, config: PreTrainedConfig, loading: dict
         ValueError: the checkpoint lacks some of them.
     """
     layer = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
-    final_norm = re.compile(rf"(?:^|\.)(?:{'|'.join(FINAL_NORM_NAMES)})\.(?:weight|bias)$")
+    head = re.compile(r"lm_head\.|decoder\.(?:weight|bias)$")
     wanted, cut_off = {}, {}
     index = checkpoint_index(name_or_path, **hub)
     prefix = language_model_prefix(index)
-    for name, shard in index.items():
+    own = {
+        name: shard
+        for name, shard in index.items()
+        if not head.match(name) and (prefix is None or name.startswith(prefix))
+    }
+    final_norm = set() if config.keep_final_norm else _final_norm(name for name in own if not layer.search(name))
+    for name, shard in own.items():
         match = layer.search(name)
-        if name.startswith("lm_head.") or (prefix is not None and not name.startswith(prefix)):
-            continue
-        if match is None and final_norm.search(name) and not config.keep_final_norm:
+        if name in final_norm:
             # Lies in the last shard, and the compressor takes it off: not worth reading.
             cut_off[name] = torch.ones(config.compressor_config.hidden_size)
         elif match is None or int(match.group(1)) < config.num_compressor_layers:
@@ -412,6 +416,16 @@ def load_first_layers(name_or_path: str, config: PreTrainedConfig, loading: dict
     )
     _check_complete(name_or_path, info)
     return backbone
+
+
+def _final_norm(names: Iterable[str]) -> set[str]:
+    """Weights of the norm that `remove_final_norm` takes off: norms deeper inside, as after embeddings, stay."""
+    kind = re.compile(rf"(?:^|\.)({'|'.join(FINAL_NORM_NAMES)})\.(?:weight|bias)$")
+    norms = {name: match.group(1) for name in names if (match := kind.search(name)) is not None}
+    depth = min((name.count(".") for name in norms), default=0)
+    outermost = {name: norm for name, norm in norms.items() if name.count(".") == depth}
+    first = min(outermost.values(), key=FINAL_NORM_NAMES.index, default=None)
+    return {name for name, norm in outermost.items() if norm == first}
 
 
 def execution_device(model: nn.Module) -> torch.device:

@@ -112,6 +112,23 @@ def test_n_layers_is_a_copy_of_the_first_layers(kind, tmp_path):
     assert model.compressor.projector is None
 
 
+def test_n_layers_copies_the_norm_after_the_embeddings(tmp_path):
+    shape = {**SHAPE, "cls_token_id": 0, "sep_token_id": 1, "num_hidden_layers": 3}
+    generator = AutoModelForCausalLM.from_config(AutoConfig.for_model("modernbert-decoder", **shape))
+    with torch.no_grad():
+        for name, parameter in generator.named_parameters():
+            if "norm" in name:  # which would be ones
+                parameter.normal_()
+    generator.save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    with silence():
+        own = build(tmp_path, num_compressor_layers=2).compressor.backbone
+    theirs = generator.model.state_dict()
+    assert isinstance(own.final_norm, torch.nn.Identity) and "embeddings.norm.weight" in own.state_dict()
+    for name, tensor in own.state_dict().items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
 def test_n_layers_gives_the_raw_hidden_state_of_layer_n(generator):
     model = build(generator)
     ids = torch.arange(10, 30).unsqueeze(0)
