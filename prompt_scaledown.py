@@ -28,6 +28,7 @@ try:
     from .settings_scaledown import check_prompts
     from .text_scaledown import (
         Conversation,
+        chat_templates,
         delimiting_token,
         encode_as_text,
         encode_continuations,
@@ -43,6 +44,7 @@ except ImportError:
     from settings_scaledown import check_prompts
     from text_scaledown import (
         Conversation,
+        chat_templates,
         delimiting_token,
         encode_as_text,
         encode_continuations,
@@ -309,4 +311,4 @@ def pad(rows: list[list], value: int | bool, side: str) -> tuple[torch.Tensor, t
 
 def date_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Today's date, where the chat template of a tokenizer asks for it."""
-    return datetime.date.today().isoformat() if _ASKS_FOR_DATE.search(str(tokenizer.chat_template)) else None
+    return datetime.date.today().isoformat() if _ASKS_FOR_DATE.search(chat_templates(tokenizer)) else None

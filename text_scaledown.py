@@ -209,9 +209,15 @@ def last_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return single["input_ids"][len(single["input_ids"]) - single["special_tokens_mask"][::-1].index(0) :]
 
 
+def chat_templates(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Text of a tokenizer's chat template; of all where it has several by name; empty where it has none."""
+    template = tokenizer.chat_template or ""
+    return "\n".join(template.values()) if isinstance(template, dict) else template
+
+
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids that steer the model: special tokens, and added tokens the chat template uses."""
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    template = chat_templates(tokenizer)
     ids = {
         token_id
         for token_id, token in tokenizer.added_tokens_decoder.items()

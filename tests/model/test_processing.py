@@ -467,6 +467,12 @@ def build_plainly_added():
     return tokenizer
 
 
+def build_with_templates_by_name():
+    tokenizer = build_plainly_added()
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": tokenizer.chat_template}
+    return tokenizer
+
+
 FAMILIES = {
     "byte-level": (build_tokenizer, lambda: None),
     "byte-level, plain": (lambda: build_tokenizer(chat=False), lambda: None),
@@ -474,6 +480,7 @@ FAMILIES = {
     "wordpiece": (build_tokenizer, build_wordpiece),
     "unigram": (build_unigram, lambda: None),
     "added, not special": (build_plainly_added, lambda: None),
+    "templates by name": (build_with_templates_by_name, lambda: None),
 }
 
 
@@ -485,7 +492,7 @@ def family(request):
 
 
 def control_tokens(tokenizer) -> dict[int, str]:
-    template = tokenizer.chat_template or ""
+    template = str(tokenizer.chat_template or "")
     return {
         token_id: token.content
         for token_id, token in tokenizer.added_tokens_decoder.items()
