@@ -64,7 +64,8 @@ def split_gguf(name_or_path: str, gguf_file: str | None) -> tuple[str, str | Non
     if gguf_file is not None:
         raise ScaleDownError(f"{name_or_path!r} names a GGUF file already; leave out gguf_file={gguf_file!r}.")
     if path.is_file():
-        return str(path.resolve().parent), path.name
+        # In a cache of the Hub the file is a link to one of another name and folder.
+        return str(path.parent.resolve()), path.name
     if path.is_absolute() or len(path.parts) < 3 or path.parts[0] in (".", ".."):
         raise ScaleDownError(f"There is no GGUF file {name_or_path!r} (looked from {Path.cwd()}).")
     return "/".join(path.parts[:2]), "/".join(path.parts[2:])

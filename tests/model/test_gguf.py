@@ -55,6 +55,15 @@ def test_a_gguf_file_gives_the_model_that_its_weights_give(folder, plain):
         assert answers == expected.answer(QUESTIONS, DOCUMENTS, max_new_tokens=6)
 
 
+def test_a_link_to_a_file_stays_where_it_is(tmp_path):
+    """As in a cache of the Hub, where files have other names and lie in another folder."""
+    for name in ("blobs", "snapshots"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "blobs" / "0123abcd").write_bytes(b"GGUF")
+    (tmp_path / "snapshots" / NAME).symlink_to(tmp_path / "blobs" / "0123abcd")
+    assert split_gguf(str(tmp_path / "snapshots" / NAME), None) == (str(tmp_path.resolve() / "snapshots"), NAME)
+
+
 def test_the_compressor_is_a_copy_of_the_first_layers_alone(folder):
     model = build(folder / NAME)
     assert len(model.compressor.backbone.layers) == SETTINGS["num_compressor_layers"]
