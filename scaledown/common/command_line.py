@@ -208,6 +208,23 @@ def refuse_existing(output_dir: str | None) -> None:
         raise ScaleDownError(f"{output_dir} cannot be made in {above}; name a folder that can.")
 
 
+def refuse_same_folder(output_dir: str, **sources: str) -> None:
+    """Refuse to write where a model lies that is only to be read: before the work.
+
+    Args:
+        output_dir: The folder to write.
+        sources: Folders or names on the Hub that are read, each by the name of its option.
+
+    Raises:
+        ScaleDownError: The folder is one of those.
+    """
+    for name, source in sources.items():
+        if Path(source).exists() and Path(output_dir).resolve() == Path(source).resolve():
+            raise ScaleDownError(
+                f"--output {output_dir} is the folder of --{name}, which would be overwritten; name another folder."
+            )
+
+
 def split_names(text: str | None) -> list[str]:
     """The names in a text that separates them by commas, each once."""
     return list(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))

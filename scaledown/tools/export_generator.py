@@ -15,7 +15,7 @@ import torch
 from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel
 
-from ..common.command_line import parse_options, run_command
+from ..common.command_line import parse_options, refuse_same_folder, run_command
 from ..common.loading import load_model
 
 
@@ -60,6 +60,7 @@ def main() -> int:
             prog="python -m scaledown.tools.export_generator",
             description="Write the generator, LoRA merged.",
         )
+        refuse_same_folder(args.output, model=args.model)
         dtype = "auto" if args.dtype is None else getattr(torch, args.dtype)
         model = load_model(
             lambda: ScaleDownModel.from_pretrained(args.model, revision=args.revision, dtype=dtype),

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from modeling_scaledown import ScaleDownModel
 
 from ..common.adapters import generator_weights
-from ..common.command_line import parse_options, run_command
+from ..common.command_line import parse_options, refuse_same_folder, run_command
 from ..common.loading import load_model
 
 
@@ -53,6 +53,7 @@ def main() -> int:
             prog="python -m scaledown.tools.extract_generator",
             description="Take out the original generator.",
         )
+        refuse_same_folder(args.output, model=args.model)
         model = load_model(lambda: ScaleDownModel.from_pretrained(args.model), args.model, "--model")
         extract_generator(model, Path(args.output))
         return f"the generator of {args.model} in {args.output}"

@@ -18,7 +18,7 @@ from modeling_scaledown import ScaleDownModel
 from weights_scaledown import absolute_name, load_complete, weights_fingerprint
 
 from ..common.adapters import generator_weights
-from ..common.command_line import parse_options, run_command
+from ..common.command_line import parse_options, refuse_same_folder, run_command
 from ..common.loading import load_model
 
 # What a generator's configuration says of where it comes from, not of what it computes.
@@ -87,6 +87,7 @@ def main() -> int:
             prog="python -m scaledown.tools.replace_generator",
             description="Exchange a model's generator.",
         )
+        refuse_same_folder(args.output, model=args.model, generator=args.generator)
         model = load_model(lambda: ScaleDownModel.from_pretrained(args.model), args.model, "--model")
         replace_generator(model, args.generator)
         model.save_pretrained(Path(args.output))

@@ -1,6 +1,8 @@
 """A generator under a model is replaced, and taken out again: nothing else of the model goes with it."""
 
 import json
+import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -84,3 +86,25 @@ def test_the_generator_is_taken_out_as_it_was_before_lora(model, tmp_path):
     model.merge_lora()
     with pytest.raises(ValueError, match="it was merged; train with merge_lora=false"):
         extract_generator(model, tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("command", "output"),
+    [
+        ("export_generator", "model"),
+        ("extract_generator", "model"),
+        ("replace_generator", "model"),
+        ("replace_generator", "generator"),
+    ],
+)
+def test_a_folder_that_is_read_is_not_written(command, output, tmp_path, monkeypatch, capsys):
+    for name in ("model", "generator"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("whatever", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    sources = ["--model", "model"] + (["--generator", "generator"] if command == "replace_generator" else [])
+    monkeypatch.setattr(sys, "argv", [command, *sources, "--output", str(tmp_path / output)])
+    assert import_module(f"scaledown.tools.{command}").main() == 2
+    assert f"is the folder of --{output}, which would be overwritten" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / output).iterdir()] == ["config.json"]
+    assert (tmp_path / output / "config.json").read_text(encoding="utf-8") == "whatever"
