@@ -33,6 +33,12 @@ CARD_FIELDS = re.compile(r"^<!-- card_fields: (\{.*\}) -->$", re.MULTILINE)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether a name can be that of a repository on the Hub; a relative path with `.` or `..` in it is none."""
+    # Some of the oldest, such as gpt2, have no owner.
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not {".", ".."} & set(name.split("/"))
+
+
 def is_rendered(readme: str | Path) -> bool:
     """Whether a README.md was rendered from the template; others were written by somebody."""
     return CARD_MARK in Path(readme).read_text(encoding="utf-8")

@@ -31,7 +31,7 @@ from transformers.utils import (
 
 try:
     from .backbones_scaledown import refuse_adapter
-    from .card_scaledown import CARD_NAME, CARD_TEMPLATE_NAME, HUB_NAME, is_rendered, read_card_fields, write_card
+    from .card_scaledown import CARD_NAME, CARD_TEMPLATE_NAME, is_hub_name, is_rendered, read_card_fields, write_card
     from .configuration_scaledown import WEIGHTS_FORMATS
     from .embeddings_scaledown import compressor_embeddings_name, fill_embeddings, read_embeddings, shared_embeddings
     from .errors_scaledown import ScaleDownError
@@ -55,7 +55,7 @@ except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
     from backbones_scaledown import refuse_adapter
-    from card_scaledown import CARD_NAME, CARD_TEMPLATE_NAME, HUB_NAME, is_rendered, read_card_fields, write_card
+    from card_scaledown import CARD_NAME, CARD_TEMPLATE_NAME, is_hub_name, is_rendered, read_card_fields, write_card
     from configuration_scaledown import WEIGHTS_FORMATS
     from embeddings_scaledown import compressor_embeddings_name, fill_embeddings, read_embeddings, shared_embeddings
     from errors_scaledown import ScaleDownError
@@ -488,7 +488,7 @@ def render_card(model: PreTrainedModel, folder: Path, weights_format: str):
             return
         template = Path(found)
     generator = model.config.generator_name_or_path
-    on_hub = generator is not None and HUB_NAME.fullmatch(generator) is not None and not Path(generator).exists()
+    on_hub = generator is not None and is_hub_name(generator) and not Path(generator).exists()
     facts = {
         "config": model.config,
         # A path of this machine is of no use to a reader, and nobody's business.

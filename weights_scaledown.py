@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 try:
-    from .card_scaledown import HUB_NAME
+    from .card_scaledown import is_hub_name
     from .compressor_scaledown import FINAL_NORM_NAMES
     from .errors_scaledown import ScaleDownError
     from .families_scaledown import language_model_config
@@ -36,7 +36,7 @@ try:
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
-    from card_scaledown import HUB_NAME
+    from card_scaledown import is_hub_name
     from compressor_scaledown import FINAL_NORM_NAMES
     from errors_scaledown import ScaleDownError
     from families_scaledown import language_model_config
@@ -291,7 +291,7 @@ def check_generator_folder(name_or_path: str, config: PreTrainedConfig):
     """
     generator = str(config.generator_name_or_path)
     is_folder = Path(generator).is_dir()
-    missing = not is_folder and (Path(generator).is_absolute() or not HUB_NAME.fullmatch(generator))
+    missing = not is_folder and not is_hub_name(generator)
     what = f"folder {generator}"
     if is_folder and config.generator_gguf_file is not None:
         file = Path(generator) / config.generator_gguf_file

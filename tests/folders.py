@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,17 @@ def save_encoder(folder: Path, kind: str = "modernbert", seed: int = 2) -> Path:
 def save_small_llm(folder: Path, seed: int = 3) -> Path:
     """A random language model, narrower than the generators."""
     return save_generator(folder, "llama", seed, hidden_size=24, num_hidden_layers=2, head_dim=6)
+
+
+def put_in_cache(cache: Path, name: str, folder: Path, only: str = "*") -> Path:
+    """Files of a folder as a cache of the Hub has them that were downloaded from a repository."""
+    place, commit = cache / f"models--{name.replace('/', '--')}", "0" * 40
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit, encoding="utf-8")
+    (place / "snapshots" / commit).mkdir(parents=True)
+    for path in folder.glob(only):
+        shutil.copyfile(path, place / "snapshots" / commit / path.name)
+    return cache
 
 
 def save_backbones(folder: Path) -> dict[str, tuple[Path, Path | None]]:

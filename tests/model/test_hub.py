@@ -15,8 +15,18 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 
-from folders import CODE, ISOLATION_CHECK, ROOT, SETTINGS, save_generator
+from folders import (
+    CODE,
+    ISOLATION_CHECK,
+    ROOT,
+    SETTINGS,
+    assert_same_outputs,
+    outputs,
+    put_in_cache,
+    save_generator,
+)
 from hub_standin import HubStandIn
+from scaledown import ScaleDownModel
 from tiny import DOCUMENTS, QUESTIONS, build_model
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
@@ -237,6 +247,15 @@ def test_a_hub_that_does_not_answer_does_not_cost_a_card(monkeypatch):
     with pytest.raises(LocalEntryNotFoundError, match="timed out"):
         build_model().push_to_hub("me/model")
     assert not written
+
+
+def test_a_generator_whose_name_has_no_owner(tmp_path):
+    """As gpt2; there is no connection, so all is read from the cache."""
+    cache = put_in_cache(tmp_path / "cache", "tiny", save_generator(tmp_path / "generator"))
+    model = ScaleDownModel.from_backbones("tiny", cache_dir=cache, **SETTINGS)
+    model.save_pretrained(tmp_path / "delta", weights_format="delta")
+    assert "base_model: tiny\n" in (tmp_path / "delta" / "README.md").read_text(encoding="utf-8")
+    assert_same_outputs(ScaleDownModel.from_pretrained(tmp_path / "delta", cache_dir=cache), outputs(model))
 
 
 @pytest.mark.slow
