@@ -47,6 +47,7 @@ def embed(source: Path, target: Path) -> int:
     for config in (model.config, model.config.generator_config, model.config.compressor_config):
         config._name_or_path = ""
     model.config.generator_name_or_path = model.config.generator_revision = None
+    model.config.generator_gguf_file = None
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder, weights_format="full")
         size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))

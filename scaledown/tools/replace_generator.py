@@ -72,7 +72,7 @@ def replace_generator(model: ScaleDownModel, generator: str) -> None:
     for name, tensor in own.items():
         tensor.copy_(weights[name])
     model.config.generator_name_or_path = generator
-    model.config.generator_revision = None
+    model.config.generator_revision = model.config.generator_gguf_file = None
     model.config.generator_fingerprint = weights_fingerprint(generator)
     model.config.weights_format = "full"
     model.remember_generator()

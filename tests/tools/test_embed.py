@@ -20,6 +20,7 @@ def model(tmp_path):
     model = build_model("n_layers")
     model.config.generator_name_or_path = str(tmp_path / "backbone")
     model.config.generator_config._name_or_path = str(tmp_path / "backbone")
+    model.config.generator_gguf_file = "backbone.gguf"
     model.save_pretrained(tmp_path / "model")
     return model
 
@@ -61,6 +62,7 @@ def test_readme_and_code_stay_and_paths_do_not_come_along(model, checkout, tmp_p
     assert checkout.stat().st_mode == mode
     for path in checkout.rglob("*.json"):
         assert str(tmp_path) not in path.read_text(encoding="utf-8")
+        assert "backbone.gguf" not in path.read_text(encoding="utf-8")
 
 
 def test_too_large_a_model_is_refused_before_anything_is_copied(model, checkout, tmp_path, monkeypatch):

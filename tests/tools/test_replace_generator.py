@@ -39,9 +39,10 @@ def test_the_generator_is_replaced_and_nothing_else(model, tmp_path, monkeypatch
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     other = change(tmp_path / "generator", tmp_path / "other")
     model.config.generator_revision = "0" * 40  # of the one that goes
+    model.config.generator_gguf_file = "gone.gguf"
     monkeypatch.chdir(tmp_path)
     replace_generator(model, "other")
-    assert model.config.generator_revision is None
+    assert model.config.generator_revision is model.config.generator_gguf_file is None
     model.save_pretrained(tmp_path / "delta", weights_format="delta")  # the generator in it is known again
     monkeypatch.chdir("/")
     ScaleDownModel.from_pretrained(tmp_path / "delta")
