@@ -41,7 +41,7 @@ def is_hub_name(name: str) -> bool:
 
 def is_rendered(readme: str | Path) -> bool:
     """Whether a README.md was rendered from the template; others were written by somebody."""
-    return CARD_MARK in Path(readme).read_text(encoding="utf-8")
+    return CARD_MARK in _read(readme)
 
 
 def read_card_fields(readme: str | Path) -> dict:
@@ -54,8 +54,17 @@ def read_card_fields(readme: str | Path) -> dict:
     Returns:
         `dict`: The fields; empty where it was not rendered from the template.
     """
-    found = CARD_FIELDS.search(Path(readme).read_text(encoding="utf-8")) if is_rendered(readme) else None
-    return json.loads(found.group(1)) if found is not None else {}
+    found = CARD_FIELDS.search(_read(readme)) if is_rendered(readme) else None
+    try:
+        return json.loads(found.group(1)) if found is not None else {}
+    except ValueError as error:  # somebody has edited it, and a card is worth no model
+        logger.warning(f"The comment card_fields of {readme} is no JSON ({error}): new cards go without what it says.")
+        return {}
+
+
+def _read(readme: str | Path) -> str:
+    """Text of a card; what is no UTF-8 in one that somebody wrote is replaced."""
+    return Path(readme).read_text(encoding="utf-8", errors="replace")
 
 
 def write_card(folder: Path, template: Path, facts: dict, card_fields: dict):
@@ -77,7 +86,7 @@ def write_card(folder: Path, template: Path, facts: dict, card_fields: dict):
         logger.warning(f"{readme} was not rendered from {CARD_TEMPLATE_NAME}; it is left as it is.")
         return
     fields = {**facts, **card_fields}
-    results = [EvalResult(**result) for result in fields.get("eval_results", ())]
+    results = _eval_results(fields.get("eval_results"), readme)
     data = ModelCardData(
         library_name="transformers",
         license=fields.get("license"),
@@ -97,6 +106,17 @@ def write_card(folder: Path, template: Path, facts: dict, card_fields: dict):
             stream.write(f"\n<!-- card_fields: {text} -->\n")
     if template.resolve() != (folder / CARD_TEMPLATE_NAME).resolve():
         shutil.copyfile(template, folder / CARD_TEMPLATE_NAME)
+
+
+def _eval_results(given: list[dict] | None, readme: Path) -> list[EvalResult]:
+    """Results for the card's metadata; a warning names those that are none."""
+    results = []
+    for result in given if isinstance(given, list | tuple) else ():
+        try:
+            results.append(EvalResult(**result))
+        except (TypeError, ValueError) as error:
+            logger.warning(f"{readme} goes without {result!r} of eval_results: {error}")
+    return results
 
 
 def _render(template: Path, fields: dict) -> str:

@@ -764,6 +764,25 @@ def test_a_template_reaches_nothing_but_its_fields(tmp_path):
     assert not (tmp_path / "README.md").exists()
 
 
+@pytest.mark.parametrize("damage", ["bytes", "comment", "results"])
+def test_a_damaged_card_costs_no_model(damage, tmp_path, caplog):
+    model = build_model()
+    results = [{"task_type": "rag"}, "none", 1]
+    model.card_fields = {"license": "mit", **({"eval_results": results} if damage == "results" else {})}
+    model.save_pretrained(tmp_path)
+    card = tmp_path / "README.md"
+    if damage == "results":
+        assert "goes without 'none' of eval_results" in caplog.text
+    else:
+        old, new = (b"license", b"\xff") if damage == "bytes" else (b'{"license"', b'{"license')
+        card.write_bytes(card.read_bytes().replace(old, new))
+    loaded = ScaleDownModel.from_pretrained(tmp_path)
+    loaded.save_pretrained(tmp_path)
+    assert "<!-- rendered from model_card.md -->" in card.read_text(encoding="utf-8")
+    if damage == "comment":
+        assert loaded.card_fields == {} and f"The comment card_fields of {card} is no JSON" in caplog.text
+
+
 def test_a_rendered_card_is_rendered_again(tmp_path):
     model = build_model()
     model.save_pretrained(tmp_path)
