@@ -27,6 +27,7 @@ try:
     from .processing_scaledown import ScaleDownProcessor
     from .reranking_scaledown import check_limits, document_scores
     from .text_scaledown import is_conversation, listed
+    from .weights_scaledown import check_source
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
@@ -39,6 +40,7 @@ except ImportError:
     from processing_scaledown import ScaleDownProcessor
     from reranking_scaledown import check_limits, document_scores
     from text_scaledown import is_conversation, listed
+    from weights_scaledown import check_source
 
 
 class AnswerOutput(tuple):
@@ -78,7 +80,8 @@ class AnsweringMixin:
         The processor saved beside the weights, loaded at its first use, or the one that was assigned.
 
         Raises:
-            ValueError: there is none, or one is assigned that allows more slots than the model has memory embeddings.
+            ValueError: there is none, it lay in a folder that is gone, or one is assigned that allows more slots than
+                the model has memory embeddings.
         """
         if self._processor is None:
             if not self.name_or_path:
@@ -86,6 +89,7 @@ class AnsweringMixin:
                     "This model has no processor: it was built from a configuration. Assign one: model.processor = "
                     "ScaleDownProcessor.from_config(model.config, tokenizer)."
                 )
+            check_source(self.name_or_path)
             # Whoever let this very file run has trusted the repository; otherwise its tokenizer runs no code either.
             processor = ScaleDownProcessor.from_pretrained(
                 self.name_or_path, trust_remote_code=IS_REMOTE_CODE, **self._hub_arguments

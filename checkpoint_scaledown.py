@@ -44,7 +44,9 @@ try:
         absolute_name,
         changed_weights,
         check_fingerprint,
+        check_source,
         checkpoint_index,
+        is_lost_folder,
         load_complete,
         pin_revision,
         remove_stale_weights,
@@ -68,7 +70,9 @@ except ImportError:
         absolute_name,
         changed_weights,
         check_fingerprint,
+        check_source,
         checkpoint_index,
+        is_lost_folder,
         load_complete,
         pin_revision,
         remove_stale_weights,
@@ -235,14 +239,16 @@ class CheckpointMixin:
             kwargs: As in `PreTrainedModel.save_pretrained` and `push_to_hub`.
 
         Raises:
-            ValueError: a delta is asked for but the generator is not that of a known repository, or there is no
-                generator.
+            ValueError: a delta is asked for but the generator is not that of a known repository, there is no
+                generator, or the processor lay in a folder that is gone.
         """
         hub_kwargs = {
             key: kwargs.pop(key)
             for key in ("repo_id", "private", "commit_message", "revision", "create_pr", "commit_description")
             if key in kwargs
         }
+        if is_main_process:  # what else is saved beside the weights is found before any of it is written
+            processor = self.processor if self._has_processor() else None
         previous = self.config.weights_format
         weights_format = weights_format or previous
         _check_weights_format(self, weights_format)
@@ -292,8 +298,8 @@ class CheckpointMixin:
             return
         if kwargs.get("variant") is None:
             remove_stale_weights(Path(save_directory))
-        if self._has_processor():
-            self.processor.save_pretrained(save_directory)
+        if processor is not None:
+            processor.save_pretrained(save_directory)
         else:
             logger.warning("The model has no processor, so none is saved beside it; assign model.processor first.")
         render_card(self, Path(save_directory), weights_format)
@@ -375,10 +381,13 @@ class CheckpointMixin:
     def _has_processor(self) -> bool:
         if self._processor is not None or not self.name_or_path:
             return self._processor is not None
+        check_source(self.name_or_path)
         return self._find_beside_weights(PROCESSOR_NAME) is not None
 
     def _find_beside_weights(self, name: str, **kwargs) -> str | None:
-        """File that was saved beside the weights this model was loaded from, if there is one."""
+        """File that was saved beside the weights this model was loaded from, if there is one, and if they are there."""
+        if is_lost_folder(self.name_or_path):
+            return None
         return cached_file(
             self.name_or_path, name, _raise_exceptions_for_missing_entries=False, **self._hub_arguments, **kwargs
         )

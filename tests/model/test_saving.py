@@ -616,6 +616,23 @@ def test_a_model_without_a_processor_is_saved_with_a_warning_every_time(tmp_path
         model.processor  # noqa: B018
 
 
+def test_a_model_whose_folder_is_gone_says_so_before_anything_is_written(tmp_path):
+    build_model().save_pretrained(tmp_path / "model")
+    model, other = (ScaleDownModel.from_pretrained(tmp_path / "model") for _ in range(2))
+    processor = model.processor
+    shutil.rmtree(tmp_path / "model")
+    message = r"folder .*model, which this model was loaded from, is not there any more.*model.processor ="
+    with pytest.raises(ValueError, match=message):
+        other.answer(QUESTIONS, DOCUMENTS)
+    with pytest.raises(ValueError, match=message):
+        other.save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    other.processor = processor
+    for number, whole in enumerate((model, other)):  # the card that lay beside the weights is no reason to fail
+        whole.save_pretrained(tmp_path / str(number))
+        assert_same_outputs(load_silently(tmp_path / str(number)), outputs(model))
+
+
 def test_other_processes_write_no_more_than_they_should(tmp_path):
     build_model().save_pretrained(tmp_path, is_main_process=False)
     assert files(tmp_path) == set()
