@@ -128,7 +128,7 @@ class CheckpointMixin:
                 not hold the LoRA weights its configuration asks for, or a quantization cannot leave the compressor out.
             ImportError: quantization without bitsandbytes, or unmerged LoRA without peft.
         """
-        _refuse_gguf(pretrained_model_name_or_path)
+        _refuse_gguf(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         # The processor and the card are read when they are needed, from wherever that is.
         pretrained_model_name_or_path = absolute_name(pretrained_model_name_or_path)
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
@@ -510,13 +510,14 @@ def render_card(model: PreTrainedModel, folder: Path, weights_format: str):
     write_card(folder, template, facts, model.card_fields)
 
 
-def _refuse_gguf(name_or_path: str | None):
+def _refuse_gguf(name_or_path: str | None, subfolder: str):
     """A GGUF file holds a language model, and no ScaleDown model."""
     if name_or_path is None:
         return
-    found = [] if (Path(name_or_path) / CONFIG_NAME).is_file() else gguf_files(name_or_path)
+    folder = Path(name_or_path) / subfolder
+    found = [] if (folder / CONFIG_NAME).is_file() else gguf_files(folder)
     if str(name_or_path).endswith(".gguf") or found:
-        file = str(Path(name_or_path) / found[0]) if found else str(name_or_path)
+        file = str(folder / found[0]) if found else str(name_or_path)
         raise ScaleDownError(
             f"{file} is a language model in GGUF, not a ScaleDown model. To build one on top of it: "
             f"ScaleDownModel.from_backbones({file!r}); to train it: train.py --generator_name_or_path {file}."

@@ -633,6 +633,13 @@ def test_a_model_whose_folder_is_gone_says_so_before_anything_is_written(tmp_pat
         assert_same_outputs(load_silently(tmp_path / str(number)), outputs(model))
 
 
+def test_a_subfolder_beside_a_gguf_file(tmp_path):
+    model = build_model()
+    model.save_pretrained(tmp_path / "sub")
+    (tmp_path / "generator.gguf").write_bytes(b"GGUF")
+    assert_same_outputs(ScaleDownModel.from_pretrained(tmp_path, subfolder="sub"), outputs(model))
+
+
 def test_other_processes_write_no_more_than_they_should(tmp_path):
     build_model().save_pretrained(tmp_path, is_main_process=False)
     assert files(tmp_path) == set()
