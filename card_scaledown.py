@@ -18,8 +18,10 @@ import re
 import shutil
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -117,6 +119,24 @@ def _eval_results(given: list[dict] | None, readme: Path) -> list[EvalResult]:
         except (TypeError, ValueError) as error:
             logger.warning(f"{readme} goes without {result!r} of eval_results: {error}")
     return results
+
+
+def plain_config(config: PreTrainedConfig) -> SimpleNamespace:
+    """
+    What a card may say of a configuration: its values alone, since a template could call methods of the object.
+
+    Args:
+        config (`ScaleDownConfig`): The model's.
+
+    Returns:
+        `SimpleNamespace`: Its fields; those of the two backbones' configurations in the same way.
+    """
+    fields = config.to_dict()
+    for name in ("generator_config", "compressor_config"):
+        backbone = getattr(config, name)
+        common = {field: getattr(backbone, field, None) for field in ("model_type", "num_hidden_layers", "hidden_size")}
+        fields[name] = SimpleNamespace(**{**backbone.to_dict(), **common})  # some name them otherwise, as GPT-2 does
+    return SimpleNamespace(**fields)
 
 
 def _render(template: Path, fields: dict) -> str:

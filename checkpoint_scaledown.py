@@ -31,7 +31,15 @@ from transformers.utils import (
 
 try:
     from .backbones_scaledown import refuse_adapter
-    from .card_scaledown import CARD_NAME, CARD_TEMPLATE_NAME, is_hub_name, is_rendered, read_card_fields, write_card
+    from .card_scaledown import (
+        CARD_NAME,
+        CARD_TEMPLATE_NAME,
+        is_hub_name,
+        is_rendered,
+        plain_config,
+        read_card_fields,
+        write_card,
+    )
     from .configuration_scaledown import WEIGHTS_FORMATS
     from .embeddings_scaledown import compressor_embeddings_name, fill_embeddings, read_embeddings, shared_embeddings
     from .errors_scaledown import ScaleDownError
@@ -57,7 +65,15 @@ except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
     from backbones_scaledown import refuse_adapter
-    from card_scaledown import CARD_NAME, CARD_TEMPLATE_NAME, is_hub_name, is_rendered, read_card_fields, write_card
+    from card_scaledown import (
+        CARD_NAME,
+        CARD_TEMPLATE_NAME,
+        is_hub_name,
+        is_rendered,
+        plain_config,
+        read_card_fields,
+        write_card,
+    )
     from configuration_scaledown import WEIGHTS_FORMATS
     from embeddings_scaledown import compressor_embeddings_name, fill_embeddings, read_embeddings, shared_embeddings
     from errors_scaledown import ScaleDownError
@@ -499,7 +515,7 @@ def render_card(model: PreTrainedModel, folder: Path, weights_format: str):
     generator = model.config.generator_name_or_path
     on_hub = generator is not None and is_hub_name(generator) and not Path(generator).exists()
     facts = {
-        "config": model.config,
+        "config": plain_config(model.config),
         # A path of this machine is of no use to a reader, and nobody's business.
         "generator_name": (generator if on_hub else Path(generator).name) if generator else None,
         "generator_on_hub": on_hub,

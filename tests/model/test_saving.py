@@ -11,13 +11,14 @@ import pytest
 import torch
 from combinations import combinations
 from huggingface_hub import ModelCard
+from jinja2 import UndefinedError
 from jinja2.sandbox import SecurityError
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from card_scaledown import write_card
+from card_scaledown import plain_config, write_card
 from folders import (
     CODE,
     assert_same_outputs,
@@ -786,6 +787,23 @@ def test_a_template_reaches_nothing_but_its_fields(tmp_path):
     with pytest.raises(SecurityError, match="unsafe"):
         write_card(tmp_path, template, {"generator_name": None, "generator_on_hub": False}, {})
     assert not (tmp_path / "README.md").exists()
+
+
+def test_a_template_cannot_call_what_the_configuration_can(tmp_path):
+    template = tmp_path / "model_card.md"
+    config = plain_config(build_model(lora=True).config)
+    facts = {"config": config, "generator_name": None, "generator_on_hub": False}
+    known = "{{ config.chunk_length }} {{ config.lora_config.get('r') }} {{ config.generator_config.hidden_size }}"
+    unknown = "{{ config.generator_config.unknown }}{{ config.unknown }}"
+    template.write_text(f"---\n{{{{ card_data }}}}\n---\n{known}|{unknown}|", encoding="utf-8")
+    write_card(tmp_path, template, facts, {})
+    assert "32 4 32||" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "README.md").unlink()
+    for call in ("config", "config.generator_config"):
+        template.write_text("{{ " + call + ".to_json_file('" + str(tmp_path / "stolen") + "') }}", encoding="utf-8")
+        with pytest.raises(UndefinedError):
+            write_card(tmp_path, template, facts, {})
+    assert not (tmp_path / "stolen").exists()
 
 
 @pytest.mark.parametrize("damage", ["bytes", "comment", "results"])
