@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -259,11 +260,26 @@ def checkpoint_index(name_or_path: str, **hub) -> dict[str, str]:
             return dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
     index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
     if index is None:
+        _check_downloaded(name_or_path, hub)
         raise ScaleDownError(
             f"{name_or_path!r} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}. ScaleDown reads "
             "safetensors only; convert the checkpoint, or choose a revision that has it."
         )
     return json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+
+
+def _check_downloaded(name_or_path: str, hub: dict):
+    """Tells weights that could not be fetched from those a repository does not have, which the cache knows."""
+    name = "/".join(filter(None, (hub.get("subfolder"), SAFE_WEIGHTS_INDEX_NAME)))
+    if Path(name_or_path).is_dir():
+        return
+    where = {"cache_dir": hub.get("cache_dir"), "revision": hub.get("revision")}
+    if try_to_load_from_cache(name_or_path, name, **where) is not _CACHED_NO_EXIST:
+        raise ScaleDownError(
+            f"The weights of {name_or_path!r} are not in the cache, and cannot be downloaded: HF_HUB_OFFLINE or "
+            "local_files_only is set, or there is no connection to the Hub. Load it once with a connection, or name a "
+            "folder that holds it."
+        )
 
 
 def remove_stale_weights(folder: Path):

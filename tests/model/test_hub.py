@@ -258,6 +258,20 @@ def test_a_generator_whose_name_has_no_owner(tmp_path):
     assert_same_outputs(ScaleDownModel.from_pretrained(tmp_path / "delta", cache_dir=cache), outputs(model))
 
 
+def test_weights_that_are_not_in_the_cache_are_told(tmp_path):
+    generator = save_generator(tmp_path / "generator")
+    cache = put_in_cache(tmp_path / "cache", "them/tiny", generator, only="*.json")
+    with pytest.raises(ValueError, match="weights of 'them/tiny' are not in the cache, and cannot be downloaded"):
+        ScaleDownModel.from_backbones("them/tiny", cache_dir=cache, **SETTINGS)
+    # Who has asked with a connection knows that there are none.
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        known = cache / "models--them--tiny" / ".no_exist" / ("0" * 40) / name
+        known.parent.mkdir(parents=True, exist_ok=True)
+        known.touch()
+    with pytest.raises(ValueError, match=r"has neither model\.safetensors"):
+        ScaleDownModel.from_backbones("them/tiny", cache_dir=cache, **SETTINGS)
+
+
 @pytest.mark.slow
 def test_a_process_without_the_repository_loads_from_the_hub(hub, pushed, tmp_path):
     expected = load_file(pushed["folder"] / "expected.safetensors")
