@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from .names import happens
@@ -88,7 +88,8 @@ class Rows(IterableDataset):
         self.lesson, self.seed, self.padding = lesson, seed, padding
 
     def __iter__(self) -> Iterator[Row]:
-        torch.set_num_threads(1)
+        if get_worker_info() is not None:  # a process of its own, beside the one that learns
+            torch.set_num_threads(1)
         rng = random.Random(f"{self.lesson.name} {self.seed}")
         while True:
             yield collate([self.lesson.draw(rng) for _ in range(self.lesson.batch_size)], self.padding)

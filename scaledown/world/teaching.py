@@ -3,10 +3,13 @@
 import itertools
 import json
 import logging
+import multiprocessing
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -63,7 +66,7 @@ def teach(model: PreTrainedModel, lessons: list[Lesson], args: BackboneArguments
         steps = min(lesson.steps or args.lesson_steps, args.lesson_steps)
         started, right = time.perf_counter(), 0.0
         rows = Rows(lesson, args.seed, model.config.pad_token_id)
-        for step, row in enumerate(DataLoader(rows, batch_size=None, num_workers=1), 1):
+        for step, row in enumerate(DataLoader(rows, batch_size=None, **_workers()), 1):
             falling = (steps - step + 1) / (0.7 * steps) if lesson.steps else 1.0
             for group in optimizer.param_groups:
                 group["lr"] = args.learning_rate * lesson.rate * min(1.0, next(taken) / 100, falling)
@@ -80,6 +83,13 @@ def teach(model: PreTrainedModel, lessons: list[Lesson], args: BackboneArguments
         model.save_pretrained(folder)
         progress.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _workers() -> dict[str, Any]:
+    """A process that draws batches, where one can be a copy of this: lessons cannot be sent to one that is not."""
+    if "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin":  # where copies may crash
+        return {"num_workers": 1, "multiprocessing_context": "fork"}
+    return {"num_workers": 0}
 
 
 def _step(

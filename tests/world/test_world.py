@@ -2,11 +2,15 @@
 
 import json
 import random
+import subprocess
+import sys
+import textwrap
 import zlib
 
 import pytest
 import torch
 
+from folders import ROOT
 from scaledown.world.curriculum import Curriculum, Rows, collate
 from scaledown.world.encoder import EncoderCurriculum, build_encoder, encoder_tokenizer, read_masked
 from scaledown.world.generator import build_generator, read_causally
@@ -276,6 +280,34 @@ def test_a_stopped_training_goes_on_behind_its_last_lesson(tokenizer, tmp_path):
     report = teach(build_generator(tokenizer, args), lessons, args, read_causally)
     assert [entry["lesson"] for entry in report] == [lesson.name for lesson in lessons]
     assert json.loads((tmp_path / "training.json").read_text()) == report
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_lessons_are_drawn_wherever_processes_start_otherwise(method, tmp_path):
+    """As on Windows and macOS, and since Python 3.14; the process that learns keeps its threads."""
+    script = f"""
+    import multiprocessing, sys
+
+    multiprocessing.set_start_method("spawn")  # to which lessons cannot be sent
+    if {method!r} == "spawn":
+        multiprocessing.get_all_start_methods = lambda: ["spawn"]
+    sys.path.insert(0, {str(ROOT)!r})
+    import torch
+    from scaledown.world.curriculum import Curriculum
+    from scaledown.world.generator import build_generator, read_causally
+    from scaledown.world.teaching import BackboneArguments, teach
+    from scaledown.world.tokenizer import build_tokenizer
+
+    torch.set_num_threads(2)
+    tokenizer = build_tokenizer()
+    args = BackboneArguments(output={str(tmp_path)!r}, hidden_size=32, num_layers=1, lesson_steps=1)
+    teach(build_generator(tokenizer, args), Curriculum(tokenizer, 0).lessons()[:1], args, read_causally)
+    assert torch.get_num_threads() == 2
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "training.json").is_file()
 
 
 def test_an_encoder_does_not_see_what_it_learns():
