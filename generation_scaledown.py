@@ -312,8 +312,14 @@ def with_length(kwargs: dict, own: GenerationConfig) -> tuple[dict, int | None]:
 
 
 def answer_lengths(new: torch.LongTensor, kwargs: dict, own: GenerationConfig) -> list[int]:
-    """Tokens in front of the first end token of each row `(num_sequences, new_tokens)`."""
-    ends = asked(kwargs, kwargs.get("generation_config"), "eos_token_id")
-    ends = own.eos_token_id if ends is None else ends
-    ends = torch.as_tensor([] if ends is None else ends, dtype=new.dtype, device=new.device)
-    return torch.isin(new, ends).cumsum(dim=1).eq(0).sum(dim=1).tolist()
+    """Tokens in front of the first end token, or of the padding, of each row `(num_sequences, new_tokens)`."""
+
+    def tokens(name: str) -> torch.LongTensor:
+        ids = asked(kwargs, kwargs.get("generation_config"), name)
+        ids = getattr(own, name) if ids is None else ids
+        return torch.as_tensor([] if ids is None else ids, dtype=new.dtype, device=new.device)
+
+    within = torch.isin(new, tokens("eos_token_id")).cumsum(dim=1).eq(0)
+    # A stop string ends a row without an end token; up to the longest answer beside it there is padding.
+    text = torch.isin(new, tokens("pad_token_id")).logical_not().flip(1).cumsum(dim=1).gt(0).flip(1)
+    return (within & text).sum(dim=1).tolist()

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from transformers import TextGenerationPipeline
+from transformers import StoppingCriteria, TextGenerationPipeline
 
 import filling_scaledown
 import processing_scaledown
@@ -41,6 +41,21 @@ def test_one_object_says_what_was_read(model):
     )
     assert len(several.answers) == len(several.answer_tokens) == 2
     assert several.documents_read == [0, 1]
+
+
+class EndsSomewhere(StoppingCriteria):
+    """Ends a row as a stop string does: without an end token."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] % 4 == 0
+
+
+def test_padding_behind_an_answer_that_was_stopped_is_not_counted(model):
+    settings = {"max_new_tokens": 12, "stopping_criteria": [EndsSomewhere()], "return_reranking_scores": True}
+    together = model.answer(QUESTIONS, DOCUMENTS, **settings)
+    alone = [model.answer(*pair, **settings) for pair in zip(QUESTIONS, DOCUMENTS, strict=True)]
+    assert together.answer_tokens == [output.answer_tokens for output in alone]
+    assert len(set(together.answer_tokens)) > 1  # or nothing is padded
 
 
 def test_answering_from_nothing_is_told(model, monkeypatch):
