@@ -24,7 +24,7 @@ try:
     from .compression_scaledown import compress_chunks
     from .errors_scaledown import ScaleDownError
     from .outputs_scaledown import CompressedDocuments
-    from .reranking_scaledown import scores_by_example, select_chunks, slots_by_document
+    from .reranking_scaledown import check_limits, scores_by_example, select_chunks, slots_by_document
     from .text_scaledown import Conversation
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
@@ -32,7 +32,7 @@ except ImportError:
     from compression_scaledown import compress_chunks
     from errors_scaledown import ScaleDownError
     from outputs_scaledown import CompressedDocuments
-    from reranking_scaledown import scores_by_example, select_chunks, slots_by_document
+    from reranking_scaledown import check_limits, scores_by_example, select_chunks, slots_by_document
     from text_scaledown import Conversation
 
 logger = logging.get_logger(__name__)
@@ -127,6 +127,7 @@ def fill_prompts(
     """
     least, most, room = settings.limits
     limits = (least, model.config.max_documents if most is None else most, room)
+    check_limits(least, max_documents=limits[1], max_slots=room)  # the configuration's may have been assigned since
     selects = any(limit is not None for limit in limits)
     if settings.with_scores or selects:
         require_reranking(model)

@@ -30,7 +30,13 @@ from modeling_scaledown import ScaleDownModel
 from outputs_scaledown import CompressedDocuments
 from processing_scaledown import ScaleDownProcessor
 from prompt_scaledown import pad
-from reranking_scaledown import scores_by_example, select_chunks, select_documents, slots_by_document
+from reranking_scaledown import (
+    check_limits,
+    scores_by_example,
+    select_chunks,
+    select_documents,
+    slots_by_document,
+)
 from text_scaledown import encode_as_text, encode_continuations, padding_id
 
 from ..common.adapters import adapters_off
@@ -353,7 +359,11 @@ def selection_of(config: ScaleDownConfig, selection: dict[str, float]) -> dict[s
 
     Returns:
         Both, what was asked for first; empty for all documents.
+
+    Raises:
+        ScaleDownError: The model's number is none.
     """
+    check_limits(max_documents=config.max_documents)
     own = {} if config.max_documents is None else {"max_documents": config.max_documents}
     return {**own, **selection}
 

@@ -10,6 +10,7 @@ from transformers import StoppingCriteria, TextGenerationPipeline
 import filling_scaledown
 import processing_scaledown
 from scaledown import ScaleDownModel, ScaleDownProcessor
+from scaledown.evaluation.systems import selection_of
 from tiny import CHAT_TEMPLATE, DOCUMENTS, QUESTIONS, build_config, build_model, build_tokenizer
 
 SHORT = {"max_new_tokens": 6}
@@ -56,6 +57,16 @@ def test_padding_behind_an_answer_that_was_stopped_is_not_counted(model):
     alone = [model.answer(*pair, **settings) for pair in zip(QUESTIONS, DOCUMENTS, strict=True)]
     assert together.answer_tokens == [output.answer_tokens for output in alone]
     assert len(set(together.answer_tokens)) > 1  # or nothing is padded
+
+
+@pytest.mark.parametrize("number", [0, "2"])
+def test_a_number_of_documents_that_was_assigned_is_checked(number):
+    model = build_model()
+    model.config.max_documents = number
+    with pytest.raises(ValueError, match=f"max_documents={number!r} must be a whole number of at least 1"):
+        model.answer(QUESTIONS, DOCUMENTS, **SHORT)
+    with pytest.raises(ValueError, match=f"max_documents={number!r} must be a whole number of at least 1"):
+        selection_of(model.config, {})
 
 
 def test_answering_from_nothing_is_told(model, monkeypatch):
