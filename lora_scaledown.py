@@ -13,6 +13,8 @@
 # limitations under the License.
 """LoRA layers in the generator: adding, merging and loading them, and what learns besides."""
 
+import json
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -50,7 +52,7 @@ class LoraMixin:
         Raises:
             ImportError: peft is not installed.
             ValueError: the generator has LoRA layers already, its own weights would be trained, it is offloaded, or
-                there is none.
+                there is none; or a setting cannot be saved.
         """
         if self.generator is None:
             raise ScaleDownError(WITHOUT_GENERATOR)
@@ -68,9 +70,7 @@ class LoraMixin:
                 "frozen here; leave them out and name linear layers in target_modules."
             )
         settings = {**LORA_DEFAULTS, **lora_kwargs}
-        for name, value in settings.items():
-            if isinstance(value, set | frozenset):  # which JSON does not know
-                settings[name] = sorted(value)
+        settings = {name: _as_saved(name, value) for name, value in settings.items()}
         settings = fit_to_experts(self.generator, settings)
         inject_lora(self.generator, settings)
         self.generator.train(self.generator.training)  # the new layers start in training mode
@@ -108,6 +108,22 @@ class LoraMixin:
         # From here on the generator is no longer the one of its repository.
         self.config.weights_format = "full"
         self.config.generator_fingerprint = None
+
+
+def _as_saved(name: str, value):
+    """A setting of LoRA as a configuration holds it; what JSON has no form for would be told after training."""
+    if isinstance(value, set | frozenset):
+        value = sorted(value)
+    elif isinstance(value, range | tuple):
+        value = list(value)
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise ScaleDownError(
+            f"The LoRA setting {name}={value!r} cannot be saved ({error}); pass numbers, texts, or lists and "
+            "dictionaries of them."
+        ) from None
+    return value
 
 
 def fit_to_experts(generator: PreTrainedModel, settings: dict) -> dict:

@@ -594,6 +594,16 @@ def test_lora_does_not_train_the_generators_own_weights(setting):
         build_model().add_lora(**setting)
 
 
+def test_settings_of_lora_that_cannot_be_saved_are_refused_before_training():
+    model = build_model()
+    with pytest.raises(ValueError, match=r"LoRA setting layers_pattern=.* cannot be saved"):
+        model.add_lora(layers_pattern=object())
+    assert model.config.lora_config is None
+    model.add_lora(r=2, layers_to_transform=range(1), target_modules=("q_proj",))
+    assert model.config.lora_config["layers_to_transform"] == [0]
+    assert json.loads(model.config.to_json_string())["lora_config"]["target_modules"] == ["q_proj"]
+
+
 def test_a_set_of_modules_can_be_saved(tmp_path):
     model = from_backbones((save_generator(tmp_path / "generator"), None))
     model.add_lora(target_modules={"v_proj", "q_proj"})
