@@ -13,6 +13,7 @@
 # limitations under the License.
 """What the compressor saves: a last layer that computes few positions, and questions read once for all their chunks."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -159,9 +160,36 @@ def states_at(
     return states.gather(1, read.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
 
 
+class _Uncompiled:
+    """
+    Layers that are compiled one by one run as they are: for a growing cache each would be compiled anew.
+
+    How torch treats them is of the whole process: the first thread that enters changes it, and the last one that leaves
+    puts it back. Each by itself would put back what it found, which may be the change of another.
+    """
+
+    def __init__(self):
+        self._lock, self._inside, self._change = threading.Lock(), 0, None
+
+    def __enter__(self):
+        with self._lock:
+            if self._inside == 0:
+                self._change = torch.compiler.set_stance("force_eager")
+            self._inside += 1
+
+    def __exit__(self, *error):
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._change.__exit__(*error)
+
+
+_UNCOMPILED = _Uncompiled()
+
+
 def _uncompiled() -> AbstractContextManager:
-    """Layers that are compiled one by one run as they are: for a growing cache each would be compiled anew."""
-    return nullcontext() if torch.compiler.is_compiling() else torch.compiler.set_stance("force_eager")
+    """`_UNCOMPILED`, but for what is being compiled as a whole, where a change is not possible."""
+    return nullcontext() if torch.compiler.is_compiling() else _UNCOMPILED
 
 
 def can_share_prefixes(backbone: PreTrainedModel) -> bool:

@@ -10,7 +10,7 @@ from tiny_compressors import CASES, build
 from transformers.utils import logging
 
 import shortcuts_scaledown
-from shortcuts_scaledown import CACHE_NAME, SharedPrefixes
+from shortcuts_scaledown import CACHE_NAME, SharedPrefixes, _uncompiled
 from tiny import DOCUMENTS, QUESTIONS, build_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +47,18 @@ def warnings_of(monkeypatch):
     logger = logging.get_logger("shortcuts_scaledown")
     monkeypatch.setattr(logger, "warning_once", found.append)
     return found
+
+
+def test_threads_that_leave_in_another_order_leave_torch_as_it_was():
+    from torch._dynamo import eval_frame
+
+    first, second = _uncompiled(), _uncompiled()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert eval_frame._stance.stance == "force_eager"
+    second.__exit__(None, None, None)
+    assert eval_frame._stance.stance == "default"
 
 
 @pytest.mark.parametrize("change", CHANGES)
