@@ -129,6 +129,13 @@ def read_layout(config: dict[str, Any], name: str, reads_question: bool | None, 
             f"{name} has kbtc_training=True, which adds a token that ScaleDown has no equivalent of and whose use at "
             "inference is not known."
         )
+    for field in ("doc_max_length", "compr_rate"):
+        value = said.get(field)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ScaleDownError(
+                f"{name} has {field}={value!r} in its config.json, which must be a whole number of at least 1: the "
+                "number of memory tokens comes from it. Restore the published file."
+            )
     num_slots = said["doc_max_length"] // said["compr_rate"]
     if num_slots < 1:
         raise ScaleDownError(
