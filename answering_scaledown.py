@@ -24,10 +24,9 @@ try:
     from .filling_scaledown import PromptSettings, check_context, embed_prompts, fill_prompts, require_reranking
     from .generation_scaledown import answer_lengths, with_length
     from .outputs_scaledown import CompressedDocuments
-    from .processing_scaledown import ScaleDownProcessor
+    from .processing_scaledown import ScaleDownProcessor, check_source
     from .reranking_scaledown import check_limits, document_scores
     from .text_scaledown import is_conversation, listed
-    from .weights_scaledown import check_source
 except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
@@ -37,10 +36,9 @@ except ImportError:
     from filling_scaledown import PromptSettings, check_context, embed_prompts, fill_prompts, require_reranking
     from generation_scaledown import answer_lengths, with_length
     from outputs_scaledown import CompressedDocuments
-    from processing_scaledown import ScaleDownProcessor
+    from processing_scaledown import ScaleDownProcessor, check_source
     from reranking_scaledown import check_limits, document_scores
     from text_scaledown import is_conversation, listed
-    from weights_scaledown import check_source
 
 
 class AnswerOutput(tuple):

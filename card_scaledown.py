@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -32,6 +32,8 @@ CARD_NAME = "README.md"
 CARD_MARK = "<!-- rendered from model_card.md -->"
 # What the card was rendered from, for whoever renders it again.
 CARD_FIELDS = re.compile(r"^<!-- card_fields: (\{.*\}) -->$", re.MULTILINE)
+# Optional files: do not raise if missing.
+QUIETLY = {"_raise_exceptions_for_gated_repo": False, "_raise_exceptions_for_connection_errors": False}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -67,6 +69,38 @@ def read_card_fields(readme: str | Path) -> dict:
 def _read(readme: str | Path) -> str:
     """Text of a card; what is no UTF-8 in one that somebody wrote is replaced."""
     return Path(readme).read_text(encoding="utf-8", errors="replace")
+
+
+def render_card(model: PreTrainedModel, folder: Path, weights_format: str):
+    """
+    Renders model_card.md to README.md, beside a copy of the template.
+
+    Args:
+        model (`ScaleDownModel`): What the card describes.
+        folder (`Path`): Where the model is saved.
+        weights_format (`str`): In which form.
+    """
+    template = Path(__file__).with_name(CARD_TEMPLATE_NAME)
+    if not template.is_file():  # an installed package has it inside
+        template = template.parent / "scaledown" / CARD_TEMPLATE_NAME
+    if not template.is_file():
+        found = model._find_beside_weights(CARD_TEMPLATE_NAME, **QUIETLY) if model.name_or_path else None
+        if found is None:
+            logger.warning(f"No {CARD_TEMPLATE_NAME} found beside the code or the weights; no card is written.")
+            return
+        template = Path(found)
+    generator = model.config.generator_name_or_path
+    on_hub = generator is not None and is_hub_name(generator) and not Path(generator).exists()
+    facts = {
+        "config": _plain_config(model.config),
+        # A path of this machine is of no use to a reader, and nobody's business.
+        "generator_name": (generator if on_hub else Path(generator).name) if generator else None,
+        "generator_on_hub": on_hub,
+        "num_parameters": model.num_parameters(),
+        "num_compressor_parameters": sum(p.numel() for p in model.compressor.parameters()),
+        "weights_format": weights_format,
+    }
+    write_card(folder, template, facts, model.card_fields)
 
 
 def write_card(folder: Path, template: Path, facts: dict, card_fields: dict):
@@ -121,7 +155,7 @@ def _eval_results(given: list[dict] | None, readme: Path) -> list[EvalResult]:
     return results
 
 
-def plain_config(config: PreTrainedConfig) -> SimpleNamespace:
+def _plain_config(config: PreTrainedConfig) -> SimpleNamespace:
     """
     What a card may say of a configuration: its values alone, since a template could call methods of the object.
 

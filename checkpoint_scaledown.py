@@ -31,30 +31,20 @@ from transformers.utils import (
 
 try:
     from .backbones_scaledown import refuse_adapter
-    from .card_scaledown import (
-        CARD_NAME,
-        CARD_TEMPLATE_NAME,
-        is_hub_name,
-        is_rendered,
-        plain_config,
-        read_card_fields,
-        write_card,
-    )
+    from .card_scaledown import CARD_NAME, QUIETLY, is_rendered, read_card_fields, render_card
     from .configuration_scaledown import WEIGHTS_FORMATS
     from .embeddings_scaledown import compressor_embeddings_name, fill_embeddings, read_embeddings, shared_embeddings
     from .errors_scaledown import ScaleDownError
     from .gguf_scaledown import gguf_files, split_gguf
     from .lora_scaledown import check_lora, freeze, load_lora, refuse_other_lora
-    from .processing_scaledown import PROCESSOR_FIELDS
+    from .processing_scaledown import PROCESSOR_FIELDS, check_source, is_lost_folder
     from .quantization_scaledown import bitsandbytes_config, is_quantized, share_quantizer, spare_compressor
     from .weights_scaledown import (
         HUB_ARGUMENTS,
         absolute_name,
         changed_weights,
         check_fingerprint,
-        check_source,
         checkpoint_index,
-        is_lost_folder,
         load_complete,
         pin_revision,
         remove_stale_weights,
@@ -65,30 +55,20 @@ except ImportError:
     if __package__:  # loaded as remote code: the failure is real
         raise
     from backbones_scaledown import refuse_adapter
-    from card_scaledown import (
-        CARD_NAME,
-        CARD_TEMPLATE_NAME,
-        is_hub_name,
-        is_rendered,
-        plain_config,
-        read_card_fields,
-        write_card,
-    )
+    from card_scaledown import CARD_NAME, QUIETLY, is_rendered, read_card_fields, render_card
     from configuration_scaledown import WEIGHTS_FORMATS
     from embeddings_scaledown import compressor_embeddings_name, fill_embeddings, read_embeddings, shared_embeddings
     from errors_scaledown import ScaleDownError
     from gguf_scaledown import gguf_files, split_gguf
     from lora_scaledown import check_lora, freeze, load_lora, refuse_other_lora
-    from processing_scaledown import PROCESSOR_FIELDS
+    from processing_scaledown import PROCESSOR_FIELDS, check_source, is_lost_folder
     from quantization_scaledown import bitsandbytes_config, is_quantized, share_quantizer, spare_compressor
     from weights_scaledown import (
         HUB_ARGUMENTS,
         absolute_name,
         changed_weights,
         check_fingerprint,
-        check_source,
         checkpoint_index,
-        is_lost_folder,
         load_complete,
         pin_revision,
         remove_stale_weights,
@@ -99,8 +79,6 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 MODEL_MODULE = "modeling_scaledown"
-# Optional files: do not raise if missing.
-QUIETLY = {"_raise_exceptions_for_gated_repo": False, "_raise_exceptions_for_connection_errors": False}
 GENERATOR_ARGUMENTS = (
     "dtype",
     "torch_dtype",
@@ -492,38 +470,6 @@ def _as_plain_class(model: PreTrainedModel):
         yield
     finally:
         model.__class__ = wrapped
-
-
-def render_card(model: PreTrainedModel, folder: Path, weights_format: str):
-    """
-    Renders model_card.md to README.md, beside a copy of the template.
-
-    Args:
-        model (`ScaleDownModel`): What the card describes.
-        folder (`Path`): Where the model is saved.
-        weights_format (`str`): In which form.
-    """
-    template = Path(__file__).with_name(CARD_TEMPLATE_NAME)
-    if not template.is_file():  # an installed package has it inside
-        template = template.parent / "scaledown" / CARD_TEMPLATE_NAME
-    if not template.is_file():
-        found = model._find_beside_weights(CARD_TEMPLATE_NAME, **QUIETLY) if model.name_or_path else None
-        if found is None:
-            logger.warning(f"No {CARD_TEMPLATE_NAME} found beside the code or the weights; no card is written.")
-            return
-        template = Path(found)
-    generator = model.config.generator_name_or_path
-    on_hub = generator is not None and is_hub_name(generator) and not Path(generator).exists()
-    facts = {
-        "config": plain_config(model.config),
-        # A path of this machine is of no use to a reader, and nobody's business.
-        "generator_name": (generator if on_hub else Path(generator).name) if generator else None,
-        "generator_on_hub": on_hub,
-        "num_parameters": model.num_parameters(),
-        "num_compressor_parameters": sum(p.numel() for p in model.compressor.parameters()),
-        "weights_format": weights_format,
-    }
-    write_card(folder, template, facts, model.card_fields)
 
 
 def _refuse_gguf(name_or_path: str | None, subfolder: str):

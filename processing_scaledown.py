@@ -16,6 +16,7 @@
 import copy
 import math
 from numbers import Integral, Real
+from pathlib import Path
 
 import torch
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
@@ -453,6 +454,29 @@ class ScaleDownProcessor(CompressorRowsMixin, PromptMixin, ProcessorMixin):
                 f"chunks are compressed {self.chunk_length / limit:g}×. Pass num_memory_tokens={limit} to say so."
             )
         return rate, max_slots
+
+
+def is_lost_folder(name_or_path: str) -> bool:
+    """Whether a model was loaded from a folder, known by its whole path, that is not there any more."""
+    return Path(name_or_path).is_absolute() and not Path(name_or_path).is_dir()
+
+
+def check_source(name_or_path: str):
+    """
+    Checks that the folder a model was loaded from is there, before its processor is read.
+
+    Args:
+        name_or_path (`str`): Hub name or folder.
+
+    Raises:
+        ScaleDownError: it is a folder that is gone.
+    """
+    if is_lost_folder(name_or_path):
+        raise ScaleDownError(
+            f"The folder {name_or_path}, which this model was loaded from, is not there any more, and its "
+            "processor was not read before. Put the folder back, or assign a processor: model.processor = "
+            "ScaleDownProcessor.from_pretrained(where it is now)."
+        )
 
 
 def is_whole(number: object) -> bool:

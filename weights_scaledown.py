@@ -61,29 +61,6 @@ def absolute_name(name_or_path: str | None) -> str | None:
     return str(Path(name_or_path).resolve())
 
 
-def is_lost_folder(name_or_path: str) -> bool:
-    """Whether a model was loaded from a folder, known by its whole path, that is not there any more."""
-    return Path(name_or_path).is_absolute() and not Path(name_or_path).is_dir()
-
-
-def check_source(name_or_path: str):
-    """
-    Checks that the folder a model was loaded from is there, before its processor is read.
-
-    Args:
-        name_or_path (`str`): Hub name or folder.
-
-    Raises:
-        ScaleDownError: it is a folder that is gone.
-    """
-    if is_lost_folder(name_or_path):
-        raise ScaleDownError(
-            f"The folder {name_or_path}, which this model was loaded from, is not there any more, and its "
-            "processor was not read before. Put the folder back, or assign a processor: model.processor = "
-            "ScaleDownProcessor.from_pretrained(where it is now)."
-        )
-
-
 def pin_revision(name_or_path: str, hub: dict) -> dict:
     """
     Makes a revision the commit it stands for now, so that all that is read goes together.

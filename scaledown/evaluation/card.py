@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from card_scaledown import CARD_NAME, HUB_NAME, is_rendered
-from checkpoint_scaledown import render_card
+from card_scaledown import CARD_NAME, HUB_NAME, is_rendered, render_card
 from configuration_scaledown import ScaleDownConfig
 from errors_scaledown import ScaleDownError
 from modeling_scaledown import ScaleDownModel

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from card_scaledown import plain_config, write_card
+from card_scaledown import _plain_config, write_card
 from folders import (
     CODE,
     assert_same_outputs,
@@ -791,7 +791,7 @@ def test_a_template_reaches_nothing_but_its_fields(tmp_path):
 
 def test_a_template_cannot_call_what_the_configuration_can(tmp_path):
     template = tmp_path / "model_card.md"
-    config = plain_config(build_model(lora=True).config)
+    config = _plain_config(build_model(lora=True).config)
     facts = {"config": config, "generator_name": None, "generator_on_hub": False}
     known = "{{ config.chunk_length }} {{ config.lora_config.get('r') }} {{ config.generator_config.hidden_size }}"
     unknown = "{{ config.generator_config.unknown }}{{ config.unknown }}"
