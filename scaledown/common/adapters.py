@@ -1,6 +1,7 @@
 """LoRA and the generator: adapters that are started from or merged into it, and the generator without them."""
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,12 +88,21 @@ def merge_adapter(generator: PreTrainedModel, folder: str) -> PreTrainedModel:
     """
     _check_is_adapter(folder)
     try:
-        return PeftModel.from_pretrained(generator, folder).merge_and_unload()
+        with without_known_warnings():
+            return PeftModel.from_pretrained(generator, folder).merge_and_unload()
     except (RuntimeError, ValueError) as error:  # of another shape, or none of its modules is there
         raise ScaleDownError(
             f"The adapter in {folder} does not fit the generator ({str(error).splitlines()[0]}). Name the reader that "
             "was trained on this generator."
         ) from error
+
+
+@contextmanager
+def without_known_warnings() -> Iterator[None]:
+    """Let PEFT ask for checkpointing by the name that transformers 5.23 replaces, which no user can change."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _check_is_adapter(folder: str) -> None:

@@ -5,7 +5,6 @@ comparison does not set a trained model beside an untrained one. It is saved as 
 joint training may start (`--lora_name_or_path`).
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from lora_scaledown import LORA_DEFAULTS, fit_to_experts
 from modeling_scaledown import ScaleDownModel
 from processing_scaledown import ScaleDownProcessor
 
+from ..common.adapters import without_known_warnings
 from ..common.prompts import encode_texts, text_prompts
 from ..data.records import answers_of
 from .arguments import ScaleDownTrainingArguments
@@ -85,13 +85,11 @@ def add_reader_lora(model: ScaleDownModel, settings: dict[str, Any], adapter: st
     Returns:
         The generator with its adapter, which the `Trainer` saves and goes on with by itself.
     """
-    if adapter is not None:
-        reader = PeftModel.from_pretrained(model.generator, adapter, is_trainable=True)
-    else:
-        settings = fit_to_experts(model.generator, {**LORA_DEFAULTS, **settings})
-        with warnings.catch_warnings():
-            # PEFT asks for checkpointing by the name that transformers 5.23 replaces.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    with without_known_warnings():
+        if adapter is not None:
+            reader = PeftModel.from_pretrained(model.generator, adapter, is_trainable=True)
+        else:
+            settings = fit_to_experts(model.generator, {**LORA_DEFAULTS, **settings})
             reader = get_peft_model(model.generator, LoraConfig(**settings, task_type="CAUSAL_LM"))
     reader.config.use_cache = False
     return reader
