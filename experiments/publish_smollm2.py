@@ -2,7 +2,8 @@
 
     python experiments/publish_smollm2.py --runs runs/smollm2 --squad DATA/squad/squad-v1.1-part1.json
 
-Names of folders on this machine give way to the generator's name on the Hub. Code is left out: it is the repository's.
+Names of folders on this machine give way to the generator's name on the Hub. Code and the card's template are left out:
+they are the repository's.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def publish_model(source: Path, target: Path) -> None:
         config._name_or_path = ""
     model.card_fields = {**model.card_fields, **CARD, "repo_id": f"{target.parent.name}/{target.name}"}
     model.to(torch.bfloat16).save_pretrained(target, weights_format="delta")
-    for code in target.glob("*.py"):
+    for code in [*target.glob("*.py"), target / "model_card.md"]:
         code.unlink()
     path = target / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
