@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from card_scaledown import CARD_TEMPLATE_NAME
 from modeling_scaledown import ScaleDownModel
 from scaledown.evaluation.data import load_data
 
@@ -48,7 +49,7 @@ def publish_model(source: Path, target: Path) -> None:
         config._name_or_path = ""
     model.card_fields = {**model.card_fields, **CARD, "repo_id": f"{target.parent.name}/{target.name}"}
     model.to(torch.bfloat16).save_pretrained(target, weights_format="delta")
-    for code in [*target.glob("*.py"), target / "model_card.md"]:
+    for code in [*target.glob("*.py"), target / CARD_TEMPLATE_NAME]:
         code.unlink()
     path = target / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
